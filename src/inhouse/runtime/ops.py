@@ -1,0 +1,299 @@
+"""The one table of operations: what each takes, what it makes, and how closely two executors must agree.
+
+Each row names the shapes in its docstring: x [T, W] reads "rows of axis T, width W". Attributes not listed are
+refused. `tolerance` bounds max|a - b| / max|b| between the native and the torch executor on the same Program
+and weights (float32; quantised activations are an op of their own, so both sides multiply the same integers).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from inhouse.core.errors import UsageError
+from inhouse.runtime.program import Attr, Axis, DType, Op, Program, Value, WeightSpec
+
+Shape = tuple[Axis, int, DType, int]  # axis, width, dtype, group
+Weights = Sequence[WeightSpec | None]
+Infer = Callable[[Sequence[Value], Weights, Mapping[str, Attr]], list[Shape]]
+
+MASKS = ("causal", "bidirectional", "prefix")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu", "tanh", "sigmoid")
+POOLINGS = ("cls", "mean", "last", "max")
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """One row of the table: attributes with their defaults (None: required), the shape rule, the tolerance."""
+
+    infer: Infer
+    attrs: Mapping[str, Attr | None] = field(default_factory=dict)
+    tolerance: float = 1e-6
+
+
+def _need(condition: bool, message: str) -> None:
+    if not condition:
+        raise UsageError(message, remedy="The builder or a rewrite made an ill-formed Program; report it")
+
+
+def _int(attrs: Mapping[str, Attr], name: str) -> int:
+    value = attrs[name]
+    _need(isinstance(value, int) and not isinstance(value, bool), f"attribute {name} must be an integer")
+    assert isinstance(value, int)
+    return value
+
+
+def _f32(axis: Axis, width: int) -> Shape:
+    return (axis, width, DType.F32, 0)
+
+
+def _vector(weight: WeightSpec | None, length: int) -> None:
+    _need(weight is not None and weight.shape == (length,), f"expected a vector of {length}, got {weight}")
+
+
+def _same(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W] -> y [A, W]."""
+    _need(len(xs) == 1 and xs[0].dtype is DType.F32, "expected one f32 value")
+    return [_f32(xs[0].axis, xs[0].width)]
+
+
+def _pair(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W], y [A, W] -> z [A, W]."""
+    _need(len(xs) == 2 and xs[0].axis == xs[1].axis and xs[0].width == xs[1].width, "expected two values alike")
+    return [_f32(xs[0].axis, xs[0].width)]
+
+
+def _embed(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """table [rows, W] -> y [T, W]; `source` says which of the step's arrays indexes the table."""
+    _need(not xs and len(ws) == 1 and ws[0] is not None and len(ws[0].shape) == 2, "expected one table")
+    _need(attrs["source"] in ("tokens", "positions", "types"), f"unknown source {attrs['source']}")
+    assert ws[0] is not None
+    return [_f32(Axis(str(attrs["axis"])), ws[0].shape[1])]
+
+
+def _rms_norm(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W], w [W / heads] -> y [A, W]; y = x / sqrt(mean(x^2) + eps) * (offset + w), for each head apart."""
+    heads = _int(attrs, "heads")
+    _need(len(xs) == 1 and xs[0].width % heads == 0, "width must be a multiple of heads")
+    _vector(ws[0], xs[0].width // heads)
+    return [_f32(xs[0].axis, xs[0].width)]
+
+
+def _layer_norm(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W], w [W], b [W] or absent -> y [A, W]."""
+    _vector(ws[0], xs[0].width)
+    if len(ws) > 1 and ws[1] is not None:
+        _vector(ws[1], xs[0].width)
+    return [_f32(xs[0].axis, xs[0].width)]
+
+
+def _quantize_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W] -> q [A, W] int8: s = max|x| / 127 over each `group` of a row (0: the whole row; the last group
+    may be short), q = round-half-even(x / s), s = 0 where the group is all zero."""
+    group = _int(attrs, "group") or xs[0].width
+    return [(xs[0].axis, xs[0].width, DType.I8, group)]
+
+
+def _linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, in], n weights [out_i, in], n biases [out_i] or absent -> n values [A, out_i] = x W_i^T + b_i."""
+    _need(len(xs) == 1 and len(ws) >= 2 and len(ws) % 2 == 0, "expected weights, then as many biases")
+    half, shapes = len(ws) // 2, []
+    for weight, bias in zip(ws[:half], ws[half:], strict=True):
+        _need(weight is not None and len(weight.shape) == 2, f"expected a matrix, got {weight}")
+        assert weight is not None
+        _need(weight.shape[1] == xs[0].width, f"{weight.name} takes {weight.shape[1]}, value has {xs[0].width}")
+        if bias is not None:
+            _vector(bias, weight.shape[0])
+        shapes.append(_f32(xs[0].axis, weight.shape[0]))
+    return shapes
+
+
+def _rotary(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """inv_freq [D / 2] -> r [T, D]: cos(position * inv_freq) * factor, then sin(...) * factor."""
+    _need(len(ws) == 1 and ws[0] is not None and len(ws[0].shape) == 1, "expected inverse frequencies")
+    assert ws[0] is not None
+    return [_f32(Axis(str(attrs["axis"])), 2 * ws[0].shape[0])]
+
+
+def _rope(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, heads * head_dim], r [A, D], D <= head_dim -> y: the first D of each head rotated. Half form: pairs
+    (i, i + D/2); interleaved: pairs (2i, 2i + 1)."""
+    head_dim = _int(attrs, "head_dim")
+    _need(len(xs) == 2 and xs[0].width % head_dim == 0, "width must be a multiple of head_dim")
+    _need(xs[1].width <= head_dim and xs[1].width % 2 == 0, "rotary width beyond head_dim")
+    return [_f32(xs[0].axis, xs[0].width)]
+
+
+def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """q [A, heads * head_dim], k [A, kv_heads * head_dim], v [A, kv_heads * v_dim] -> y [A, heads * v_dim].
+
+    self: k and v of each row are stored in `group`'s cache at that row's position, then read back with all
+    that the mask admits; cross: q alone, K and V come from the group that `encode` wrote.
+    score = scale * q.k; softcap > 0: cap * tanh(score / cap); window > 0: the last `window` positions;
+    optional weights: (ALiBi slopes [heads] | relative bias [buckets, heads], sinks [heads])."""
+    heads, kv = _int(attrs, "heads"), _int(attrs, "kv_heads")
+    head_dim, v_dim = _int(attrs, "head_dim"), _int(attrs, "v_dim")
+    _need(attrs["mask"] in MASKS, f"unknown mask {attrs['mask']}")
+    _need(heads % kv == 0 and xs[0].width == heads * head_dim, "q must be heads * head_dim wide")
+    if attrs["cross"]:
+        _need(len(xs) == 1, "cross attention takes q alone")
+    else:
+        _need(len(xs) == 3 and xs[1].width == kv * head_dim and xs[2].width == kv * v_dim, "k or v width wrong")
+    return [_f32(xs[0].axis, heads * v_dim)]
+
+
+def _write_cross(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """k [E, kv_heads * head_dim], v [E, kv_heads * v_dim] -> nothing; stored in the cross group for `layer`."""
+    _need(len(xs) == 2, "expected k and v")
+    return []
+
+
+def _act(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W] -> act(x) [A, W]."""
+    _need(attrs["act"] in ACTIVATIONS, f"unknown activation {attrs['act']}")
+    return _same(xs, ws, attrs)
+
+
+def _glu(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """gate [A, W], up [A, W] -> act(gate) * up."""
+    _need(attrs["act"] in ACTIVATIONS, f"unknown activation {attrs['act']}")
+    return _pair(xs, ws, attrs)
+
+
+def _select_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [T, W] -> y [S, W]: the step's sampled rows, in the step's order."""
+    _need(len(xs) == 1 and xs[0].axis is Axis.TOKENS, "expected a value over tokens")
+    return [_f32(Axis.SAMPLED, xs[0].width)]
+
+
+def _pool(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [T or E, W] -> y [N, W]: one row a sequence; normalize: divided by its L2 norm."""
+    _need(attrs["mode"] in POOLINGS, f"unknown pooling {attrs['mode']}")
+    return [_f32(Axis.SEQUENCES, xs[0].width)]
+
+
+def _route(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """router logits [T, experts] -> routing [T, 2 * top_k]: expert ids (as floats), then their weights; ties by
+    lower expert; softmax before the choice; `normalize`: weights divided by their sum."""
+    _need(len(xs) == 1 and _int(attrs, "top_k") <= xs[0].width, "top_k beyond the number of experts")
+    return [_f32(Axis.TOKENS, 2 * _int(attrs, "top_k"))]
+
+
+def _dispatch(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [T, W], routing [T, 2k] -> y [R, W]: a row for each (expert, token), by expert, then by token."""
+    _need(len(xs) == 2 and xs[1].width % 2 == 0, "expected a value and its routing")
+    return [_f32(Axis.ROUTED, xs[0].width)]
+
+
+def _expert_linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [R, in], routing [T, 2k], one weight [out, in] an expert -> y [R, out]."""
+    _need(len(xs) == 2 and bool(ws) and ws[0] is not None, "expected routed rows, routing and experts")
+    assert ws[0] is not None
+    _need(all(w is not None and w.shape == ws[0].shape for w in ws), "experts differ in shape")
+    return [_f32(Axis.ROUTED, ws[0].shape[0])]
+
+
+def _combine(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """y [R, W], routing [T, 2k] -> z [T, W]: weighted sum, experts added in index order."""
+    _need(len(xs) == 2 and xs[0].axis is Axis.ROUTED, "expected routed rows and routing")
+    return [_f32(Axis.TOKENS, xs[0].width)]
+
+
+ATTENTION_ATTRS: Mapping[str, Attr | None] = {
+    "group": None, "heads": None, "kv_heads": None, "head_dim": None, "v_dim": None, "scale": None,
+    "softcap": 0.0, "window": 0, "mask": "causal", "cross": False, "bias": "none",  # none | alibi | relative
+    "buckets": 0, "max_distance": 0,
+}  # fmt: skip
+
+OPS: Mapping[str, OpSpec] = {
+    "embed": OpSpec(_embed, {"axis": "T", "source": "tokens", "offset": 0, "scale": 1.0}, 0.0),
+    "rms_norm": OpSpec(_rms_norm, {"eps": None, "heads": 1, "offset": 0.0}, 2e-6),
+    "layer_norm": OpSpec(_layer_norm, {"eps": None}, 4e-6),
+    "quantize_rows": OpSpec(_quantize_rows, {"group": 0}, 0.0),
+    "linears": OpSpec(_linears, {}, 2e-5),
+    "rotary": OpSpec(_rotary, {"axis": "T", "factor": 1.0}, 1e-6),
+    "rope": OpSpec(_rope, {"head_dim": None, "interleaved": False}, 1e-6),
+    "attention": OpSpec(_attention, ATTENTION_ATTRS, 1e-5),
+    "write_cross": OpSpec(_write_cross, {"group": None}, 0.0),
+    "act": OpSpec(_act, {"act": None}, 2e-6),
+    "glu": OpSpec(_glu, {"act": "silu"}, 2e-6),
+    "add": OpSpec(_pair, {}, 0.0),
+    "mul": OpSpec(_pair, {}, 0.0),
+    "scale": OpSpec(_same, {"by": None}, 0.0),
+    "soft_cap": OpSpec(_same, {"cap": None}, 2e-6),
+    "select_rows": OpSpec(_select_rows, {}, 0.0),
+    "pool": OpSpec(_pool, {"mode": None, "normalize": False}, 2e-6),
+    "route": OpSpec(_route, {"top_k": None, "normalize": True}, 2e-6),
+    "dispatch": OpSpec(_dispatch, {}, 0.0),
+    "expert_linears": OpSpec(_expert_linears, {}, 2e-5),
+    "combine": OpSpec(_combine, {}, 2e-6),
+}
+
+
+class Builder:
+    """Writes a Program op by op, checking shapes as it goes.
+
+    Args:
+        name: the Program's name.
+        weights: every weight and constant that ops may name.
+    """
+
+    def __init__(self, name: str, weights: Mapping[str, WeightSpec]) -> None:
+        self._name, self._weights = name, weights
+        self._ops: list[Op] = []
+        self._next = 0
+        self.layer = -1  # given to the ops that follow
+
+    def op(self, kind: str, *inputs: Value, weights: Sequence[str] = (), **attrs: Attr) -> tuple[Value, ...]:
+        """Appends an op; returns its outputs. Raises UsageError for an unknown op, attribute, weight or shape."""
+        spec = OPS.get(kind)
+        if spec is None:
+            raise UsageError(f"unknown op {kind!r}; known: {', '.join(OPS)}")
+        full = complete_attrs(kind, attrs)
+        for name in weights:
+            _need(not name or name in self._weights, f"op {kind} names the unknown weight {name!r}")
+        shapes = spec.infer(inputs, [self._weights[w] if w else None for w in weights], full)
+        outputs = tuple(Value(self._next + i, *shape) for i, shape in enumerate(shapes))
+        self._next += len(outputs)
+        self._ops.append(Op(kind, tuple(inputs), tuple(weights), outputs, full, self.layer))
+        return outputs
+
+    def one(self, kind: str, *inputs: Value, weights: Sequence[str] = (), **attrs: Attr) -> Value:
+        """`op` for the kinds that make exactly one value."""
+        (value,) = self.op(kind, *inputs, weights=weights, **attrs)
+        return value
+
+    def finish(self, **outputs: Value) -> Program:
+        """The Program, with each role bound to its value."""
+        program = Program(self._name, tuple(self._ops), dict(outputs))
+        check(program, self._weights)
+        return program
+
+
+def complete_attrs(kind: str, attrs: Mapping[str, Attr]) -> dict[str, Attr]:
+    """`attrs` with defaults filled in, in the table's order; unknown or missing ones raise UsageError."""
+    spec = OPS[kind]
+    unknown = sorted(set(attrs) - set(spec.attrs))
+    _need(not unknown, f"op {kind} has no attribute {', '.join(unknown)}")
+    full: dict[str, Attr] = {}
+    for name, default in spec.attrs.items():
+        value = attrs.get(name, default)
+        if value is None:
+            raise UsageError(f"op {kind} needs the attribute {name}")
+        full[name] = value
+    return full
+
+
+def check(program: Program, weights: Mapping[str, WeightSpec]) -> None:
+    """Proves a Program well formed: each value made once and before use, every shape as its op's rule says."""
+    made: dict[int, Value] = {}
+    for op in program.ops:
+        for value in op.inputs:
+            _need(made.get(value.id) == value, f"{op.kind} reads {value} before it is made")
+        attrs = complete_attrs(op.kind, op.attrs)
+        shapes = OPS[op.kind].infer(op.inputs, [weights[w] if w else None for w in op.weights], attrs)
+        _need(len(shapes) == len(op.outputs), f"{op.kind} makes {len(shapes)} values")
+        for value, shape in zip(op.outputs, shapes, strict=True):
+            _need((value.axis, value.width, value.dtype, value.group) == shape, f"{value} is not {shape}")
+            _need(value.id not in made, f"{value} is made twice")
+            made[value.id] = value
+    for role, value in program.outputs.items():
+        _need(made.get(value.id) == value, f"output {role} is not made")

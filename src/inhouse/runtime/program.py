@@ -1,0 +1,155 @@
+"""The Program: a model as a short, printable list of field-standard operations over named values and weights.
+
+Knows what an operation is and checks its shapes; knows nothing of files, families, devices or buffers.
+A Program is in single-assignment form: each op makes new values. A value is shaped (row axis, width); row
+axes have no size here, a Step gives them one. Aliasing and buffer reuse belong to an executor's planner.
+
+The table of operations with their shapes, attributes and tolerances is in `inhouse.runtime.ops`.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import UnsupportedError
+
+PROGRAM_VERSION = 1  # part of cache keys and receipts; raise it when the meaning of any op changes
+
+Attr = bool | int | float | str
+
+
+class Axis(StrEnum):
+    """What the rows of a value are."""
+
+    TOKENS = "T"  # tokens of the step
+    SAMPLED = "S"  # rows whose logits are wanted
+    ENCODER = "E"  # encoder tokens
+    ROUTED = "R"  # (token, expert) pairs, ordered by expert, then token
+    SEQUENCES = "N"  # one row a sequence
+
+
+class DType(StrEnum):
+    """Element type of a value."""
+
+    F32 = "f32"
+    I8 = "i8"  # quantised rows: int8 codes with one f32 scale for each group of a row
+
+
+class StateKind(StrEnum):
+    """How a state group is kept."""
+
+    PAGED = "paged"  # K and V of every position, in blocks
+    WINDOW = "window"  # K and V of the last `window` positions, in blocks
+    CROSS = "cross"  # K and V of the encoder's output, written once by `encode`, keyed by content
+    LATENT = "latent"  # compressed KV of MLA
+    RECURRENT = "recurrent"  # fixed size a sequence (linear attention, state-space models)
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One value: `width` elements in each row of `axis`."""
+
+    id: int
+    axis: Axis
+    width: int
+    dtype: DType = DType.F32
+    group: int = 0  # I8 only: elements that share a scale (width itself: one scale a row)
+
+    def __str__(self) -> str:
+        kind = "" if self.dtype is DType.F32 else f" {self.dtype}/{self.group}"
+        return f"%{self.id}[{self.axis}, {self.width}{kind}]"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """A canonical weight: unfused, linears [out, in], embeddings [rows, width], vectors [n]."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str  # "linear" | "embedding" | "vector"; a tied head reads an "embedding" as a linear
+
+
+@dataclass(frozen=True, slots=True)
+class StateGroup:
+    """State that grows with a sequence; the engine deals in block ids, the executor alone knows the bytes."""
+
+    name: str
+    kind: StateKind
+    layers: tuple[int, ...]  # layers that keep state here, ascending
+    kv_heads: int
+    head_dim: int
+    v_dim: int
+    window: int = 0  # positions kept; 0: all
+    chunkable: bool = True  # may a prompt be run in several steps
+    shareable: bool = True  # may a prefix be shared between sequences
+    rollback: bool = True  # may the last positions be dropped again
+
+    def bytes_per_token(self, element_bytes: int) -> int:
+        """Bytes one position takes over all layers of the group, with `element_bytes` an element."""
+        return len(self.layers) * self.kv_heads * (self.head_dim + self.v_dim) * element_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operation. `weights` holds canonical names, "" where an optional one is absent."""
+
+    kind: str
+    inputs: tuple[Value, ...]
+    weights: tuple[str, ...]
+    outputs: tuple[Value, ...]
+    attrs: Mapping[str, Attr]
+    layer: int = -1  # -1: outside the layers
+
+    def __str__(self) -> str:
+        outs = ", ".join(map(str, self.outputs))
+        args = [f"%{v.id}" for v in self.inputs] + [w or "-" for w in self.weights]
+        args += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.attrs.items()]
+        return f"{outs} = {self.kind}({', '.join(args)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A named list of ops. `outputs` maps a role (`logits`, `hidden`, `pooled`, `scores`) to its value."""
+
+    name: str  # "step" | "encode" | "embed"
+    ops: tuple[Op, ...]
+    outputs: Mapping[str, Value]
+
+    def format(self) -> str:
+        """The Program as text, one op a line, headed by its name and grouped by layer."""
+        lines, layer = [f"program {self.name} (version {PROGRAM_VERSION})"], None
+        for op in self.ops:
+            if op.layer != layer:
+                layer = op.layer
+                lines.append(f"  layer {layer}:" if layer >= 0 else "  --")
+            lines.append(f"    {op}")
+        lines += [f"  return {role}: {value}" for role, value in self.outputs.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramSet:
+    """The Programs of one model over one set of weights, with the state they keep.
+
+    `constants` are float arrays that the builder computes (rotary frequencies, ALiBi slopes); ops name them
+    like weights, with the prefix "const.". `context_length` bounds positions (length-dependent RoPE is
+    fixed from it).
+    """
+
+    programs: Mapping[str, Program]
+    weights: Mapping[str, WeightSpec]
+    groups: tuple[StateGroup, ...]
+    vocab_size: int
+    context_length: int
+    constants: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    version: int = PROGRAM_VERSION
+
+    def group(self, name: str) -> StateGroup:
+        """The state group called `name`; raises UnsupportedError if there is none."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise UnsupportedError(f"no state group {name!r}; there are {[g.name for g in self.groups]}")
