@@ -1,0 +1,64 @@
+// The seam between the step machinery (program, planner, threads) and the op bodies: one table of kernels for each
+// ISA level, filled by a thin file in isa/. Everything here is plain C types; bodies live in an ISA namespace with
+// internal linkage, so that the linker can never keep an AVX-512 copy of a shared inline function for an older CPU.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+namespace inhouse {
+
+constexpr int kTileRows = 16;    // output rows of a linear that are interleaved in one packed tile
+constexpr int kQuantGroup = 32;  // elements of an activation row that share a scale, unless it is the whole row
+
+// A matrix in packed form. The meaning of `format` and the layout of `data` are those of runtime/packed.py.
+struct Weight {
+  int32_t format;       // index into the table of formats (formats.h; same numbers as packed.py)
+  int64_t out, in;      // logical shape, out rows of in elements
+  const uint8_t* data;  // 64-byte aligned, may be a file mapping
+  size_t bytes;
+};
+
+// Rows of quantised activations (op quantize_rows). `width` elements a row, padded with zeros to a multiple of 32.
+struct QuantRows {
+  const int8_t* codes;   // [rows][stride]
+  const float* scales;   // [rows][groups]
+  const int32_t* sums;   // [rows][stride / 16] sum of the codes of each 16 elements
+  int64_t width, stride, group, groups;
+};
+
+// Every body follows one accumulation order, a function of the weight format alone: y[r][o] has the same bits
+// whatever `rows`, `tile_begin` and `tile_end` are.
+struct Kernels {
+  const char* isa;
+  // y[r * ldy + o] = x_r . w_o + bias_o for the outputs of tiles [tile_begin, tile_end); x is f32 [rows][ldx].
+  void (*linear_f32)(const Weight& w, const float* x, int64_t ldx, int rows, int64_t tile_begin, int64_t tile_end,
+                     const float* bias, float* y, int64_t ldy);
+  // The same from quantised rows, for code formats.
+  void (*linear_i8)(const Weight& w, const QuantRows& x, int rows, int64_t tile_begin, int64_t tile_end,
+                    const float* bias, float* y, int64_t ldy);
+  // Row `row` of a packed matrix as f32 [in] (embedding gather; exact dequantisation).
+  void (*unpack_row)(const Weight& w, int64_t row, float* out);
+  // One row of quantize_rows: codes padded with zeros to `stride`.
+  void (*quantize_row)(const float* x, int64_t width, int64_t stride, int64_t group, int8_t* codes, float* scales,
+                       int32_t* sums);
+  // Row-wise f32 bodies.
+  void (*rms_norm)(const float* x, const float* w, float eps, float offset, int64_t heads, int64_t n, float* y);
+  void (*layer_norm)(const float* x, const float* w, const float* b, float eps, int64_t n, float* y);
+  void (*activation)(int act, const float* x, int64_t n, float* y);                 // act: index into ACTIVATIONS
+  void (*glu)(int act, const float* gate, const float* up, int64_t n, float* y);
+  void (*add)(const float* a, const float* b, int64_t n, float* y);
+  void (*mul)(const float* a, const float* b, int64_t n, float* y);
+  void (*scale)(const float* a, float by, int64_t n, float* y);
+  void (*soft_cap)(const float* a, float cap, int64_t n, float* y);
+  void (*rotary)(int32_t position, const float* inv_freq, float factor, int64_t half, float* cos_sin);
+  void (*rope)(const float* x, const float* cos_sin, int64_t heads, int64_t head_dim, int64_t rotary_dim,
+               bool interleaved, float* y);
+  // Further entries (attention over paged blocks, sampling) are added by their owners below this line.
+};
+
+const Kernels* kernels_scalar();
+const Kernels* kernels_avx2();    // null where not compiled in
+const Kernels* kernels_avx512();
+const Kernels* kernels_neon();
+
+}  // namespace inhouse
