@@ -82,7 +82,7 @@ def parse_size(text: str) -> int:
 def _convert(entry: Field[Any], value: Any, origin: str) -> Any:
     """`value` as the field's type; raises UsageError naming the setting, the value and where it came from."""
     where = f"setting {entry.name} from {origin}"
-    kind: type = type(entry.default)
+    kind = type(entry.default)
     try:
         if kind is bool and not isinstance(value, bool):
             value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[str(value).lower()]
@@ -98,7 +98,7 @@ def _convert(entry: Field[Any], value: Any, origin: str) -> Any:
     if choices and value not in choices:
         allowed = ", ".join(repr(c) for c in choices)
         raise UsageError(f"{where} is {value!r}, expected one of {allowed}", param=entry.name)
-    if kind is int and int(value) < 0:
+    if isinstance(value, int) and value < 0:
         raise UsageError(f"{where} is {value}, expected 0 or more", param=entry.name)
     return value
 
