@@ -1,0 +1,227 @@
+"""The two request bodies of the OpenAI protocol, field by field: each is honoured here or refused by name.
+
+Knows JSON shapes and their limits; knows nothing of engines or templates. Extensions that users of other servers
+know (top_k, min_p, ...) carry the names that vLLM gave them. A field that is in neither the model nor the table of
+refusals is unknown, and an unknown field is an error too.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from inhouse.core.errors import UnsupportedError
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOPS = 16  # OpenAI allows 4; longer lists are common with local models
+MAX_BIASES = 1024
+
+_NOT_BUILT = "this server cannot do it yet"
+
+# Fields of the specification that we understand and cannot honour, with the reason a client is given. A value
+# listed under `HARMLESS` asks for nothing and is let pass.
+REFUSED: Mapping[str, str] = {
+    "audio": "models here write text only",
+    "best_of": "ask for n choices and choose among them",
+    "function_call": f"tool calls: {_NOT_BUILT}",
+    "functions": f"tool calls: {_NOT_BUILT}",
+    "moderation": "no moderation model runs beside the answer",
+    "parallel_tool_calls": f"tool calls: {_NOT_BUILT}",
+    "prediction": f"predicted outputs: {_NOT_BUILT}",
+    "prompt_cache_options": "prefixes are shared automatically and nothing about it can be set",
+    "prompt_cache_retention": "prefixes are kept until their memory is needed and no time can be promised",
+    "reasoning_effort": "the model has no setting for it; use chat_template_kwargs where its template has one",
+    "suffix": f"filling in the middle: {_NOT_BUILT}",
+    "tool_choice": f"tool calls: {_NOT_BUILT}",
+    "tools": f"tool calls: {_NOT_BUILT}",
+    "verbosity": "the model has no setting for it",
+    "web_search_options": "this server reaches no network",
+}
+
+HARMLESS: Mapping[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "function_call": (None, "none"),
+    "functions": (None, []),
+    "parallel_tool_calls": (None,),
+    "suffix": (None, ""),
+    "tool_choice": (None, "none"),
+    "tools": (None, []),
+}
+
+
+def refuse_unsupported(body: Any) -> Any:
+    """Raises UnsupportedError for the first field of `body` that asks for something we cannot honour."""
+    if not isinstance(body, dict):
+        return body
+    kept = dict(body)
+    for name, reason in REFUSED.items():
+        if name in kept:
+            value = kept.pop(name)
+            if not any(value is h or (type(value) is type(h) and value == h) for h in HARMLESS.get(name, (None,))):
+                raise UnsupportedError(f"the field {name!r} cannot be honoured: {reason}", param=name)
+    return kept
+
+
+class _Strict(BaseModel):
+    """No coercion, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Strict):
+    """`include_usage`: one more chunk before the end, with the token counts and no choices."""
+
+    include_usage: bool | None = None
+    # Padding against traffic analysis is the transport's matter here; only its absence can be promised.
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponseFormat(_Strict):
+    """Plain text is what every model writes; constrained formats are refused by their type."""
+
+    type: Literal["text"]
+
+
+class TextPart(_Strict):
+    """One part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One message of a chat. `developer` is the newer name of `system`."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    name: str | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> "Message":
+        if self.content is None:
+            raise ValueError(f"a message of role {self.role} must have content")
+        return self
+
+    def text(self) -> str:
+        """The content as one string; parts are joined without anything between them."""
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class SamplingFields(_Strict):
+    """What chat and completion requests share. None means: not given, the model's or the server's default."""
+
+    model: str = Field(description="name, name:version or alias of a model that this server holds")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = Field(None, description="only with stream: true")
+    stop: Stop | None = Field(None, description="text that ends an answer; it is not part of it")
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=MAX_BIASES)] | None = Field(
+        None, description="token id, as a string, to a number added to its logit"
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = Field(
+        None, description="equal seed and request give equal bytes"
+    )
+    user: str | None = Field(None, description="accepted; nothing is stored about it")
+    # Extensions, with vLLM's names.
+    top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1: off")
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    cache_salt: str | None = Field(None, description="requests share cached prefixes only under an equal salt")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, body: Any) -> Any:
+        return refuse_unsupported(body)
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> "SamplingFields":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is allowed only when stream is true")
+        return self
+
+    def stops(self) -> list[str]:
+        """The stop strings as a list; empty ones, which would stop at once, are left out."""
+        given = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
+        return [text for text in given if text]
+
+
+class ChatRequest(SamplingFields):
+    """Body of `POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = Field(None, description="older name of max_completion_tokens")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = Field(None, description="nothing is stored")
+    metadata: dict[str, str] | None = Field(None, description="accepted; nothing is stored about it")
+    safety_identifier: str | None = Field(None, description="accepted; nothing is stored about it")
+    prompt_cache_key: str | None = Field(None, description="accepted; prefixes are shared automatically")
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one")
+        return self
+
+    def limit(self) -> int | None:
+        """Tokens the answer may have; None: what the context leaves."""
+        return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+
+Prompt = (
+    str
+    | Annotated[list[str], Field(min_length=1)]
+    | Annotated[list[TokenId], Field(min_length=1)]
+    | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+)
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `POST /v1/completions`."""
+
+    prompt: Prompt = Field(description="text, several texts, token ids, or several lists of token ids")
+    max_tokens: Annotated[int, Field(ge=0)] | None = Field(None, description="default 16, as the protocol has it")
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: bool | None = Field(None, description="give the prompt back before the answer")
+    add_special_tokens: bool | None = Field(None, description="begin the prompt as the tokenizer says; default true")
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens 0 makes sense only with echo: true")
+        return self
+
+    def prompts(self) -> list[str] | list[list[int]]:
+        """The prompts as a list."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if isinstance(prompt[0], int):
+            return [prompt]
+        return prompt
