@@ -1,0 +1,130 @@
+"""From a path to its tensors: picks the reader by what the file or folder holds, and lists a model's files.
+
+Knows the names that model folders use; does not know any format beyond its first bytes. A folder with
+safetensors and pickles is read from its safetensors; any other choice between several is refused.
+"""
+
+from pathlib import Path
+
+from inhouse.core.errors import FormatError, NotFoundError
+from inhouse.core.tensors import TensorSource
+from inhouse.store import gguf, pickle, safetensors
+from inhouse.store.gguf import gguf_metadata as gguf_metadata
+from inhouse.store.mapping import Mapping
+from inhouse.store.strict_json import read_json as read_json
+from inhouse.store.values import check_finite as check_finite
+from inhouse.store.values import materialise as materialise
+
+# Files beside the weights that are part of a model, in the order of the listing.
+_SIDE_NAMES = (
+    "config.json",
+    "generation_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    "hf_quant_config.json",
+    "adapter_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+_SIDE_PATTERNS = ("*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
+_HEAD_BYTES = 16
+
+
+def open_source(path: Path) -> TensorSource:
+    """The tensors of a model folder, or of one .safetensors, .gguf, .bin, .pt or index file, whatever its name.
+
+    Raises:
+        NotFoundError: nothing there, or a folder without weights.
+        FormatError: the file is damaged or of no known form; several weight files and no index.
+        UnsupportedError: a known form that is not read (the message says which).
+    """
+    weights = _weights_at(path)
+    if weights.name.endswith(".index.json"):
+        is_pickle = weights.name == pickle.INDEX_NAME
+        return pickle.open_sharded_torch(weights) if is_pickle else safetensors.open_sharded(weights)
+    head = _head(weights)
+    if head.startswith(gguf.MAGIC):
+        return gguf.open_gguf(weights)
+    if pickle.is_torch(head):
+        return pickle.open_torch(weights)
+    if head[8:9] == b"{":
+        return safetensors.open_safetensors(weights)
+    raise FormatError(
+        f"{weights.name} begins with {head[:8]!r}: neither safetensors, GGUF nor a torch checkpoint",
+        remedy="Name a model folder or a weight file.",
+    )
+
+
+def model_files(path: Path) -> list[Path]:
+    """The files that make up the model at `path`: its index, its weights, then what lies beside them.
+
+    Of a folder: configuration, tokenizer, template, licence. Of a single file: itself, or its whole split.
+    Headers are not read. Raises as `open_source` where weights are missing or ambiguous.
+    """
+    weights = _weights_at(path)
+    if weights.name.endswith(".index.json"):
+        suffix = ".bin" if weights.name == pickle.INDEX_NAME else ".safetensors"
+        shards = sorted(set(safetensors.read_index(weights, suffix)[0].values()))
+        files = [weights, *(weights.parent / shard for shard in shards)]
+    else:
+        files = gguf.split_paths(weights)
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise NotFoundError(f"{missing.name}, a part of the model, is missing", remedy="Fetch it again.")
+    return files + _side_files(path) if path.is_dir() else files
+
+
+def _side_files(folder: Path) -> list[Path]:
+    named = [folder / name for name in _SIDE_NAMES]
+    matched = [file for pattern in _SIDE_PATTERNS for file in sorted(folder.glob(pattern))]
+    return [file for file in named + matched if file.is_file()]
+
+
+def _weights_at(path: Path) -> Path:
+    """The file to open: `path` itself, or the one that a folder's layout names."""
+    if not path.is_dir():
+        return path
+    known = ("model.safetensors", safetensors.INDEX_NAME, "pytorch_model.bin", pickle.INDEX_NAME)
+    # A folder that holds both a single file and an index of shards is two models: refused below, not guessed.
+    for single, index in (known[:2], known[2:]):
+        found = [path / name for name in (single, index) if (path / name).is_file()]
+        if len(found) > 1:
+            raise FormatError(f"{path} holds both {single} and {index}", remedy="Name the file to be read.")
+        if found:
+            return found[0]
+    return _only_weights(path)
+
+
+def _only_weights(folder: Path) -> Path:
+    for pattern in ("*.safetensors", "*.gguf", "*.bin", "*.pt", "*.pth"):
+        found = sorted(file for file in folder.glob(pattern) if file.is_file())
+        if found and (len(found) == 1 or found == gguf.split_paths(found[0])):
+            return found[0]
+        if found:
+            names = ", ".join(file.name for file in found[:4])
+            raise FormatError(
+                f"{folder} holds {len(found)} weight files and no index: {names}", remedy="Name the file to be read."
+            )
+    raise NotFoundError(f"{folder} holds no weights", remedy="Name a folder with .safetensors, .gguf or .bin files.")
+
+
+def _head(path: Path) -> bytes:
+    mapping = Mapping(path)
+    try:
+        return mapping.data[:_HEAD_BYTES].tobytes()
+    finally:
+        mapping.close()
