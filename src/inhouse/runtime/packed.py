@@ -1,19 +1,43 @@
-"""Packed weight layouts: the only Python that knows bit positions.
+"""Packed weight layouts: the door. Everything that the rest of the house may know of bit positions is named here.
 
 A matrix [out, in] is kept in tiles of 16 output rows, so that one layout serves every instruction set. Formats are
-rows of one table, `FORMATS`; the native library has the same table (native/src/formats.h).
+rows of one table, `FORMATS`; the native library has the same table (native/src/formats.h). The bytes are described
+in packed_layout; docs/decisions/001-packed-layout.md says why they lie so.
 """
 
-from dataclasses import dataclass
+from inhouse.runtime.packed_gguf import gguf_format, gguf_types, pack_gguf
+from inhouse.runtime.packed_layout import (
+    FORMATS,
+    LAYOUT_VERSION,
+    Codes,
+    Format,
+    Packed,
+    activation_group,
+    aligned_empty,
+    bits_per_weight,
+    is_float,
+    packed_nbytes,
+)
+from inhouse.runtime.packed_pack import pack_codes, pack_float
+from inhouse.runtime.packed_quantize import QUANTIZED_FORMAT, quantize, quantize_rows_reference
 
-import numpy as np
-import numpy.typing as npt
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A matrix in packed form. `data` is uint8, one-dimensional, 64-byte aligned, possibly a file mapping."""
-
-    format: str  # a key of FORMATS
-    shape: tuple[int, int]  # [out, in]
-    data: npt.NDArray[np.uint8]
+__all__ = [
+    "FORMATS",
+    "LAYOUT_VERSION",
+    "QUANTIZED_FORMAT",
+    "Codes",
+    "Format",
+    "Packed",
+    "activation_group",
+    "aligned_empty",
+    "bits_per_weight",
+    "gguf_format",
+    "gguf_types",
+    "is_float",
+    "pack_codes",
+    "pack_float",
+    "pack_gguf",
+    "packed_nbytes",
+    "quantize",
+    "quantize_rows_reference",
+]

@@ -1,0 +1,195 @@
+"""Writing the packed layout: from floats and from codes. The numpy here is the definition; it is also fast enough.
+
+Knows where bytes go (packed_layout), nothing of GGUF (packed_gguf) or of choosing codes (packed_quantize).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import FormatError, UsageError
+from inhouse.runtime.packed_layout import (
+    BLOCK,
+    CHUNK_ELEMENTS,
+    F32,
+    I8,
+    TILE_ROWS,
+    U8,
+    Format,
+    Layout,
+    Packed,
+    aligned_empty,
+    format_of,
+    gather_plane,
+    layout,
+    packed_nbytes,
+    widen_bf16,
+)
+
+Array = npt.NDArray[Any]
+
+
+class CodeRows(NamedTuple):
+    """Some rows of a code matrix, ready to be packed."""
+
+    codes: U8  # [n, in] unsigned, zero point included
+    scales: Array  # [n, groups or supers], exactly representable in the format's scale dtype
+    minimums: Array | None = None  # the same; dmin of a two-level format
+    sub_scales: I8 | None = None  # [n, groups]
+    sub_minimums: I8 | None = None
+
+
+class Packer:
+    """Fills a packed matrix run by run of rows; each run but the last is whole tiles."""
+
+    def __init__(self, name: str, shape: tuple[int, int]) -> None:
+        self.format: Format = format_of(name)
+        self.shape = shape
+        self.layout: Layout = layout(self.format, shape[1])
+        self.data = aligned_empty(packed_nbytes(name, shape))
+        self.rows = 0
+        self._tiles = self.data.reshape(-1, self.layout.tile_bytes)
+
+    def add(self, rows: CodeRows) -> None:
+        """Packs the next rows; raises UsageError unless the runs before it were whole tiles."""
+        fmt, plan = self.format, self.layout
+        first, count = self._take(rows.codes.shape)
+        n = -(-count // TILE_ROWS) * TILE_ROWS
+        codes = rows.codes
+        if codes.shape != (n, plan.width):
+            codes = np.full((n, plan.width), fmt.zero, np.uint8)  # a padded input then adds exactly 0
+            codes[:count, : self.shape[1]] = rows.codes
+        # [tiles, 16, blocks, 8 quads] of 4 inputs each -> [tiles, blocks, 8, 16]
+        quads = codes.view(np.uint32).reshape(-1, TILE_ROWS, plan.width // BLOCK, 8).transpose(0, 2, 3, 1)
+        quads8 = np.ascontiguousarray(quads).view(np.uint8)
+        low = quads8 if fmt.low == 8 else gather_plane(quads8 & np.uint8((1 << fmt.low) - 1), fmt.low)
+        self._write(first, "low", low)
+        if fmt.high:
+            self._write(first, "high", gather_plane(quads8 >> np.uint8(fmt.low), fmt.high))
+        dtype = np.float32 if fmt.scale == "f32" else np.float16
+        self._lanes(first, "scale", rows.scales, dtype)
+        if fmt.minimum:
+            self._lanes(first, "minimum", rows.minimums, dtype)
+        if fmt.two_level:
+            self._lanes(first, "sub_scale", rows.sub_scales, np.int8)
+            if fmt.minimum:
+                self._lanes(first, "sub_minimum", rows.sub_minimums, np.int8)
+
+    def fill(self, count: int, write: Callable[[U8], bool]) -> bool:
+        """Lets `write` fill the tiles of the next `count` rows in place; False: it declined, nothing has changed."""
+        first = self.rows // TILE_ROWS
+        tiles = self._tiles[first : first + -(-count // TILE_ROWS)]
+        if not write(tiles.reshape(-1)):
+            return False
+        self._take((count, self.shape[1]))
+        return True
+
+    def add_floats(self, rows: Array) -> None:
+        """Packs the next rows of a float format, given in that dtype (bf16 as uint16)."""
+        first, _ = self._take(rows.shape)
+        self._lanes(first, "weights", rows, rows.dtype)
+
+    def finish(self) -> Packed:
+        """The matrix; raises UsageError if rows are missing."""
+        if self.rows != self.shape[0]:
+            raise UsageError(f"a matrix of {self.shape[0]} rows was given {self.rows}")
+        return Packed(self.format.name, self.shape, self.data)
+
+    def _take(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        if self.rows % TILE_ROWS or self.rows + shape[0] > self.shape[0] or shape[1] != self.shape[1]:
+            raise UsageError(f"rows {shape} do not follow row {self.rows} of a matrix {self.shape}")
+        first = self.rows // TILE_ROWS
+        self.rows += shape[0]
+        return first, shape[0]
+
+    def _write(self, first: int, name: str, values: Array) -> None:
+        """Writes [tiles, ...] into a section of the tiles from `first` on, and zeros into its padding."""
+        section = self.layout.sections[name]
+        flat = values.reshape(values.shape[0], -1).view(np.uint8)
+        end = min((s.offset for s in self.layout.sections.values() if s.offset > section.offset), default=None)
+        target = self._tiles[first : first + len(flat), section.offset : end]
+        target[:, : section.nbytes] = flat
+        target[:, section.nbytes :] = 0
+
+    def _lanes(self, first: int, name: str, rows: Array | None, dtype: npt.DTypeLike) -> None:
+        """Writes parameters [n, count] as [tiles, count][16], rows that do not exist as zeros."""
+        if rows is None:
+            raise UsageError(f"format {self.format.name} needs {name}")
+        n = -(-len(rows) // TILE_ROWS) * TILE_ROWS
+        padded = np.zeros((n, rows.shape[1]), dtype)
+        padded[: len(rows)] = rows
+        lanes = padded.reshape(-1, TILE_ROWS, rows.shape[1]).transpose(0, 2, 1)
+        self._write(first, name, np.ascontiguousarray(lanes))
+
+
+def runs(shape: tuple[int, int]) -> range:
+    """Starts of runs of whole tiles, of about CHUNK_ELEMENTS elements; `range.step` is the length."""
+    step = max(1, CHUNK_ELEMENTS // max(shape[1], 1) // TILE_ROWS) * TILE_ROWS
+    return range(0, shape[0], step)
+
+
+def pack_float(array: Array, name: str) -> Packed:
+    """Packs floats [out, in] (float32, float16, or bf16 as uint16) as `f32`, `f16` or `bf16`.
+
+    Narrowing rounds to nearest, ties to even. Raises UsageError for another dtype or format, FormatError for a
+    finite value that f16 cannot hold.
+    """
+    fmt = format_of(name)
+    if fmt.low or array.ndim != 2 or array.dtype not in (np.float32, np.float16, np.uint16):
+        raise UsageError(f"cannot pack a {array.ndim}-dimensional {array.dtype} array as {name}")
+    packer = Packer(name, (array.shape[0], array.shape[1]))
+    span = runs(packer.shape)
+    for start in span:
+        packer.add_floats(_convert(array[start : start + span.step], name))
+    return packer.finish()
+
+
+def _convert(rows: Array, name: str) -> Array:
+    source = {"float32": "f32", "float16": "f16", "uint16": "bf16"}[rows.dtype.name]
+    if source == name:
+        return rows
+    wide: F32 = widen_bf16(rows) if source == "bf16" else rows.astype(np.float32)
+    if name == "f32":
+        return wide
+    if name == "bf16":
+        return narrow_bf16(wide)
+    with np.errstate(over="ignore"):
+        narrow = wide.astype(np.float16)
+    if np.any(np.isinf(narrow) & np.isfinite(wide)):
+        raise FormatError(f"a weight of {float(np.abs(wide).max()):g} is beyond f16", remedy="Load it as bf16 or f32")
+    return narrow
+
+
+def narrow_bf16(values: F32) -> npt.NDArray[np.uint16]:
+    """f32 rounded to the nearest bf16 bit pattern, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
+    return np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(64), rounded).astype(np.uint16)
+
+
+def pack_codes(name: str, codes: U8, scales: F32, minimums: F32 | None = None) -> Packed:
+    """Packs unsigned codes [out, in] (zero point included) with scales and minimums [out, groups].
+
+    For one-level formats; scales and minimums must be exact in the format's dtype. Raises UsageError where a
+    shape or a code does not fit, FormatError where a scale would change.
+    """
+    fmt = format_of(name)
+    if fmt.low == 0 or fmt.two_level or (minimums is not None) != fmt.minimum:
+        raise UsageError(f"format {name} is not made of codes, scales{' and minimums' * (minimums is not None)}")
+    packer = Packer(name, (codes.shape[0], codes.shape[1]))
+    wanted = (codes.shape[0], packer.layout.groups)
+    if scales.shape != wanted or (minimums is not None and minimums.shape != wanted):
+        raise UsageError(f"format {name} of {codes.shape} needs scales {wanted}, got {scales.shape}")
+    if codes.size and int(codes.max()) >> fmt.bits:
+        raise UsageError(f"code {int(codes.max())} does not fit {fmt.bits} bits")
+    if fmt.scale == "f16":
+        for values in (scales, minimums):
+            if values is not None and not np.array_equal(values.astype(np.float16).astype(np.float32), values):
+                raise FormatError(f"a scale is not exact in f16, which format {name} keeps")
+    span = runs(packer.shape)
+    for start in span:
+        part = slice(start, start + span.step)
+        packer.add(CodeRows(codes[part], scales[part], None if minimums is None else minimums[part]))
+    return packer.finish()
