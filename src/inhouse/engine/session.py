@@ -1,0 +1,146 @@
+"""One loaded model with its engine: what the server, the terminal and library users share.
+
+Knows how to open a model and how text becomes a request; knows nothing of protocols.
+"""
+
+import queue
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
+
+from inhouse.core.progress import Progress, silent
+from inhouse.core.settings import Settings
+from inhouse.engine.engine import Engine
+from inhouse.engine.request import EngineConfig, Event, SamplingParams, make_request
+from inhouse.engine.text import TextAssembler, TextEnd, TextEvent, TextFailed
+from inhouse.load.model import LoadedModel, open_model
+from inhouse.model.tokens.tokenizer import Tokenizer
+
+# What a model's generation_config may set; anything else it says is for other programs.
+_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
+
+
+class Session:
+    """A model that answers. Thread-safe.
+
+    Args:
+        model: loaded; the session closes it.
+        config: limits of the engine.
+    """
+
+    def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
+        self.model = model
+        self.tokenizer: Tokenizer = model.tokenizer
+        self.defaults = default_params(model.generation)
+        self.engine = Engine(model.executor, config, self.tokenizer.eos_ids, model.digest)
+
+    @classmethod
+    def open(cls, reference: str, settings: Settings | None = None, progress: Progress = silent) -> Self:
+        """Opens a model of the store, a folder, a .gguf, or the embedded `demo`, as the settings say."""
+        use = settings or Settings()
+        model = open_model(
+            reference,
+            quantize=use.quantize or None,
+            executor=use.executor,
+            device=use.device,
+            threads=use.threads or None,
+            kv_dtype=use.kv_dtype,
+            context=use.context or None,
+            progress=progress,
+        )
+        return cls(model, engine_config(use))
+
+    @property
+    def name(self) -> str:
+        """The model's name, without its version."""
+        return self.model.name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that means exactly this model."""
+        return (self.model.name, f"{self.model.name}:{self.model.version}")
+
+    @property
+    def fingerprint(self) -> str:
+        """What must be equal for equal bytes: weights, and the executor with its instruction set."""
+        return f"inhouse-{self.model.digest[:12]}-{self.model.executor.name.replace('/', '-')}"
+
+    def facts(self) -> dict[str, Any]:
+        """What clients of `/v1/models` may want to know."""
+        return {
+            "root": self.model.name, "version": self.model.version, "max_model_len": self.engine.context_length,
+            "executor": self.model.executor.name, "kv_dtype": self.model.executor.kv_dtype,
+        }  # fmt: skip
+
+    def chat_ids(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+    ) -> list[int]:
+        """The prompt of a chat: the model's template rendered, special tokens read as such, nothing added."""
+        text = self.model.chat_template.render(
+            list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+        return self.tokenizer.encode(text, add_special=False)
+
+    def prompt_ids(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The ids of a plain prompt."""
+        return self.tokenizer.encode(text, add_special=add_special)
+
+    def stream(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        stops: Sequence[str] = (),
+        *,
+        skip_special: bool = True,
+    ) -> Iterator[TextEvent]:
+        """Runs one request and gives its text events; leaving the iteration early cancels it.
+
+        Raises what `Engine.submit` raises; a failed step is a TextFailed event.
+        """
+        name = f"local-{uuid.uuid4().hex}"
+        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+        assembler = TextAssembler(
+            self.tokenizer, stops, skip_special=skip_special,
+            stop_choice=lambda choice: self.engine.stop_choice(name, choice),
+        )  # fmt: skip
+        self.engine.submit(make_request(name, prompt, params or self.defaults, max_tokens), events.put)
+        try:
+            while True:
+                for event in assembler.feed(events.get()):
+                    yield event
+                    if isinstance(event, TextEnd | TextFailed) and event.last:
+                        return
+        finally:
+            self.engine.cancel(name)
+
+    def close(self) -> None:
+        """Ends what runs and frees the model."""
+        self.engine.close()
+        self.model.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """The engine's limits out of the settings."""
+    return EngineConfig(
+        context_length=settings.context or None,
+        max_running=settings.max_sequences,
+        max_queue=settings.max_queue,
+        step_tokens=settings.step_tokens,
+        prefix_cache=settings.prefix_cache,
+        kv_budget=settings.kv_memory or None,
+    )
+
+
+def default_params(generation: Mapping[str, Any]) -> SamplingParams:
+    """Sampling defaults out of a model's generation_config: greedy where it says `do_sample: false`."""
+    given = {name: generation[name] for name in _DEFAULTS if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        given["temperature"] = 0.0
+    return SamplingParams(**given)

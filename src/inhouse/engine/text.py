@@ -1,0 +1,163 @@
+"""The text side of the engine's door: events of ids become events of text that never changes once it is given.
+
+Knows tokenizers and stop strings; knows nothing of protocols, sockets or templates. It runs on the caller's side of
+the queue (event loop or terminal), never in the engine's thread.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from inhouse.core.errors import InhouseError
+from inhouse.engine.request import Event, Failed, Finished, PromptEvent, Timings, TokenEvent, TokenLogprob, Usage
+from inhouse.model.tokens.detokenize import Detokenizer, StopStrings
+from inhouse.model.tokens.tokenizer import Tokenizer
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text of one choice. `tokens` are the ids that arrived since the last delta; `logprobs` those of the tokens
+    whose text is wholly given by now (empty unless asked for), so that joined tokens equal joined text."""
+
+    choice: int
+    text: str
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TextEnd:
+    """The end of one choice. `stop` is the stop string or token that ended it; `last`: no choice is left."""
+
+    choice: int
+    reason: Reason
+    usage: Usage
+    timings: Timings
+    seed: int
+    last: bool
+    stop: str | int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextFailed:
+    """The end of one choice by an error."""
+
+    choice: int
+    error: InhouseError
+    last: bool
+
+
+TextEvent: TypeAlias = TextDelta | TextEnd | TextFailed | PromptEvent
+
+
+@dataclass(slots=True)
+class _Choice:
+    """What one choice has given and what it withholds."""
+
+    detokenizer: Detokenizer
+    stops: StopStrings
+    pieces: int = 0  # characters detokenised so far, withheld ones included
+    given: int = 0  # characters handed out
+    withheld: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)  # (end offset, logprob)
+    stopped: str | None = None
+
+
+class TextAssembler:
+    """Turns the engine's events of one request into text events.
+
+    Args:
+        tokenizer: of the model that answers.
+        stops: stop strings; the answer ends before the first that appears.
+        skip_special: leave special tokens out of the text.
+        include_stop: give the stop string as part of the answer.
+        stop_choice: called with a choice that a stop string has ended, so that the engine stops drawing for it.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stops: Sequence[str] = (),
+        *,
+        skip_special: bool = True,
+        include_stop: bool = False,
+        stop_choice: Callable[[int], None] | None = None,
+    ) -> None:
+        self._tokenizer, self._stops, self._skip_special = tokenizer, list(stops), skip_special
+        self._include_stop, self._stop_choice = include_stop, stop_choice
+        self._choices: dict[int, _Choice] = {}
+
+    def feed(self, events: Iterable[Event]) -> list[TextEvent]:
+        """The text events that these engine events give, in order."""
+        out: list[TextEvent] = []
+        for event in events:
+            if isinstance(event, TokenEvent):
+                out += self._tokens(event)
+            elif isinstance(event, Finished):
+                out += self._finish(event)
+            elif isinstance(event, Failed):
+                out.append(TextFailed(event.choice, event.error, event.last))
+            else:
+                out.append(event)
+        return out
+
+    def _choice(self, index: int) -> _Choice:
+        if index not in self._choices:
+            detokenizer = Detokenizer(self._tokenizer, skip_special=self._skip_special)
+            self._choices[index] = _Choice(detokenizer, StopStrings(self._stops))
+        return self._choices[index]
+
+    def _tokens(self, event: TokenEvent) -> list[TextEvent]:
+        """One delta for the tokens of an event; nothing once a stop string has ended the choice."""
+        choice = self._choice(event.choice)
+        text = ""
+        for i, token in enumerate(event.tokens):
+            if choice.stopped is not None:
+                break
+            piece = choice.detokenizer.push([token])
+            choice.pieces += len(piece)
+            if event.logprobs:
+                choice.withheld.append((choice.pieces, event.logprobs[i]))
+            text += self._through_stops(choice, piece)
+        if choice.stopped is not None and self._stop_choice is not None:
+            self._stop_choice(event.choice)
+        delta = self._delta(event.choice, choice, text, event.tokens, event.time)
+        return [delta] if delta.text or delta.logprobs or delta.tokens else []
+
+    def _through_stops(self, choice: _Choice, piece: str) -> str:
+        """What of `piece` (and of text withheld before) may be given."""
+        emit, stopped, which = choice.stops.push(piece)
+        if stopped:
+            choice.stopped = which or ""
+            if self._include_stop:
+                emit += choice.stopped
+        return emit
+
+    def _delta(self, index: int, choice: _Choice, text: str, tokens: tuple[int, ...], time: float) -> TextDelta:
+        choice.given += len(text)
+        ready = []
+        while choice.withheld and choice.withheld[0][0] <= choice.given:
+            ready.append(choice.withheld.popleft()[1])
+        return TextDelta(index, text, tokens, tuple(ready), time)
+
+    def _finish(self, event: Finished) -> list[TextEvent]:
+        """Gives what was withheld for a stop string that never came, then the end."""
+        choice = self._choice(event.choice)
+        out: list[TextEvent] = []
+        if choice.stopped is None:
+            text = self._through_stops(choice, choice.detokenizer.flush())
+            if choice.stopped is None:
+                text += choice.stops.flush()
+            delta = self._delta(event.choice, choice, text, (), 0.0)
+            if choice.stopped is None and choice.withheld:
+                rest = tuple(logprob for _, logprob in choice.withheld)
+                delta = TextDelta(event.choice, text, (), delta.logprobs + rest)
+            if delta.text or delta.logprobs:
+                out.append(delta)
+        stop: str | int | None = choice.stopped if choice.stopped is not None else event.stop_token
+        reason: Reason = "stop" if choice.stopped is not None else event.reason.value
+        out.append(TextEnd(event.choice, reason, event.usage, event.timings, event.seed, event.last, stop))
+        return out

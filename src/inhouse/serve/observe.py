@@ -1,0 +1,97 @@
+"""Turns the events of a call, and the state of the engines, into metrics.
+
+Knows the names of `metrics.TABLE`; nothing of protocols.
+"""
+
+from collections.abc import Sequence
+
+from inhouse.core.errors import CapacityError, ContextLengthError, InhouseError
+from inhouse.engine.request import Request
+from inhouse.engine.session import Session
+from inhouse.engine.text import TextDelta, TextEnd, TextEvent, TextFailed
+from inhouse.serve.metrics import Metrics
+
+
+class CallObserver:
+    """Observes one call. Times are those of time.monotonic().
+
+    Args:
+        metrics: where to count.
+        model: the label `model_name`.
+        requests: of the call, in order.
+        arrived: when the call came in.
+    """
+
+    def __init__(self, metrics: Metrics, model: str, requests: Sequence[Request], arrived: float) -> None:
+        self._metrics, self._model, self._requests, self._arrived = metrics, model, requests, arrived
+        self._last: dict[tuple[int, int], float] = {}
+        self._first: set[int] = set()
+        self._longest: dict[int, int] = {}
+
+    def rejected(self, error: InhouseError) -> None:
+        """The engine refused the call at the door."""
+        reason = "invalid"
+        if isinstance(error, CapacityError):
+            reason = "capacity"
+        elif isinstance(error, ContextLengthError):
+            reason = "context_length"
+        self._metrics.count("admission_rejections", self._model, 1, reason)
+
+    def see(self, index: int, event: TextEvent) -> None:
+        """An event of request `index`."""
+        if isinstance(event, TextDelta):
+            self._delta(index, event)
+        elif isinstance(event, TextEnd):
+            self._end(index, event)
+        elif isinstance(event, TextFailed):
+            self._metrics.count("corrupted_requests", self._model)
+
+    def _delta(self, index: int, event: TextDelta) -> None:
+        if not event.tokens:
+            return
+        key = (index, event.choice)
+        if index not in self._first:
+            self._first.add(index)
+            self._observe("time_to_first_token_seconds", event.time - self._arrived)
+        if key in self._last:
+            self._observe("inter_token_latency_seconds", event.time - self._last[key])
+        self._last[key] = event.time
+        self._metrics.count("generation_tokens", self._model, len(event.tokens))
+
+    def _end(self, index: int, event: TextEnd) -> None:
+        """Counts a choice; what belongs to the whole request is counted with its last choice."""
+        usage, timings, request = event.usage, event.timings, self._requests[index]
+        self._longest[index] = max(self._longest.get(index, 0), usage.completion_tokens)
+        self._metrics.count("request_success", self._model, 1, event.reason)
+        self._observe("request_generation_tokens", usage.completion_tokens)
+        if usage.completion_tokens > 1:
+            self._observe("request_time_per_output_token_seconds", timings.decode / (usage.completion_tokens - 1))
+        if timings.preemptions:
+            self._metrics.count("num_preemptions", self._model, timings.preemptions)
+        if not event.last:
+            return
+        self._metrics.count("prompt_tokens", self._model, usage.prompt_tokens)
+        self._metrics.count("prompt_tokens_cached", self._model, usage.cached_tokens)
+        self._metrics.count("prefix_cache_queries", self._model, usage.prompt_tokens)
+        self._metrics.count("prefix_cache_hits", self._model, usage.cached_tokens)
+        self._observe("request_prompt_tokens", usage.prompt_tokens)
+        self._observe("request_max_num_generation_tokens", self._longest[index])
+        self._observe("request_params_n", request.params.n)
+        if request.max_tokens is not None:
+            self._observe("request_params_max_tokens", request.max_tokens)
+        self._observe("e2e_request_latency_seconds", timings.total)
+        self._observe("request_queue_time_seconds", timings.queue)
+        self._observe("request_inference_time_seconds", timings.prefill + timings.decode)
+        self._observe("request_prefill_time_seconds", timings.prefill)
+        self._observe("request_decode_time_seconds", timings.decode)
+
+    def _observe(self, name: str, value: float) -> None:
+        self._metrics.observe(name, self._model, max(0.0, value))
+
+
+def observe_engine(metrics: Metrics, session: Session) -> None:
+    """Sets the gauges of one engine from its counters; called when metrics are read."""
+    stats = session.engine.stats()
+    metrics.level("num_requests_running", session.name, stats.running)
+    metrics.level("num_requests_waiting", session.name, stats.waiting)
+    metrics.level("kv_cache_usage_perc", session.name, stats.kv_usage)

@@ -1,0 +1,69 @@
+"""The models that this server holds: name, `name:version` or alias to a running session.
+
+Knows sessions and settings; knows no protocol.
+"""
+
+import difflib
+import time
+from collections.abc import Mapping
+
+from inhouse.core.errors import NotFoundError, UnavailableError
+from inhouse.core.settings import Settings
+from inhouse.engine.session import Session
+
+
+class Pool:
+    """Sessions by the names that clients may use.
+
+    Args:
+        settings: how sessions are opened.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sessions: dict[str, Session] = {}
+        self._loaded_at: dict[str, int] = {}
+        self.draining = False
+
+    def load(self, reference: str) -> Session:
+        """Opens a model and adds it. Raises what opening raises; a name that is loaded already is kept."""
+        if reference not in self._sessions:
+            self.add(reference, Session.open(reference, self._settings))
+        return self._sessions[reference]
+
+    def add(self, name: str, session: Session) -> None:
+        """Adds an open session under a name."""
+        self._sessions[name] = session
+        self._loaded_at[name] = int(time.time())
+
+    def names(self) -> Mapping[str, int]:
+        """Name to Unix time of loading, in order of loading."""
+        return dict(self._loaded_at)
+
+    def sessions(self) -> Mapping[str, Session]:
+        """Name to session, in order of loading."""
+        return dict(self._sessions)
+
+    def get(self, name: str) -> Session:
+        """The session that answers to `name`: as given at start, or the model's own name or name:version.
+
+        Raises NotFoundError with the nearest name, UnavailableError while draining.
+        """
+        if self.draining:
+            raise UnavailableError("the server is shutting down", remedy="Try again on another server, or later")
+        session = self._sessions.get(name)
+        if session is not None:
+            return session
+        for other in self._sessions.values():
+            if name in other.names:
+                return other
+        near = difflib.get_close_matches(name, self._sessions, 1)
+        remedy = f"Did you mean {near[0]}?" if near else f"This server holds: {', '.join(self._sessions) or 'none'}"
+        raise NotFoundError(f"the model {name!r} does not exist here", remedy=remedy, param="model")
+
+    def close(self) -> None:
+        """Closes every session; running requests end with an error event."""
+        for session in self._sessions.values():
+            session.close()
+        self._sessions.clear()
+        self._loaded_at.clear()
