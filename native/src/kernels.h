@@ -26,6 +26,41 @@ struct QuantRows {
   int64_t width, stride, group, groups;
 };
 
+// Index into ACTIVATIONS of runtime/ops.py.
+enum Activation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kQuickGelu, kTanh, kSigmoid, kActivations };
+
+// Element type of cached K and V.
+enum KvType : int32_t { kKvF32, kKvF16, kKvBF16, kKvTypes };
+
+constexpr int kBlock = 16;        // positions in a block of a state group
+constexpr int kPartition = 256;   // positions in an attention partition, at absolute multiples
+constexpr int kPartitionBlocks = kPartition / kBlock;
+
+// What an attention op is. A block holds, for each kv head, K transposed [head_dim][16], then V [16][v_dim].
+struct AttentionShape {
+  int32_t heads, kv_heads, head_dim, v_dim;
+  int32_t window;  // 0: all
+  bool causal;     // else bidirectional
+  KvType kv_type;
+  float scale, softcap;  // softcap 0: none
+  const float* slopes;   // ALiBi [heads] or null
+  const float* sinks;    // [heads] or null
+  int64_t head_bytes;    // of one kv head in a block
+};
+
+// Some rows of one sequence against one kv head. Row i stands at `position` + i.
+struct AttentionTask {
+  const AttentionShape* shape;
+  const float* q;         // [rows][ldq], all query heads
+  int64_t ldq;
+  float* y;               // [rows][ldy], all query heads
+  int64_t ldy;
+  const int32_t* table;   // block ids of the sequence
+  const uint8_t* blocks;  // this layer's part of block b is at blocks + b * block_stride
+  int64_t block_stride;
+  int32_t position, length, rows, kv_head;
+};
+
 // Every body follows one accumulation order, a function of the weight format alone: y[r][o] has the same bits
 // whatever `rows`, `tile_begin` and `tile_end` are.
 struct Kernels {
@@ -54,7 +89,29 @@ struct Kernels {
   void (*rope)(const float* x, const float* cos_sin, int64_t heads, int64_t head_dim, int64_t rotary_dim,
                bool interleaved, float* y);
   // Further entries (attention over paged blocks, sampling) are added by their owners below this line.
+  void (*max)(const float* a, const float* b, int64_t n, float* y);
+  void (*normalize)(const float* x, int64_t n, float* y);  // x / max(L2 norm, 1e-12)
+  // Puts one row's k [kv_heads * head_dim] and v [kv_heads * v_dim] into slot `slot` of this layer's part of a block.
+  void (*store_kv)(const AttentionShape& shape, const float* k, const float* v, uint8_t* block, int slot);
+  // All partitions of a task; `scratch` holds attention_scratch(shape, rows) floats.
+  void (*attend)(const AttentionTask& task, float* scratch);
+  // One partition: unmerged results to `partial` [rows * group][partial_pitch(v_dim)].
+  void (*attend_partition)(const AttentionTask& task, int partition, float* scratch, float* partial);
+  // Merges the partials of partitions [begin, end), each `stride` floats after the one before, and writes y.
+  void (*attend_merge)(const AttentionTask& task, int begin, int end, float* partials, int64_t stride);
 };
+
+// A partial result: v_dim sums padded to 16, then the maximum of the scores and the sum of the weights.
+constexpr int64_t partial_pitch(int64_t v_dim) { return (v_dim + 15) / 16 * 16 + 16; }
+
+constexpr int kAttentionRows = 4;  // (row, query head) pairs that a body works on at once
+
+// Floats that `attend` and `attend_partition` need: scores, widened K and V, merged and fresh partials.
+constexpr int64_t attention_scratch(const AttentionShape& s, int64_t rows) {
+  const int64_t pairs = rows * (s.heads / s.kv_heads);
+  return kAttentionRows * kPartition + int64_t{kPartition} * (s.head_dim + s.v_dim) + 16 +
+         (pairs + kAttentionRows) * partial_pitch(s.v_dim);
+}
 
 const Kernels* kernels_scalar();
 const Kernels* kernels_avx2();    // null where not compiled in

@@ -12,6 +12,8 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+constexpr int kAccumulators = 8;  // V registers that a body may keep sums in without spilling
+
 using V = __m512;     // 16 x f32
 using VI = __m512i;   // 16 x i32
 using M = __mmask16;  // 16 x bool

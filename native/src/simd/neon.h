@@ -11,6 +11,8 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+constexpr int kAccumulators = 4;  // V registers that a body may keep sums in without spilling
+
 struct V {  // 16 x f32
   float32x4_t q[4];
 };

@@ -10,6 +10,8 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+constexpr int kAccumulators = 4;  // V registers that a body may keep sums in without spilling
+
 struct V {
   float v[16];
 };

@@ -1,0 +1,118 @@
+// The C interface of libinhouse. Plain C types, no exceptions; every call that can fail returns a status and leaves
+// its reason, as UTF-8 text, where ih_error finds it (for the calling thread).
+#ifndef INHOUSE_H
+#define INHOUSE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define IH_ABI_VERSION 1
+#define IH_API __attribute__((visibility("default")))
+
+typedef enum ih_status {
+  IH_OK = 0,
+  IH_USAGE = 1,        // an argument is wrong
+  IH_UNSUPPORTED = 2,  // understood, and cannot be done
+  IH_CAPACITY = 3,     // memory does not suffice
+  IH_FAILED = 4,       // a step failed: a damaged mapping
+} ih_status;
+
+IH_API int32_t ih_abi_version(void);
+
+// Copies the reason of the calling thread's last failure, cut to `size` with its final zero; gives its full length.
+IH_API int64_t ih_error(char* text, int64_t size);
+
+// ---- instruction sets and threads ----------------------------------------------------------------------------------
+
+// Name of the level for `wanted` ("scalar", "avx2", "avx512", "neon"); null or "": $INHOUSE_ISA, else the highest of
+// this machine. Null, with a reason, where it is unknown or this machine lacks it.
+IH_API const char* ih_isa_name(const char* wanted);
+// Name of the i-th level that this machine can run, lowest first; null at the end.
+IH_API const char* ih_isa_available(int32_t i);
+// Threads of a step where none are asked for: $INHOUSE_THREADS, else the cgroup's quota, at most the affinity mask.
+IH_API int32_t ih_default_threads(void);
+
+// ---- models --------------------------------------------------------------------------------------------------------
+
+typedef struct ih_weight {
+  int32_t format;    // a format number of runtime/packed.py; -1: a plain f32 vector or matrix, row after row
+  int32_t reserved;  // 0
+  int64_t out, in;   // logical shape; a vector has out = 1
+  const void* data;  // borrowed: must outlive the model
+  int64_t bytes;
+} ih_weight;
+
+typedef struct ih_model ih_model;
+
+// Builds a model from its programs as a flat array (layout: src/program.h and runtime/native_flat.py) and its weights.
+//   flat [flat_length], weights [weight_count]; isa: as for ih_isa_name; threads: 0 for ih_default_threads;
+//   kv_type: 0 f32, 1 f16, 2 bf16. Null, with a reason, on failure; *status says which kind (may be null).
+IH_API ih_model* ih_model_create(const int64_t* flat, int64_t flat_length, const ih_weight* weights,
+                                 int64_t weight_count, const char* isa, int32_t threads, int32_t kv_type,
+                                 int32_t* status);
+IH_API void ih_model_destroy(ih_model* model);
+
+// Number of floating-point buffers' bytes and state bytes that the model holds now.
+IH_API int64_t ih_model_bytes(const ih_model* model);
+
+// Makes room for steps of that many rows, so that none of them allocates.
+IH_API ih_status ih_reserve(ih_model* model, int64_t rows, int64_t sampled, int64_t sequences);
+
+// ---- state ---------------------------------------------------------------------------------------------------------
+
+// blocks [groups]: block count of each state group; what was stored is dropped.
+IH_API ih_status ih_state_allocate(ih_model* model, const int64_t* blocks);
+// Bytes of one block of a group, over all its layers.
+IH_API int64_t ih_block_bytes(const ih_model* model, int32_t group);
+// Block source[i] onto block target[i], i < count, in ascending order of i.
+IH_API ih_status ih_copy_blocks(ih_model* model, int32_t group, const int32_t* source, const int32_t* target,
+                                int64_t count);
+// bytes [count][ih_block_bytes] from or to the blocks.
+IH_API ih_status ih_read_blocks(ih_model* model, int32_t group, const int32_t* blocks, int64_t count, uint8_t* bytes);
+IH_API ih_status ih_write_blocks(ih_model* model, int32_t group, const int32_t* blocks, int64_t count,
+                                 const uint8_t* bytes);
+
+// ---- steps ---------------------------------------------------------------------------------------------------------
+
+// runtime/step.py says what each array means; they must have passed its check_step.
+typedef struct ih_step {
+  int64_t rows, sequences, sampled;
+  const int32_t* tokens;         // [rows]
+  const int32_t* positions;      // [rows]
+  const int32_t* sequence_of;    // [rows]
+  const int32_t* lengths;        // [sequences]
+  const int32_t* sampled_rows;   // [sampled]
+  const int32_t* const* tables;  // [groups] -> [sequences][table_widths[g]]
+  const int64_t* table_widths;   // [groups]
+} ih_step;
+
+typedef struct ih_output {
+  const float* data;  // [rows][width], valid until the model's next run
+  int64_t rows, width;
+} ih_output;
+
+// Runs a program; outputs [outputs of the program], in the program's order.
+IH_API ih_status ih_run(ih_model* model, int32_t program, const ih_step* step, ih_output* outputs);
+
+// ---- guarded mappings ----------------------------------------------------------------------------------------------
+// A file that shrinks under a mapping raises SIGBUS at the next touch. Inside a guarded range the page is replaced by
+// zeros and the range marked; elsewhere the handler that was there before gets the signal. Weights of a model are
+// guarded by ih_model_create.
+
+// Gives a handle for ih_guard_damaged and ih_guard_remove, or -1 with a reason.
+IH_API int64_t ih_guard_add(const void* begin, int64_t bytes);
+IH_API int32_t ih_guard_damaged(int64_t handle);
+IH_API void ih_guard_remove(int64_t handle);
+
+// ---- sampling ------------------------------------------------------------------------------------------------------
+// Entry points over a batch of logit rows are declared here by src/sample.h's owner.
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

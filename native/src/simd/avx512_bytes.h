@@ -1,0 +1,46 @@
+// Byte vocabulary for AVX-512 with VNNI: B is 64 bytes, [16 rows][4 inputs]. Included after simd/avx512.h.
+#pragma once
+
+namespace inhouse::IH_ISA {
+namespace {
+
+constexpr int kIntRows = 8;    // rows of activations that linear_i8 works on at once
+constexpr int kFloatRows = 8;  // the same for linear_f32, which keeps two sums a row
+
+using B = __m512i;
+
+IH_INLINE B load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
+IH_INLINE B or_bytes(B a, B b) { return _mm512_or_si512(a, b); }
+IH_INLINE B and_bytes(B a, uint8_t mask) { return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask))); }
+// Bits of all bytes N places up (down if negative); bits of neighbours come in, so a mask must follow.
+template <int N>
+IH_INLINE B shift_bytes(B a) {
+  return N >= 0 ? _mm512_slli_epi16(a, N < 0 ? 0 : N) : _mm512_srli_epi16(a, N < 0 ? -N : 0);
+}
+
+// acc[row] += codes[row][0..3] . activations[0..3], exact; codes of at most 7 bits.
+IH_INLINE VI dot(VI acc, B codes, int32_t activations) {
+  return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(activations));
+}
+// The same for 8-bit codes, taken as code - 128 + kWideZero.
+constexpr int kWideZero = 128;
+IH_INLINE VI dot_wide(VI acc, B codes, int32_t activations) { return dot(acc, codes, activations); }
+
+// Byte I of each row as an integer.
+template <int I>
+IH_INLINE VI byte_of(B codes) {
+  return _mm512_and_si512(_mm512_srli_epi32(codes, 8 * I), _mm512_set1_epi32(255));
+}
+IH_INLINE V load_i8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
+}
+IH_INLINE void store_i8(int8_t* p, VI v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+IH_INLINE VI magnitude_bits(V v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
+IH_INLINE VI max_int(VI a, VI b) { return _mm512_max_epi32(a, b); }
+IH_INLINE int32_t reduce_max_int(VI a) { return _mm512_reduce_max_epi32(a); }
+IH_INLINE int32_t reduce_add_int(VI a) { return _mm512_reduce_add_epi32(a); }
+
+}  // namespace
+}  // namespace inhouse::IH_ISA

@@ -1,0 +1,82 @@
+// Byte vocabulary for NEON with the dot product: B is 64 bytes, [16 rows][4 inputs], in four registers. Included after
+// simd/neon.h.
+#pragma once
+
+namespace inhouse::IH_ISA {
+namespace {
+
+constexpr int kIntRows = 4;    // rows of activations that linear_i8 works on at once
+constexpr int kFloatRows = 2;  // the same for linear_f32, which keeps two sums a row
+
+struct B {
+  uint8x16_t q[4];
+};
+
+template <class F>
+IH_INLINE B each_byte(F f) {
+  return {{f(0), f(1), f(2), f(3)}};
+}
+IH_INLINE B load_bytes(const uint8_t* p) {
+  return each_byte([=](int i) { return vld1q_u8(p + 16 * i); });
+}
+IH_INLINE B or_bytes(B a, B b) {
+  return each_byte([&](int i) { return vorrq_u8(a.q[i], b.q[i]); });
+}
+IH_INLINE B and_bytes(B a, uint8_t mask) {
+  return each_byte([&](int i) { return vandq_u8(a.q[i], vdupq_n_u8(mask)); });
+}
+// Bits of all bytes N places up (down if negative); other levels let bits of neighbours in, so a mask must follow.
+template <int N>
+IH_INLINE B shift_bytes(B a) {
+  if constexpr (N >= 0) {
+    return each_byte([&](int i) { return vshlq_n_u8(a.q[i], N); });
+  } else {
+    return each_byte([&](int i) { return vshrq_n_u8(a.q[i], -N); });
+  }
+}
+
+// acc[row] += codes[row][0..3] . activations[0..3], exact; codes of at most 7 bits are the same signed.
+IH_INLINE VI dot(VI acc, B codes, int32_t activations) {
+  const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(activations));
+  return each_int([&](int i) { return vdotq_s32(acc.q[i], vreinterpretq_s8_u8(codes.q[i]), x); });
+}
+// The same for 8-bit codes, taken as code - 128 + kWideZero.
+constexpr int kWideZero = 0;
+IH_INLINE VI dot_wide(VI acc, B codes, int32_t activations) {
+  return dot(acc, each_byte([&](int i) { return veorq_u8(codes.q[i], vdupq_n_u8(128)); }), activations);
+}
+
+// Byte I of each row as an integer.
+template <int I>
+IH_INLINE VI byte_of(B codes) {
+  return each_int([&](int i) {
+    const uint32x4_t word = vreinterpretq_u32_u8(codes.q[i]);
+    return vreinterpretq_s32_u32(vshrq_n_u32(vshlq_n_u32(word, 24 - 8 * I), 24));
+  });
+}
+IH_INLINE V load_i8(const int8_t* p) {
+  const int8x16_t bytes = vld1q_s8(p);
+  const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+  return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+           vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
+}
+IH_INLINE void store_i8(int8_t* p, VI v) {
+  const int16x8_t low = vcombine_s16(vmovn_s32(v.q[0]), vmovn_s32(v.q[1]));
+  const int16x8_t high = vcombine_s16(vmovn_s32(v.q[2]), vmovn_s32(v.q[3]));
+  vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
+}
+IH_INLINE VI magnitude_bits(V v) {
+  return each_int([&](int i) { return vandq_s32(vreinterpretq_s32_f32(v.q[i]), vdupq_n_s32(0x7fffffff)); });
+}
+IH_INLINE VI max_int(VI a, VI b) {
+  return each_int([&](int i) { return vmaxq_s32(a.q[i], b.q[i]); });
+}
+IH_INLINE int32_t reduce_max_int(VI a) {
+  return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.q[0], a.q[1]), vmaxq_s32(a.q[2], a.q[3])));
+}
+IH_INLINE int32_t reduce_add_int(VI a) {
+  return vaddvq_s32(vaddq_s32(vaddq_s32(a.q[0], a.q[1]), vaddq_s32(a.q[2], a.q[3])));
+}
+
+}  // namespace
+}  // namespace inhouse::IH_ISA

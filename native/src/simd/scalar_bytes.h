@@ -1,0 +1,77 @@
+// Byte vocabulary in plain C++: B is 64 bytes, [16 rows][4 inputs]. Included after simd/scalar.h.
+#pragma once
+
+namespace inhouse::IH_ISA {
+namespace {
+
+constexpr int kIntRows = 4;    // rows of activations that linear_i8 works on at once
+constexpr int kFloatRows = 2;  // the same for linear_f32, which keeps two sums a row
+
+struct B {
+  uint8_t v[64];
+};
+
+template <class F>
+IH_INLINE B each_byte(F f) {
+  B r;
+  for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(f(i));
+  return r;
+}
+IH_INLINE B load_bytes(const uint8_t* p) {
+  return each_byte([=](int i) { return p[i]; });
+}
+IH_INLINE B or_bytes(B a, B b) {
+  return each_byte([&](int i) { return a.v[i] | b.v[i]; });
+}
+IH_INLINE B and_bytes(B a, uint8_t mask) {
+  return each_byte([&](int i) { return a.v[i] & mask; });
+}
+// Bits of all bytes N places up (down if negative); other levels let bits of neighbours in, so a mask must follow.
+template <int N>
+IH_INLINE B shift_bytes(B a) {
+  return each_byte([&](int i) { return N >= 0 ? a.v[i] << (N < 0 ? 0 : N) : a.v[i] >> (N < 0 ? -N : 0); });
+}
+
+// acc[row] += codes[row][0..3] . activations[0..3], exact.
+IH_INLINE VI dot(VI acc, B codes, int32_t activations) {
+  const uint32_t bits = static_cast<uint32_t>(activations);
+  for (int k = 0; k < 4; ++k) {
+    const int32_t x = static_cast<int8_t>(bits >> (8 * k));
+    for (int i = 0; i < 16; ++i) acc.v[i] += codes.v[4 * i + k] * x;
+  }
+  return acc;
+}
+// The same for 8-bit codes, taken as code - 128 + kWideZero.
+constexpr int kWideZero = 128;
+IH_INLINE VI dot_wide(VI acc, B codes, int32_t activations) { return dot(acc, codes, activations); }
+
+// Byte I of each row as an integer.
+template <int I>
+IH_INLINE VI byte_of(B codes) {
+  return each_int([&](int i) { return codes.v[4 * i + I]; });
+}
+IH_INLINE V load_i8(const int8_t* p) {
+  return each([=](int i) { return static_cast<float>(p[i]); });
+}
+IH_INLINE void store_i8(int8_t* p, VI v) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.v[i]);
+}
+IH_INLINE VI magnitude_bits(V v) {
+  return each_int([&](int i) { return static_cast<int32_t>(float_bits(v.v[i]) & 0x7fffffffu); });
+}
+IH_INLINE VI max_int(VI a, VI b) {
+  return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+IH_INLINE int32_t reduce_max_int(VI a) {
+  int32_t m = a.v[0];
+  for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
+  return m;
+}
+IH_INLINE int32_t reduce_add_int(VI a) {
+  int32_t s = 0;
+  for (int i = 0; i < 16; ++i) s += a.v[i];
+  return s;
+}
+
+}  // namespace
+}  // namespace inhouse::IH_ISA
