@@ -1,0 +1,91 @@
+"""How commands speak: tables and JSON on stdout, progress on stderr. Light: nothing here imports a terminal library."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """Aligned columns with a header; numbers to the right, the rest to the left."""
+    texts = [[_text(row.get(column)) for column in columns] for row in rows]
+    widths = [max([len(c), *(len(t[i]) for t in texts)]) for i, c in enumerate(columns)]
+    right = [bool(rows) and all(isinstance(r.get(c), int | float) for r in rows) for c in columns]
+    for cells in [[c.upper() for c in columns], *texts]:
+        line = "  ".join(t.rjust(w) if r else t.ljust(w) for t, w, r in zip(cells, widths, right, strict=True))
+        print(line.rstrip())
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def human_bytes(size: float) -> str:
+    """`1536` as `1.5 KiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """`75` as `1:15`, `4000` as `1:06:40`."""
+    whole = int(seconds + 0.5)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{secs:02d}" if hours else f"{minutes}:{secs:02d}"
+
+
+class ProgressBar:
+    """A bar with an estimate of the time left; call it as a `core.progress.Progress`.
+
+    Draws on a terminal only; elsewhere it writes one line a stage, so that logs stay readable.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, unit: str = "bytes", width: int = 28) -> None:
+        self._stream = stream or sys.stderr
+        self._unit, self._width = unit, width
+        self._stage, self._began, self._drawn = "", 0.0, 0.0
+        self._live = self._stream.isatty()
+        self._open = False
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if stage != self._stage:
+            self.finish()
+            self._stage, self._began, self._drawn = stage, now, 0.0
+            if not self._live:
+                print(stage, file=self._stream, flush=True)
+        if self._live and (now - self._drawn >= 0.1 or done >= total):
+            self._drawn, self._open = now, True
+            self._stream.write("\r\x1b[K" + self._line(done, total, now - self._began))
+            self._stream.flush()
+            if done >= total:
+                self.finish()
+
+    def _line(self, done: int, total: int, elapsed: float) -> str:
+        share = min(1.0, done / total) if total else 1.0
+        bar = "#" * round(share * self._width)
+        amount = (
+            f"{human_bytes(done)} of {human_bytes(total)}"
+            if self._unit == "bytes"
+            else f"{done} of {total} {self._unit}"
+        )
+        left = f", {human_seconds(elapsed / share - elapsed)} left" if 0 < share < 1 and elapsed > 0.5 else ""
+        return f"{self._stage} [{bar:<{self._width}}] {share:4.0%} {amount}{left}"
+
+    def finish(self) -> None:
+        """Ends the line of the bar; safe to call at any time."""
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open = False
