@@ -1,0 +1,182 @@
+"""What the families of plain decoders share: their common keys, the keys that change nothing, and tensor names."""
+
+from collections.abc import Mapping
+
+from inhouse.model.families.family import Tensors
+from inhouse.model.families.fields import Fields
+from inhouse.model.families.ropes import context_length, rope_from_gguf, rope_from_hf
+from inhouse.model.spec import ModelSpec, check_spec
+
+ACTIVATIONS: Mapping[str, str] = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "quick_gelu": "quick_gelu",
+}  # fmt: skip
+
+# Keys of config.json that name, train, save or sample a model, and never change its forward pass.
+INERT_HF = (
+    "_*", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map", "use_cache",
+    "*_token_id", "initializer_range", "*_dropout", "*_pdrop", "pretraining_tp", "output_attentions",
+    "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "use_bfloat16",
+    "task_specific_params", "id2label", "label2id", "problem_type", "finetuning_task", "prefix", "tokenizer_class",
+    "max_sequence_length", "unsloth_*", "max_length", "min_length", "do_sample", "early_stopping", "num_beams",
+    "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
+    "tf_legacy_loss", "rope_parameters", "attn_implementation", "max_new_tokens",
+)  # fmt: skip
+
+# Keys that would change the forward pass, with the values at which they do not.
+NEUTRAL_HF: Mapping[str, tuple[object, ...]] = {
+    "is_decoder": (False, True), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
+    "chunk_size_feed_forward": (0,), "pruned_heads": ({},), "tie_encoder_decoder": (False,),
+    "cross_attention_hidden_size": (),
+}  # fmt: skip
+
+INERT_GGUF = ("rope.scaling.finetuned", "tensor_data_layout", "expert_used_count")
+NEUTRAL_GGUF: Mapping[str, tuple[object, ...]] = {
+    "attention.causal": (True,), "pooling_type": (0,), "expert_count": (0,), "attention.max_alibi_bias": (0, 0.0),
+    "attention.clamp_kqv": (0, 0.0), "logit_scale": (1, 1.0), "residual_scale": (1, 1.0), "embedding_scale": (1, 1.0),
+    "attn_logit_softcapping": (0, 0.0), "final_logit_softcapping": (0, 0.0), "use_parallel_residual": (False,),
+}  # fmt: skip
+
+HF_NAMES: Mapping[str, str] = {
+    "embed.weight": "model.embed_tokens.weight",
+    "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm.weight",
+    "layers.{i}.attn.q.weight": "model.layers.{i}.self_attn.q_proj.weight",
+    "layers.{i}.attn.q.bias": "model.layers.{i}.self_attn.q_proj.bias",
+    "layers.{i}.attn.k.weight": "model.layers.{i}.self_attn.k_proj.weight",
+    "layers.{i}.attn.k.bias": "model.layers.{i}.self_attn.k_proj.bias",
+    "layers.{i}.attn.v.weight": "model.layers.{i}.self_attn.v_proj.weight",
+    "layers.{i}.attn.v.bias": "model.layers.{i}.self_attn.v_proj.bias",
+    "layers.{i}.attn.o.weight": "model.layers.{i}.self_attn.o_proj.weight",
+    "layers.{i}.attn.o.bias": "model.layers.{i}.self_attn.o_proj.bias",
+    "layers.{i}.attn.q_norm": "model.layers.{i}.self_attn.q_norm.weight",
+    "layers.{i}.attn.k_norm": "model.layers.{i}.self_attn.k_norm.weight",
+    "layers.{i}.mlp_norm": "model.layers.{i}.post_attention_layernorm.weight",
+    "layers.{i}.mlp.gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
+    "layers.{i}.mlp.gate.bias": "model.layers.{i}.mlp.gate_proj.bias",
+    "layers.{i}.mlp.up.weight": "model.layers.{i}.mlp.up_proj.weight",
+    "layers.{i}.mlp.up.bias": "model.layers.{i}.mlp.up_proj.bias",
+    "layers.{i}.mlp.down.weight": "model.layers.{i}.mlp.down_proj.weight",
+    "layers.{i}.mlp.down.bias": "model.layers.{i}.mlp.down_proj.bias",
+    "final_norm": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+}
+
+GGUF_NAMES: Mapping[str, str] = {
+    "embed.weight": "token_embd.weight",
+    "layers.{i}.attn_norm": "blk.{i}.attn_norm.weight",
+    "layers.{i}.attn.q.weight": "blk.{i}.attn_q.weight",
+    "layers.{i}.attn.q.bias": "blk.{i}.attn_q.bias",
+    "layers.{i}.attn.k.weight": "blk.{i}.attn_k.weight",
+    "layers.{i}.attn.k.bias": "blk.{i}.attn_k.bias",
+    "layers.{i}.attn.v.weight": "blk.{i}.attn_v.weight",
+    "layers.{i}.attn.v.bias": "blk.{i}.attn_v.bias",
+    "layers.{i}.attn.o.weight": "blk.{i}.attn_output.weight",
+    "layers.{i}.attn.o.bias": "blk.{i}.attn_output.bias",
+    "layers.{i}.attn.q_norm": "blk.{i}.attn_q_norm.weight",
+    "layers.{i}.attn.k_norm": "blk.{i}.attn_k_norm.weight",
+    "layers.{i}.mlp_norm": "blk.{i}.ffn_norm.weight",
+    "layers.{i}.mlp.gate.weight": "blk.{i}.ffn_gate.weight",
+    "layers.{i}.mlp.gate.bias": "blk.{i}.ffn_gate.bias",
+    "layers.{i}.mlp.up.weight": "blk.{i}.ffn_up.weight",
+    "layers.{i}.mlp.up.bias": "blk.{i}.ffn_up.bias",
+    "layers.{i}.mlp.down.weight": "blk.{i}.ffn_down.weight",
+    "layers.{i}.mlp.down.bias": "blk.{i}.ffn_down.bias",
+    "final_norm": "output_norm.weight",
+    "head.weight": "output.weight",
+}
+
+
+def from_hf(
+    fields: Fields,
+    tensors: Tensors,
+    family: str,
+    *,
+    windows: tuple[int, ...] = (),
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    head_dim: int = 0,
+    context: int = 2048,
+) -> ModelSpec:
+    """ModelSpec of a config.json; keyword arguments are what the family has read or fixes. `head_dim` (0: hidden /
+    heads) and `context` are the family's defaults where the config is silent. Refuses every key left unread."""
+    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    head_dim = fields.integer("head_dim", head_dim or hidden // max(heads, 1))
+    trained = fields.integer("max_position_embeddings", context)
+    rope = rope_from_hf(fields, head_dim, trained)
+    spec = ModelSpec(
+        family=family, hidden=hidden, layers=fields.integer("num_hidden_layers"), heads=heads,
+        kv_heads=fields.integer("num_key_value_heads", heads), head_dim=head_dim,
+        ffn=fields.integer("intermediate_size"), vocab_size=fields.integer("vocab_size"),
+        context_length=context_length(rope, trained), rope=rope, norm_eps=fields.number("rms_norm_eps", 1e-6),
+        activation=_activation(fields), qkv_bias=qkv_bias, o_bias=o_bias, mlp_bias=mlp_bias, qk_norm=qk_norm,
+        tied=fields.flag("tie_word_embeddings", False) and HF_NAMES["head.weight"] not in tensors.names,
+        windows=windows,
+    )  # fmt: skip
+    for key, allowed in NEUTRAL_HF.items():
+        fields.expect(key, allowed)
+    fields.refuse_rest(INERT_HF)
+    return check_spec(spec)
+
+
+def _activation(fields: Fields) -> str:
+    name = fields.text("hidden_act", "silu")
+    if name not in ACTIVATIONS:
+        raise fields.unsupported("hidden_act", name)
+    return ACTIVATIONS[name]
+
+
+def hf_windows(fields: Fields, window: int, sliding: tuple[bool, ...]) -> tuple[int, ...]:
+    """[layers] from the sliding window and which layers slide; `layer_types` decides where the config has it.
+    () where no layer slides."""
+    types = fields.raw("layer_types")
+    if types is not None:
+        known = {"full_attention": False, "sliding_attention": True}
+        if not isinstance(types, list) or not all(isinstance(t, str) and t in known for t in types):
+            raise fields.unsupported("layer_types", types)
+        sliding = tuple(known[t] for t in types)
+        if any(sliding) and not window:
+            raise fields.unsupported("layer_types", types)
+    return tuple(window if slides else 0 for slides in sliding) if window and any(sliding) else ()
+
+
+def from_gguf(fields: Fields, tensors: Tensors, family: str, *, qk_norm: bool = False) -> ModelSpec:
+    """ModelSpec of GGUF metadata under `{architecture}.`; biases and a head of its own are there if their tensors are.
+    Refuses every key left unread."""
+    layers, hidden = fields.integer("block_count"), fields.integer("embedding_length")
+    heads = _uniform(fields, "attention.head_count")
+    kv_heads = _uniform(fields, "attention.head_count_kv", heads)
+    head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
+    fields.expect("attention.value_length", (head_dim,))
+    fields.expect("attention.scale", (head_dim**-0.5,))
+    trained = fields.integer("context_length")
+    rope = rope_from_gguf(fields, head_dim, trained, tensors)
+    window = fields.integer("attention.sliding_window", 0)
+    spec = ModelSpec(
+        family=family, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
+        ffn=_uniform(fields, "feed_forward_length"), vocab_size=fields.integer("vocab_size", 0),
+        context_length=context_length(rope, trained), rope=rope,
+        norm_eps=fields.number("attention.layer_norm_rms_epsilon"), qk_norm=qk_norm,
+        qkv_bias=GGUF_NAMES["layers.{i}.attn.q.bias"].format(i=0) in tensors.names,
+        o_bias=GGUF_NAMES["layers.{i}.attn.o.bias"].format(i=0) in tensors.names,
+        mlp_bias=GGUF_NAMES["layers.{i}.mlp.up.bias"].format(i=0) in tensors.names,
+        tied=GGUF_NAMES["head.weight"] not in tensors.names,
+        windows=(window,) * layers if window and layers <= 2048 else (),
+    )  # fmt: skip
+    for key, allowed in NEUTRAL_GGUF.items():
+        fields.expect(key, allowed)
+    fields.refuse_rest(INERT_GGUF)
+    return check_spec(spec)
+
+
+def _uniform(fields: Fields, key: str, default: int | None = None) -> int:
+    """A number that GGUF may give for each layer; raises UnsupportedError where layers differ."""
+    value = fields.raw(key)
+    if not isinstance(value, (list, tuple)):
+        return fields.integer(key) if default is None else fields.integer(key, default)
+    if not value or any(item != value[0] for item in value) or not isinstance(value[0], int):
+        raise fields.unsupported(key, value)
+    return value[0]

@@ -1,0 +1,53 @@
+"""Llama 1, 2, 3.x and Mistral, with the many models that call themselves so."""
+
+from inhouse.model.families import decoder
+from inhouse.model.families.family import Family, Tensors
+from inhouse.model.families.fields import Fields
+from inhouse.model.spec import LIMITS, ModelSpec
+
+
+def _llama(fields: Fields, tensors: Tensors) -> ModelSpec:
+    """arXiv 2302.13971, 2307.09288, 2407.21783."""
+    bias = fields.flag("attention_bias", False)
+    windows = decoder.hf_windows(fields, 0, ())
+    mlp_bias = fields.flag("mlp_bias", False)
+    return decoder.from_hf(
+        fields, tensors, "llama", windows=windows, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias, context=2048
+    )
+
+
+def _mistral(fields: Fields, tensors: Tensors) -> ModelSpec:
+    """arXiv 2310.06825: every layer slides unless `sliding_window` is null."""
+    window = fields.integer("sliding_window", 0 if fields.has("sliding_window") else 4096)
+    layers = min(fields.integer("num_hidden_layers"), LIMITS["layers"])
+    windows = decoder.hf_windows(fields, window, (True,) * layers)
+    return decoder.from_hf(fields, tensors, "mistral", windows=windows, context=131072)
+
+
+def _gguf(fields: Fields, tensors: Tensors) -> ModelSpec:
+    return decoder.from_gguf(fields, tensors, "llama")
+
+
+ROWS = (
+    Family(
+        name="llama",
+        architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+        gguf=("llama",),
+        from_hf=_llama,
+        from_gguf=_gguf,
+        hf_names=decoder.HF_NAMES,
+        gguf_names=decoder.GGUF_NAMES,
+        gguf_pairs=True,
+        ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
+    ),
+    Family(
+        name="mistral",
+        architectures=("MistralForCausalLM",),
+        gguf=(),  # GGUF calls it llama
+        from_hf=_mistral,
+        from_gguf=_gguf,
+        hf_names=decoder.HF_NAMES,
+        gguf_names=decoder.GGUF_NAMES,
+        gguf_pairs=True,
+    ),
+)

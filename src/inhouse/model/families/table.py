@@ -1,0 +1,60 @@
+"""The table of families, and the way from a config to the row that reads it."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from inhouse.core.errors import FormatError, UnsupportedError
+from inhouse.model.families import llama, qwen
+from inhouse.model.families.family import Family, Tensors
+from inhouse.model.families.fields import Fields
+from inhouse.model.spec import ModelSpec
+
+FAMILIES: tuple[Family, ...] = (*llama.ROWS, *qwen.ROWS)
+
+
+def resolve(
+    config: Mapping[str, Any], names: Collection[str] = (), rope_factors: Sequence[float] = ()
+) -> tuple[ModelSpec, Family]:
+    """The spec and the family of a model.
+
+    Args:
+        config: config.json as a mapping, or the KV table of a GGUF file.
+        names: tensor names of the checkpoint. GGUF says only by them whether there are biases and a head of its own;
+            a Hugging Face checkpoint that is tied by its config but brings a head keeps that head.
+        rope_factors: contents of the GGUF tensor `rope_freqs.weight`, where there is one.
+
+    Raises:
+        UnsupportedError: unknown architecture, or a key that would change the computation and is not honoured.
+        FormatError: a key is missing, of the wrong type, or does not fit the others.
+    """
+    tensors = Tensors(names, tuple(float(f) for f in rope_factors))
+    if "general.architecture" in config:
+        return _resolve_gguf(config, tensors)
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or len(architectures) != 1 or not isinstance(architectures[0], str):
+        raise FormatError(
+            f"config.json has architectures = {architectures!r}, expected one name", param="architectures"
+        )
+    for family in FAMILIES:
+        if architectures[0] in family.architectures:
+            return family.from_hf(Fields(config, "config.json"), tensors), family
+    known = [name for family in FAMILIES for name in family.architectures]
+    raise _unknown(architectures[0], known)
+
+
+def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[ModelSpec, Family]:
+    name = config["general.architecture"]
+    for family in FAMILIES:
+        if name in family.gguf:
+            tokens = config.get("tokenizer.ggml.tokens")
+            full = dict(config)
+            if tokens is not None:
+                full.setdefault(f"{name}.vocab_size", len(tokens))
+            return family.from_gguf(Fields(full, "the GGUF metadata", f"{name}."), tensors), family
+    raise _unknown(str(name), [known for family in FAMILIES for known in family.gguf])
+
+
+def _unknown(name: str, known: Sequence[str]) -> UnsupportedError:
+    return UnsupportedError(
+        f"unknown architecture {name!r}", remedy=f"Known: {', '.join(known)}", param="architectures"
+    )

@@ -1,0 +1,127 @@
+"""Attention in torch: which keys a query sees, and the weighted sum over them. Knows no cache."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inhouse.core.errors import UnsupportedError
+from inhouse.runtime.program import Op
+
+
+def visible(queries: Tensor, keys: Tensor, *, mask: str = "causal", window: int = 0) -> Tensor:
+    """bool [..., Q, K]: whether the query at a position sees the key at a position (positions [..., Q], [..., K])."""
+    gap = queries[..., :, None] - keys[..., None, :]
+    if mask == "causal":
+        seen = gap >= 0
+        return seen & (gap < window) if window else seen
+    if mask == "bidirectional":
+        return gap.abs() < window if window else torch.ones_like(gap, dtype=torch.bool)
+    raise UnsupportedError(f"the torch executor has no attention mask {mask!r}")
+
+
+def relative_buckets(gap: Tensor, *, buckets: int, max_distance: int, both_ways: bool) -> Tensor:
+    """T5's bucket of each key - query distance (arXiv 1910.10683): exact when near, logarithmic when far."""
+    first = torch.zeros_like(gap)
+    if both_ways:
+        buckets //= 2
+        first = (gap > 0).long() * buckets
+        distance = gap.abs()
+    else:
+        distance = (-gap).clamp(min=0)
+    exact = buckets // 2
+    ratio = torch.log(distance.clamp(min=1).float() / exact) / torch.log(torch.tensor(max_distance / exact))
+    far = (exact + (ratio * (buckets - exact)).long()).clamp(max=buckets - 1)
+    return first + torch.where(distance < exact, distance, far)
+
+
+def position_bias(
+    queries: Tensor, keys: Tensor, table: Tensor, *, bias: str, buckets: int, max_distance: int, mask: str
+) -> Tensor:
+    """float [..., heads, Q, K] added to the scores. alibi: table [heads] of slopes (arXiv 2108.12409);
+    relative: table [buckets, heads]."""
+    gap = keys[..., None, :] - queries[..., :, None]
+    if bias == "alibi":
+        return table.float()[:, None, None] * -gap.abs().float()[..., None, :, :]
+    if bias == "relative":
+        where = relative_buckets(gap, buckets=buckets, max_distance=max_distance, both_ways=mask != "causal")
+        return table.float()[where].movedim(-1, -3)
+    raise UnsupportedError(f"unknown attention bias {bias!r}")
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """q [B, heads, Q, D], k [B, kv_heads, K, D], v [B, kv_heads, K, Dv] -> [B, heads, Q, Dv].
+
+    `seen` bool [B or 1, Q, K], None: causal, Q = K. `bias` float [B or 1, heads, Q, K]. `sinks` [heads]: one more
+    score in the softmax of each head that carries no value. Every query must see a key or have a sink.
+    """
+    if softcap == 0.0 and sinks is None:
+        if seen is None and bias is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        add = None if seen is None else seen[:, None]
+        if bias is not None:
+            add = bias.to(q.dtype) if add is None else bias.to(q.dtype).masked_fill(~add, -torch.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=add, scale=scale, enable_gqa=True)
+    return _attend_plain(q, k, v, seen, scale, softcap, bias, sinks)
+
+
+def _attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`attend` written out, for what the fused function cannot do."""
+    batch, heads, queries, _ = q.shape
+    shared = heads // k.shape[1]
+    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
+    scores = scale * (q.float() @ k.float().transpose(-1, -2))
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if seen is None:
+        seen = torch.ones(1, queries, queries, dtype=torch.bool, device=q.device).tril()
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    if sinks is not None:
+        sink = sinks.float()[None, :, None, None].expand(batch, heads, queries, 1)
+        weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    return (weights @ v.float()).to(q.dtype)
+
+
+def attend_op(
+    op: Op,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    positions: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor | None],
+) -> Tensor:
+    """`attend` with the attributes and optional weights (bias table, sinks) of an attention op.
+
+    `positions` of queries [B, Q] and keys [B, K]; `seen` as in `attend`.
+    """
+    table = weights[0] if weights else None
+    sinks = weights[1] if len(weights) > 1 else None
+    kind, bias = str(op.attrs["bias"]), None
+    if (kind == "none") != (table is None):
+        raise UnsupportedError(f"an attention op has bias={kind} and {'no' if table is None else 'a'} bias table")
+    if table is not None:
+        bias = position_bias(
+            *positions, table, bias=kind, buckets=int(op.attrs["buckets"]),
+            max_distance=int(op.attrs["max_distance"]), mask=str(op.attrs["mask"]),
+        )  # fmt: skip
+    scale, softcap = float(op.attrs["scale"]), float(op.attrs["softcap"])
+    return attend(q, k.to(q.dtype), v.to(q.dtype), seen, scale=scale, softcap=softcap, bias=bias, sinks=sinks)

@@ -1,0 +1,187 @@
+"""Paged K and V in torch, and the rows of a step over them. Engines name blocks; only this file knows their bytes."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from inhouse.core.errors import UsageError
+from inhouse.runtime.program import Axis, Op, StateGroup
+from inhouse.runtime.step import BLOCK_SIZE, I32, Step
+from inhouse.runtime.torch_attention import attend_op, visible
+
+I64 = npt.NDArray[np.int64]
+
+
+class GroupCache:
+    """The blocks of one state group: K [layers, blocks, BLOCK_SIZE, kv_heads * head_dim], V likewise."""
+
+    def __init__(self, group: StateGroup, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.group = group
+        self.layers = {layer: i for i, layer in enumerate(group.layers)}
+        shape = (len(group.layers), blocks, BLOCK_SIZE)
+        self.k = torch.zeros(*shape, group.kv_heads * group.head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(*shape, group.kv_heads * group.v_dim, dtype=dtype, device=device)
+        self.encoded: dict[int, int] = {}  # cross groups: first block of a content -> its positions
+
+    def write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Stores rows k, v [n, width] at (block, slot) [n], rounded to the cache's type."""
+        i = self.layers[layer]
+        self.k[i].index_put_((blocks, slots), k.to(self.k.dtype))
+        self.v[i].index_put_((blocks, slots), v.to(self.v.dtype))
+
+    def read(self, layer: int, blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """blocks [n, m], valid [n, m * BLOCK_SIZE] -> K, V [n, kv_heads, m * BLOCK_SIZE, D]; what is not valid is
+        zero, because memory of a sequence that is gone may hold anything, NaN included."""
+        i, n = self.layers[layer], blocks.shape[0]
+        pair = []
+        for cache in (self.k[i], self.v[i]):
+            rows = cache[blocks].reshape(n, -1, cache.shape[-1])
+            rows = rows.masked_fill(~valid[..., None], 0.0)
+            pair.append(rows.reshape(n, rows.shape[1], self.group.kv_heads, -1).transpose(1, 2))
+        return pair[0], pair[1]
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Block source[i] onto target[i], all layers; reads everything before it writes."""
+        for cache in (self.k, self.v):
+            cache[:, target] = cache[:, source].clone()
+
+    def save(self, blocks: Tensor) -> npt.NDArray[np.uint8]:
+        """uint8 [n, block bytes]: K of all layers, then V."""
+        parts = [cache[:, blocks].movedim(0, 1).reshape(len(blocks), -1) for cache in (self.k, self.v)]
+        return torch.cat(parts, dim=1).contiguous().cpu().view(torch.uint8).numpy()
+
+    def restore(self, blocks: Tensor, data: npt.NDArray[np.uint8]) -> None:
+        """What `save` gave; raises UsageError if its size is not that of the blocks."""
+        sizes = [cache[:, 0].numel() for cache in (self.k, self.v)]
+        expected = (len(blocks), sum(sizes) * self.k.element_size())
+        if data.dtype != np.uint8 or data.shape != expected:
+            raise UsageError(f"saved blocks are {data.dtype} {list(data.shape)}, expected uint8 {list(expected)}")
+        rows = torch.from_numpy(np.array(data)).view(self.k.dtype).to(self.k.device)
+        for cache, part in zip((self.k, self.v), torch.split(rows, sizes, dim=1), strict=True):
+            shape = (len(blocks), cache.shape[0], *cache.shape[2:])
+            cache[:, blocks] = part.reshape(shape).movedim(1, 0)
+
+
+class StepRows:
+    """The rows of one step; implements `torch_program.Rows`. All index arithmetic is numpy, on the host."""
+
+    def __init__(self, step: Step, caches: Mapping[str, GroupCache], device: torch.device) -> None:
+        self._step, self._caches, self._device = step, caches, device
+        self._counts = np.bincount(step.sequences, minlength=step.lengths.size)  # rows of each sequence
+        self._starts = np.concatenate([[0], np.cumsum(self._counts)])[:-1]  # first row of each sequence
+        self._encoded = np.bincount(step.encoder_sequences, minlength=step.lengths.size)
+        self._encoded_starts = np.concatenate([[0], np.cumsum(self._encoded)])[:-1]
+
+    def ids(self, source: str, axis: Axis) -> Tensor:
+        if axis is Axis.ENCODER:
+            within = np.arange(self._step.encoder_tokens.size) - self._encoded_starts[self._step.encoder_sequences]
+            array = {"tokens": self._step.encoder_tokens, "positions": within}.get(source)
+        else:
+            array = {"tokens": self._step.tokens, "positions": self._step.positions}.get(source)
+        if array is None:  # token types: the step has none, all are type 0
+            array = np.zeros_like(self._step.encoder_tokens if axis is Axis.ENCODER else self._step.tokens)
+        return self._to(array)
+
+    def select(self, x: Tensor) -> Tensor:
+        return x[self._to(self._step.sampled)]
+
+    def sequences(self, axis: Axis) -> tuple[Tensor, int]:
+        rows = self._step.encoder_sequences if axis is Axis.ENCODER else self._step.sequences
+        return self._to(rows), self._step.lengths.size
+
+    def attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
+        if op.inputs[0].axis is Axis.ENCODER:
+            return self._encoder_attention(op, inputs, weights)
+        if not op.attrs["cross"]:
+            self._store(op, inputs[1], inputs[2])
+        out = inputs[0].new_empty(inputs[0].shape[0], int(op.attrs["heads"]) * int(op.attrs["v_dim"]))
+        for count in np.unique(self._counts[self._counts > 0]).tolist():  # sequences with as many rows go together
+            which = np.flatnonzero(self._counts == count)
+            rows = self._starts[which][:, None] + np.arange(count)
+            out[self._to(rows)] = self._attend(op, inputs[0], which, rows, weights)
+        return out
+
+    def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
+        cache = self._caches[str(op.attrs["group"])]
+        sequences = self._step.encoder_sequences
+        positions = np.arange(sequences.size) - self._encoded_starts[sequences]
+        table = self._step.tables[cache.group.name]
+        self._put(cache, op.layer, table[sequences, positions // BLOCK_SIZE], positions % BLOCK_SIZE, k, v)
+        for n in np.flatnonzero(self._encoded).tolist():
+            cache.encoded[int(table[n, 0])] = int(self._encoded[n])
+
+    def _store(self, op: Op, k: Tensor, v: Tensor) -> None:
+        cache = self._caches[str(op.attrs["group"])]
+        positions = self._step.positions
+        blocks = self._step.tables[cache.group.name][self._step.sequences, positions // BLOCK_SIZE]
+        self._put(cache, op.layer, blocks, positions % BLOCK_SIZE, k, v)
+
+    def _put(
+        self, cache: GroupCache, layer: int, blocks: I32, slots: npt.NDArray[np.integer], k: Tensor, v: Tensor
+    ) -> None:
+        if blocks.size and blocks.min() < 0:
+            raise UsageError(f"the step lends no block of {cache.group.name} where it stores")
+        cache.write(layer, self._to(blocks), self._to(slots), k, v)
+
+    def _attend(self, op: Op, q: Tensor, which: I64, rows: I64, weights: Sequence[Tensor | None]) -> Tensor:
+        """Sequences `which` [n], each with its `rows` [n, Q] of q -> [n, Q, heads * v_dim]."""
+        cache = self._caches[str(op.attrs["group"])]
+        positions = self._step.positions[rows]
+        lengths = self._key_lengths(op, cache, which)
+        blocks, keys = self._key_blocks(cache, which, positions[:, 0], lengths, int(op.attrs["window"]))
+        valid = keys < lengths[:, None]
+        at = (self._to(positions), self._to(keys))
+        seen = self._to(valid)[:, None, :]
+        if not op.attrs["cross"]:
+            seen = seen & visible(*at, mask=str(op.attrs["mask"]), window=int(op.attrs["window"]))
+        else:
+            seen = seen.expand(-1, rows.shape[1], -1)
+        k, v = cache.read(op.layer, self._to(blocks), self._to(valid))
+        heads = q[self._to(rows)].reshape(*rows.shape, int(op.attrs["heads"]), -1).transpose(1, 2)
+        return attend_op(op, heads, k, v, seen, at, weights).transpose(1, 2).flatten(2)
+
+    def _key_lengths(self, op: Op, cache: GroupCache, which: I64) -> npt.NDArray[np.int32]:
+        if not op.attrs["cross"]:
+            return self._step.lengths[which]
+        firsts = self._step.tables[cache.group.name][which, 0]
+        missing = [int(n) for n, first in zip(which, firsts, strict=True) if int(first) not in cache.encoded]
+        if missing:
+            raise UsageError(f"sequence {missing[0]} has nothing encoded in {cache.group.name}; run `encode` first")
+        return np.array([cache.encoded[int(first)] for first in firsts], np.int32)
+
+    def _key_blocks(
+        self, cache: GroupCache, which: I64, first_query: I32, lengths: I32, window: int
+    ) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+        """(block ids [n, m], positions of their slots [n, m * BLOCK_SIZE]) from the first key that is seen on."""
+        start = np.maximum(first_query - window + 1, 0) // BLOCK_SIZE if window else np.zeros_like(first_query)
+        ends = -(-lengths // BLOCK_SIZE)
+        columns = start[:, None] + np.arange(max(int((ends - start).max()), 1))
+        table = self._step.tables[cache.group.name]
+        lent = table[which[:, None], np.minimum(columns, table.shape[1] - 1)]
+        keys = columns[..., None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
+        return np.maximum(lent, 0), keys.reshape(which.size, -1)
+
+    def _encoder_attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
+        """Self-attention of encoder rows, each sequence apart and uncached."""
+        q, k, v = inputs
+        kv_heads = int(op.attrs["kv_heads"])
+        out = q.new_empty(q.shape[0], int(op.attrs["heads"]) * int(op.attrs["v_dim"]))
+        for n in np.flatnonzero(self._encoded).tolist():
+            rows = slice(int(self._encoded_starts[n]), int(self._encoded_starts[n] + self._encoded[n]))
+            heads = [
+                x[rows].reshape(1, int(self._encoded[n]), count, -1).transpose(1, 2)
+                for x, count in ((q, int(op.attrs["heads"])), (k, kv_heads), (v, kv_heads))
+            ]
+            at = torch.arange(int(self._encoded[n]), device=self._device)[None]
+            seen = visible(at, at, mask=str(op.attrs["mask"]), window=int(op.attrs["window"]))
+            y = attend_op(op, heads[0], heads[1], heads[2], seen, (at, at), weights)
+            out[rows] = y.transpose(1, 2).reshape(int(self._encoded[n]), -1)
+        return out
+
+    def _to(self, array: npt.NDArray[np.generic]) -> Tensor:
+        """On the device; integers as int64, which indexing needs."""
+        wide = array if array.dtype == np.bool_ else array.astype(np.int64)
+        return torch.from_numpy(np.ascontiguousarray(wide)).to(self._device)

@@ -1,0 +1,197 @@
+"""The operations of `runtime.ops` in torch, one small pure function each, apart from attention.
+
+Values are [rows, width]. Every function is differentiable where its mathematics is, and none knows whether its rows
+are a step over paged state or whole sequences in training. Row sums and norms are taken in float32 whatever
+the type of the rows, so that autocast and bfloat16 weights lose nothing there.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from inhouse.core.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class QuantRows:
+    """Rows quantised by `quantize_rows`: int8 codes [rows, width], float32 scales [rows, ceil(width / group)]."""
+
+    codes: Tensor
+    scales: Tensor
+    group: int
+
+    def dequantize(self) -> Tensor:
+        """float32 [rows, width]: what the integers stand for."""
+        spread = self.scales.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
+        return self.codes.float() * spread
+
+
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def embed(ids: Tensor, table: Tensor, *, offset: int = 0, scale: float = 1.0) -> Tensor:
+    """ids [rows], table [entries, width] -> [rows, width]."""
+    y = F.embedding(ids.long() + offset, table)
+    return y if scale == 1.0 else y * scale
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, heads: int = 1, offset: float = 0.0) -> Tensor:
+    """x [rows, width], weight [width / heads] -> the same shape, normalised over each head apart."""
+    y = x.float().reshape(x.shape[0], heads, -1)
+    y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+    gain = weight.float() if offset == 0.0 else weight.float() + offset
+    return (y * gain).reshape(x.shape).to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) -> Tensor:
+    """x [rows, width], weight [width], bias [width] or None -> the same shape."""
+    return F.layer_norm(x.float(), weight.shape, weight.float(), None if bias is None else bias.float(), eps).to(
+        x.dtype
+    )
+
+
+def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
+    """int8 rows: a scale of max|x| / 127 for each `group` elements (0: the row), codes rounded half to even."""
+    rows, width = x.shape
+    size = group or width
+    padded = F.pad(x.float(), (0, -width % size)).reshape(rows, -1, size)
+    scales = padded.abs().amax(-1) / 127.0
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    codes = torch.round(padded / safe[..., None]).clamp(-127, 127).to(torch.int8)
+    return QuantRows(codes.reshape(rows, -1)[:, :width], scales, size)
+
+
+def linears(x: Tensor | QuantRows, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    """x [rows, in], weights [out_i, in], biases [out_i] or None -> n values [rows, out_i].
+
+    Quantised rows are multiplied as the numbers they stand for: with float32 weights the sums differ from the
+    integer kernels' by float32 rounding alone (the codes and scales are the same).
+    """
+    rows = x.dequantize() if isinstance(x, QuantRows) else x
+    return [_linear(rows, w, b) for w, b in zip(weights, biases, strict=True)]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b in the weight's type, or in autocast's where that is on."""
+    if torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight, bias)
+    return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))
+
+
+def rotary(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0) -> Tensor:
+    """positions [rows], inv_freq [half] -> float32 [rows, 2 * half]: cosines, then sines, both times `factor`.
+
+    Angles are float64: at position 100,000 a float32 product is off by thousandths of a radian."""
+    device = positions.device if positions.device.type != "mps" else torch.device("cpu")  # mps has no float64
+    angles = positions.to(device, torch.float64)[:, None] * inv_freq.to(device, torch.float64)
+    table = torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1) * factor
+    return table.to(torch.float32).to(positions.device)
+
+
+def rope(x: Tensor, table: Tensor, *, head_dim: int, interleaved: bool = False) -> Tensor:
+    """x [rows, heads * head_dim], table [rows, D] of `rotary` -> x with the first D of each head rotated."""
+    heads = x.reshape(x.shape[0], -1, head_dim)
+    half = table.shape[1] // 2
+    cos, sin = table[:, None, :half], table[:, None, half:]  # float32, so the product is
+    turned, rest = heads[..., : 2 * half], heads[..., 2 * half :]
+    if interleaved:
+        a, b = turned[..., 0::2], turned[..., 1::2]
+        turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+    else:
+        a, b = turned[..., :half], turned[..., half:]
+        turned = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([turned.to(x.dtype), rest], dim=-1).reshape(x.shape)
+
+
+def act(x: Tensor, name: str) -> Tensor:
+    """The activation called `name`, element by element."""
+    if name not in ACTIVATIONS:
+        raise UnsupportedError(f"unknown activation {name!r}; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name](x)
+
+
+def soft_cap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap)."""
+    return cap * torch.tanh(x / cap)
+
+
+def pool(x: Tensor, sequences: Tensor, count: int, *, mode: str, normalize: bool = False) -> Tensor:
+    """x [rows, width], sequences [rows] ascending -> [count, width], one row a sequence; empty ones are zero."""
+    lengths = torch.bincount(sequences, minlength=count)
+    ends = lengths.cumsum(0)
+    full = (lengths > 0)[:, None]
+    last = x.shape[0] - 1
+    if mode == "cls":
+        y = x[(ends - lengths).clamp(max=last)]
+    elif mode == "last":
+        y = x[(ends - 1).clamp(min=0)]
+    elif mode == "mean":
+        total = torch.zeros(count, x.shape[1], dtype=torch.float32, device=x.device)
+        y = total.index_add(0, sequences, x.float()) / lengths.clamp(min=1)[:, None]
+    elif mode == "max":
+        lowest = torch.full((count, x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device)
+        y = lowest.scatter_reduce(0, sequences[:, None].expand_as(x), x, "amax")
+    else:
+        raise UnsupportedError(f"unknown pooling {mode!r}")
+    y = torch.where(full, y, torch.zeros_like(y))
+    return F.normalize(y.float(), dim=-1) if normalize else y
+
+
+def route(logits: Tensor, *, top_k: int, normalize: bool = True) -> Tensor:
+    """router logits [T, experts] -> [T, 2 * top_k]: expert ids as floats, best first, then their weights.
+
+    A stable sort breaks ties by the lower expert."""
+    weights, experts = torch.sort(torch.softmax(logits.float(), dim=-1), dim=-1, descending=True, stable=True)
+    weights, experts = weights[:, :top_k], experts[:, :top_k]
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return torch.cat([experts.float(), weights], dim=-1)
+
+
+def _routed(routing: Tensor) -> tuple[Tensor, Tensor]:
+    """routing [T, 2k] -> (order [R] of flat (token, choice) pairs by expert, then token; experts [R] in that order)."""
+    top_k = routing.shape[1] // 2
+    flat = routing[:, :top_k].long().flatten()
+    order = torch.argsort(flat, stable=True)
+    return order, flat[order]
+
+
+def dispatch(x: Tensor, routing: Tensor) -> Tensor:
+    """x [T, width], routing [T, 2k] -> [R, width], a row for each (expert, token), by expert, then by token."""
+    order, _ = _routed(routing)
+    return x[order // (routing.shape[1] // 2)]
+
+
+def expert_linears(x: Tensor | QuantRows, routing: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    """x [R, in] of `dispatch`, routing [T, 2k], a weight [out, in] an expert -> [R, out]."""
+    rows = x.dequantize() if isinstance(x, QuantRows) else x
+    _, chosen = _routed(routing)
+    counts = torch.bincount(chosen, minlength=len(experts)).tolist()
+    parts = torch.split(rows, counts)
+    return torch.cat([_linear(part, w, None) for part, w in zip(parts, experts, strict=True)])
+
+
+def combine(y: Tensor, routing: Tensor) -> Tensor:
+    """y [R, width], routing [T, 2k] -> [T, width]: each token's experts, weighted, added in index order."""
+    tokens, top_k = routing.shape[0], routing.shape[1] // 2
+    order, _ = _routed(routing)
+    rows = torch.empty_like(order)
+    rows[order] = torch.arange(order.numel(), device=order.device)  # where each (token, choice) pair went
+    ascending = torch.argsort(routing[:, :top_k], dim=-1, stable=True)
+    rows = rows.reshape(tokens, top_k).gather(1, ascending)
+    weights = routing[:, top_k:].gather(1, ascending)
+    total = y[rows[:, 0]] * weights[:, :1]
+    for choice in range(1, top_k):
+        total = total + y[rows[:, choice]] * weights[:, choice : choice + 1]
+    return total
