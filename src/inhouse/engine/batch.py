@@ -1,0 +1,72 @@
+"""A plan becomes the flat arrays of a Step. Knows the Step's table and nothing of executors or sampling."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.engine.blocks import Copy
+from inhouse.engine.scheduler import Plan
+from inhouse.runtime.step import I32, Step
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A step's arrays, and which rows of its logits belong to which chunk."""
+
+    step: Step
+    logit_begin: list[int]  # [chunks] first row of logits of each chunk; a chunk without rows has the next one's
+    copies: dict[str, tuple[I32, I32]]  # state group -> (from blocks, onto blocks), in order
+
+
+def build(plan: Plan) -> Batch:
+    """The Step of a plan that is not empty."""
+    chunks = plan.chunks
+    counts = np.array([c.count for c in chunks], np.int32)
+    starts = np.array([c.start for c in chunks], np.int32)
+    ends = np.cumsum(counts, dtype=np.int32)  # one past the last row of each chunk
+    rows = int(ends[-1])
+    sampled, begins = _sampled(plan, ends)
+    step = Step(
+        tokens=np.concatenate([tokens_of(c.sequence.tokens, c.start, c.count) for c in chunks]),
+        positions=np.arange(rows, dtype=np.int32) + np.repeat(starts - (ends - counts), counts).astype(np.int32),
+        sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
+        lengths=starts + counts,
+        tables={name: _table([c.sequence.tables[name] for c in chunks]) for name in chunks[0].sequence.tables},
+        sampled=sampled,
+        adapters=np.array([c.sequence.request.adapter for c in chunks], np.int32),
+    )
+    return Batch(step, begins, _copies([copy for c in chunks for copy in c.copies]))
+
+
+def tokens_of(tokens: npt.ArrayLike, start: int, count: int) -> I32:
+    """A copy of count tokens as int32 (a view would pin the sequence's array while it must grow)."""
+    return np.frombuffer(tokens, np.int32, count, 4 * start).copy()  # type: ignore[call-overload, no-any-return]
+
+
+def _sampled(plan: Plan, ends: I32) -> tuple[I32, list[int]]:
+    """Rows whose logits are wanted, and where each chunk's begin among them."""
+    rows: list[int] = []
+    begins: list[int] = []
+    for chunk, end in zip(plan.chunks, ends.tolist(), strict=True):
+        begins.append(len(rows))
+        rows.extend(range(end - chunk.logit_rows, end))
+    return np.array(rows, np.int32), begins
+
+
+def _table(tables: "list[npt.ArrayLike]") -> I32:
+    """Block ids [N, M], padded with -1."""
+    parts = [np.frombuffer(table, np.int32) for table in tables]  # type: ignore[call-overload]
+    out = np.full((len(parts), max(part.size for part in parts)), -1, np.int32)
+    for i, part in enumerate(parts):
+        out[i, : part.size] = part
+    return out
+
+
+def _copies(copies: list[Copy]) -> dict[str, tuple[I32, I32]]:
+    out: dict[str, tuple[I32, I32]] = {}
+    for group in {group for group, _, _ in copies}:
+        pairs = [(source, target) for name, source, target in copies if name == group]
+        source, target = np.array(pairs, np.int32).T
+        out[group] = np.ascontiguousarray(source), np.ascontiguousarray(target)
+    return out

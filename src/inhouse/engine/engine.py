@@ -1,0 +1,392 @@
+"""The engine's door: requests in, events out, one thread that runs steps over one executor.
+
+    submit -> inbox -> [ engine thread:  schedule -> run -> sample -> commit ] -> one list of events a step -> sink
+
+Knows neither text nor sockets. The thread owns scheduler, runner and executor; callers touch only inbox and counters.
+"""
+
+import os
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from uuid import uuid4
+
+from inhouse.core.errors import (
+    CancelledError,
+    CapacityError,
+    ConflictError,
+    ContextLengthError,
+    ExecutorError,
+    InhouseError,
+    UnavailableError,
+    UnsupportedError,
+    UsageError,
+)
+from inhouse.engine.blocks import Blocks, root_digest
+from inhouse.engine.recipe import make_recipe
+from inhouse.engine.request import (
+    EngineConfig,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptEvent,
+    Request,
+    SamplingParams,
+    Sink,
+    Tap,
+    TokenLogprob,
+)
+from inhouse.engine.runner import Runner
+from inhouse.engine.scheduler import Plan, Scheduler
+from inhouse.engine.sequence import Clock, Sequence
+from inhouse.plan import memory
+from inhouse.runtime.executor import Executor, require
+from inhouse.runtime.program import StateKind
+from inhouse.runtime.sampling import Sampler, load_sampler
+
+SCHEDULED = (StateKind.PAGED, StateKind.WINDOW, StateKind.LATENT)  # kinds of state that grow in blocks
+MAX_FAILURES = 3  # steps that fail one after another before the executor counts as damaged for good
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """A snapshot. Tokens unless said otherwise; the totals count from the engine's beginning."""
+
+    running: int  # sequences
+    waiting: int  # sequences
+    kv_usage: float  # used share of the fullest pool, 0..1
+    steps: int
+    prompt_tokens: int  # of prompts that were completed, cached ones included
+    generation_tokens: int
+    prefix_queries: int
+    prefix_hits: int
+    preemptions: int
+    finished: dict[str, int]  # stop, length, cancelled, error -> choices
+    state_bytes: int  # allocated for state
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step, for whoever watches: tokens computed, sequences, seconds."""
+
+    tokens: int
+    sequences: int
+    seconds: float
+
+
+@dataclass(slots=True)
+class _Mail:
+    """What callers left for the engine's thread."""
+
+    submitted: deque[tuple[Sequence, Sink]] = field(default_factory=deque)
+    cancelled: deque[tuple[str, int | None]] = field(default_factory=deque)
+
+
+class Engine:
+    """Serves requests over one executor until closed; owns the executor and closes it.
+
+    Args:
+        executor: loaded, not in use elsewhere; its state is allocated here.
+        config: limits.
+        eos_ids: tokens that end a sequence unless it ignores them.
+        digest: of the weights (and whatever else changes their meaning); prefixes are never shared across digests.
+        sampler: the native one by default.
+        on_step: called in the engine's thread after each step.
+        start: False leaves the thread to the caller, who runs `step()` itself (tests).
+
+    Raises: UnsupportedError for kinds of state that it cannot schedule, CapacityError if one context does not fit.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        config: EngineConfig | None = None,
+        eos_ids: Collection[int] = (),
+        digest: str = "",
+        *,
+        sampler: Sampler | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        start: bool = True,
+    ) -> None:
+        self.config = config or EngineConfig()
+        self.executor = executor
+        programs = executor.programs
+        require(programs, "step")
+        for group in programs.groups:
+            if group.kind not in SCHEDULED:
+                raise UnsupportedError(f"the engine cannot schedule state of kind {group.kind} ({group.name})")
+        self.vocab_size = programs.vocab_size
+        self.context_length = min(self.config.context_length or programs.context_length, programs.context_length)
+        counts = dict(self.config.blocks or self._plan_blocks())
+        executor.allocate(counts)
+        self.state_bytes = sum(counts[g.name] * memory.block_bytes(g, executor.kv_dtype) for g in programs.groups)
+        self._eos = frozenset(eos_ids)
+        self._digest = digest
+        self._blocks = Blocks(programs.groups, counts)
+        self.capacity = self._blocks.capacity(self.config.step_tokens)  # tokens that one sequence can hold
+        self._scheduler = Scheduler(self._blocks, self.config, time.monotonic)
+        self._runner = Runner(executor, sampler or load_sampler())
+        self._on_step = on_step
+        self._sinks: dict[str, Sink] = {}  # living requests
+        self._mail = _Mail()
+        self._changed = threading.Condition()
+        self._order = 0
+        self._failures = 0
+        self._refusal: InhouseError | None = None  # why submit says no
+        self._stopping = False
+        self._thread = threading.Thread(target=self._serve, name="inhouse-engine", daemon=True) if start else None
+        if self._thread:
+            self._thread.start()
+
+    def _plan_blocks(self) -> dict[str, int]:
+        budget = self.config.kv_budget if self.config.kv_budget is not None else memory.default_kv_budget()
+        return memory.kv_blocks_for(
+            self.executor.programs,
+            self.executor.kv_dtype,
+            budget,
+            context=self.context_length,
+            sequences=self.config.max_running,
+            step_tokens=self.config.step_tokens,
+        )
+
+    # ---- for callers, any thread ----------------------------------------------------------------------------------
+
+    def submit(self, request: Request, sink: Sink) -> str:
+        """Queues a request; its events go to `sink`, in the engine's thread, one list a step. Returns its id.
+
+        Raises, before anything is queued: UsageError (an id outside the vocabulary), ContextLengthError,
+        CapacityError (queue full; more choices or blocks than there are), ConflictError (the id is in use),
+        UnavailableError (draining, closed, or the executor is damaged).
+        """
+        limit = self._limit(request)
+        self._check_ids(request)
+        recipe = make_recipe(request.params, self.vocab_size)
+        seed = request.params.seed if request.params.seed is not None else int.from_bytes(os.urandom(8), "little")
+        stops = frozenset(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
+        with self._changed:
+            self._check_door(request)
+            self._order += 1
+            sequence = Sequence(
+                request, 0, self._order, seed & (2**64 - 1), limit, stops, array("i", request.prompt),
+                self._blocks.empty_tables(), root_digest(self._digest, request.adapter, request.salt), recipe,
+                clock=Clock(time.monotonic()),
+            )  # fmt: skip
+            self._sinks[request.id] = sink
+            self._mail.submitted.append((sequence, sink))
+            self._changed.notify_all()
+        return request.id
+
+    def cancel(self, request_id: str, choice: int | None = None) -> None:
+        """Ends a request, or one choice of it, before the next step; an id that is not living is no error."""
+        with self._changed:
+            self._mail.cancelled.append((request_id, choice))
+            self._changed.notify_all()
+
+    def stop_choice(self, request_id: str, choice: int) -> None:
+        """`cancel` of one choice (a stop string was found above)."""
+        self.cancel(request_id, choice)
+
+    def stream(self, request: Request) -> Iterator[Event]:
+        """Submits and yields the events until the last; leaving early cancels. Not for the engine's thread.
+        Raises what `submit` raises, when the first event is asked for."""
+        events: SimpleQueue[list[Event]] = SimpleQueue()
+        self.submit(request, events.put)
+        try:
+            while True:
+                for event in events.get():
+                    yield event
+                    if getattr(event, "last", False):
+                        return
+        finally:
+            self.cancel(request.id)
+
+    def score(self, ids: Iterable[int], *, top: int = 0, tap: Tap | None = None) -> list[TokenLogprob]:
+        """Logprobs of ids[1:], each given all before it; runs like any request, in slices of the step's budget.
+        `tap` sees every row of logits. Raises the error that ended the request, and what `submit` raises."""
+        request = Request(f"score-{uuid4()}", array("i", ids), SamplingParams(), 0, top, tap=tap)
+        found: tuple[TokenLogprob, ...] = ()
+        for event in self.stream(request):
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished) and event.reason is FinishReason.CANCELLED:
+                raise CancelledError("the scoring was cancelled")
+            if isinstance(event, PromptEvent):
+                found = event.logprobs
+        return list(found)
+
+    def stats(self) -> Stats:
+        """A snapshot; taken without stopping the engine."""
+        c = self._scheduler.counters
+        return Stats(
+            len(self._scheduler.running), len(self._scheduler.waiting) + len(self._mail.submitted),
+            self._blocks.usage(), c.steps, c.prompt_tokens, c.generation_tokens, c.prefix_queries, c.prefix_hits,
+            c.preemptions, dict(c.finished), self.state_bytes,
+        )  # fmt: skip
+
+    @property
+    def error(self) -> InhouseError | None:
+        """Why requests are refused; None while the engine is well and open."""
+        return self._refusal
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Refuses new requests and waits for the living ones; False if some are left after `timeout` seconds."""
+        with self._changed:
+            self._refusal = self._refusal or UnavailableError("the engine is draining", remedy="Ask another server")
+            return self._changed.wait_for(lambda: not self._sinks, timeout)
+
+    def close(self) -> None:
+        """Fails what still lives, stops the thread and closes the executor. May be called twice."""
+        with self._changed:
+            already, self._stopping = self._stopping, True
+            self._refusal = UnavailableError("the engine is closed", remedy="Open the model again")
+            self._changed.notify_all()
+        if self._thread and self._thread is not threading.current_thread():
+            self._thread.join()
+        if not already:
+            self._end_all(self._refusal)
+            self.executor.close()
+
+    # ---- admission ------------------------------------------------------------------------------------------------
+
+    def _limit(self, request: Request) -> int:
+        """Tokens at which the request ends: the context rule of `Request`."""
+        prompt, room = len(request.prompt), self.context_length - len(request.prompt)
+        wanted = request.max_tokens
+        if room < (0 if wanted == 0 else 1):
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens, the context holds {self.context_length}",
+                remedy="Shorten the prompt", prompt_tokens=prompt, context_length=self.context_length,
+            )  # fmt: skip
+        if wanted is not None and wanted > room:
+            raise ContextLengthError(
+                f"the prompt has {prompt} tokens and max_tokens is {wanted}: {prompt + wanted} in all, "
+                f"the context holds {self.context_length}",
+                remedy=f"Shorten the prompt, or ask for at most {room}", param="max_tokens",
+                prompt_tokens=prompt, max_tokens=wanted, context_length=self.context_length,
+            )  # fmt: skip
+        if max(prompt, prompt + (wanted or 0) - 1) > self.capacity:
+            raise CapacityError(
+                f"the request needs state for {prompt + (wanted or 0)} tokens, there are blocks for {self.capacity}",
+                remedy="Ask for less, or give the engine more memory for state", capacity=self.capacity,
+            )  # fmt: skip
+        return min(self.context_length, self.capacity + 1) if wanted is None else prompt + wanted
+
+    def _check_ids(self, request: Request) -> None:
+        """Every id lies in the vocabulary."""
+        fields: list[tuple[str, Iterable[int]]] = [("prompt", request.prompt), *request.params.ids()]
+        for name, ids in fields:
+            for token in ids:
+                if not 0 <= token < self.vocab_size:
+                    raise UsageError(
+                        f"{name} holds token {token}, the vocabulary is 0..{self.vocab_size - 1}",
+                        remedy="Use this model's own tokenizer", param=name,
+                    )  # fmt: skip
+
+    def _check_door(self, request: Request) -> None:
+        """May the request come in now; called with the lock held."""
+        if self._refusal is not None:
+            raise self._refusal
+        if request.id in self._sinks:
+            raise ConflictError(f"a request {request.id!r} is living", remedy="Use a new id")
+        if request.params.n > self.config.max_running:
+            raise CapacityError(
+                f"n is {request.params.n}, the engine runs {self.config.max_running} sequences at most", param="n"
+            )
+        waiting = len(self._scheduler.waiting) + len(self._mail.submitted)
+        if waiting >= self.config.max_queue:
+            raise CapacityError(
+                f"{waiting} sequences wait, the queue holds {self.config.max_queue}", remedy="Try again later"
+            )
+
+    # ---- the engine's thread --------------------------------------------------------------------------------------
+
+    def step(self) -> bool:
+        """One step: take the mail, schedule, run, commit. False if there was nothing to run."""
+        events = self._take_mail()
+        plan = self._scheduler.schedule()
+        if plan.chunks:
+            events += self._run(plan)
+        self._post(events)
+        return bool(plan.chunks)
+
+    def check(self) -> None:
+        """Asserts the invariants of scheduler and blocks; for tests, and when idle."""
+        self._scheduler.check()
+
+    def _take_mail(self) -> list[tuple[Sequence, Event]]:
+        """Queues what was submitted and ends what was cancelled."""
+        with self._changed:
+            mail, self._mail = self._mail, _Mail()
+            for sequence, _ in mail.submitted:
+                self._scheduler.add(sequence)
+        return [event for id_, choice in mail.cancelled for event in self._scheduler.cancel(id_, choice)]
+
+    def _run(self, plan: Plan) -> list[tuple[Sequence, Event]]:
+        """Runs a plan; its events, or those of its failure. The sequences of a failed step end, the others go on."""
+        began = time.monotonic()
+        try:
+            results = self._runner.run(plan)
+        except Exception as error:  # whatever a step raises must not end the engine
+            return self._fail(plan, error)
+        self._failures = 0
+        events = self._scheduler.commit(plan, results)
+        if self._on_step:
+            self._on_step(StepReport(plan.tokens, len(plan.chunks), time.monotonic() - began))
+        return events
+
+    def _fail(self, plan: Plan, error: Exception) -> list[tuple[Sequence, Event]]:
+        """Ends the sequences of a failed step; after several in a row all of them, and the door is shut."""
+        known = error if isinstance(error, InhouseError) else ExecutorError(f"a step failed: {error!r}")
+        self._failures += 1
+        if self._failures < MAX_FAILURES:
+            return self._scheduler.fail([chunk.sequence for chunk in plan.chunks], known)
+        self._refusal = UnavailableError(
+            f"{self._failures} steps failed one after another, the last with: {known.message}",
+            remedy="The executor is damaged; load the model again",
+        )
+        return self._scheduler.fail(self._scheduler.sequences, known)
+
+    def _post(self, events: list[tuple[Sequence, Event]]) -> None:
+        """Hands each sink its events, one list a request; a sink that raises loses its request, not the engine."""
+        lists: dict[str, list[Event]] = {}
+        for sequence, event in events:
+            lists.setdefault(sequence.request.id, []).append(event)
+        for request_id, batch in lists.items():
+            try:
+                self._sinks[request_id](batch)
+            except Exception:  # the receiver's fault; it has no other way to hear of it
+                self.cancel(request_id)
+        ended = [s.request.id for s, event in events if getattr(event, "last", False)]
+        if ended:
+            with self._changed:
+                for request_id in ended:
+                    self._sinks.pop(request_id, None)
+                self._changed.notify_all()
+
+    def _serve(self) -> None:
+        """The thread: steps while there is work, sleeps while there is none, ends when told."""
+        try:
+            while not self._stopping:
+                if not self.step():
+                    self._sleep()
+        except Exception as error:  # a fault of our own: nobody may wait for ever
+            self._end_all(ExecutorError(f"the engine itself failed: {error!r}", remedy="Report it; reload the model"))
+
+    def _sleep(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._mail.submitted or self._mail.cancelled)
+
+    def _end_all(self, error: InhouseError) -> None:
+        """Fails every living request and lets no other in."""
+        self._refusal = error
+        self._post(self._take_mail() + self._scheduler.fail(self._scheduler.sequences, error))
+        for request_id, sink in self._sinks.items():  # what the scheduler has lost, if the fault was its own
+            sink([Failed(request_id, 0, error, True)])
+        with self._changed:
+            self._sinks.clear()
+            self._changed.notify_all()

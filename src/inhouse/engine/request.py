@@ -1,0 +1,246 @@
+"""The words of the engine's door: what is asked (Request), what comes back (events), and the limits (EngineConfig).
+
+Knows ids only: no text, no user, no socket. Everything here is plain data, checked when it is made.
+"""
+
+import math
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import InhouseError, UsageError
+
+MAX_CHOICES = 128  # n
+MAX_LOGPROBS = 128  # alternatives a token
+MAX_BIAS = 100.0  # |logit_bias|, as OpenAI
+
+Tap: TypeAlias = Callable[[int, npt.NDArray[np.float32]], None]
+"""Called in the engine's thread with (position of the first row, logits float32 [rows, vocab]); the array is valid
+only during the call. Row i holds the logits that follow position first + i. A request that lost its blocks is run
+again, and its first positions come again."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn. Ranges are those of the OpenAI API where it has the field, else vLLM's; a value outside
+    raises UsageError naming field and range.
+
+    The order of work on a row of logits: logit_bias (with bad words and min_tokens as bans), allowed tokens, grammar
+    mask, repetition penalty, frequency and presence penalty, temperature, top_k, min_p, top_p, typical_p, draw.
+    Each filter sees the distribution that the one before it left, renormalised.
+    """
+
+    temperature: float = 1.0  # 0 (below 1e-5): greedy
+    top_k: int = 0  # 0 or -1: off
+    top_p: float = 1.0
+    min_p: float = 0.0  # of the likeliest token's probability
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None  # None: the engine draws one and tells it in Finished
+    n: int = 1
+    logprobs: int | None = None  # None: no logprobs; k: the token's own and those of the k likeliest
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0  # no stop token before that many
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # id sequences that must not appear in the output
+
+    def __post_init__(self) -> None:
+        _between("temperature", self.temperature, 0, math.inf)
+        _between("top_k", self.top_k, -1, math.inf)
+        _between("top_p", self.top_p, 0, 1, open_low=True)
+        _between("min_p", self.min_p, 0, 1)
+        _between("typical_p", self.typical_p, 0, 1, open_low=True)
+        _between("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        _between("presence_penalty", self.presence_penalty, -2, 2)
+        _between("frequency_penalty", self.frequency_penalty, -2, 2)
+        _between("n", self.n, 1, MAX_CHOICES)
+        _between("min_tokens", self.min_tokens, 0, math.inf)
+        if self.logprobs is not None:
+            _between("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.seed is not None:
+            _between("seed", self.seed, -(2**63), 2**64 - 1)
+        for value in self.logit_bias.values():
+            _between("logit_bias", value, -MAX_BIAS, MAX_BIAS)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise UsageError("allowed_token_ids is empty", remedy="Allow at least one token", param="allowed_token_ids")
+        if any(not word for word in self.bad_words):
+            raise UsageError("bad_words holds an empty word", remedy="Leave it out", param="bad_words")
+
+    def ids(self) -> Iterable[tuple[str, Iterable[int]]]:
+        """(field, ids) of every field that names tokens, so that the engine can check them against its vocabulary."""
+        return (
+            ("logit_bias", self.logit_bias),
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", self.allowed_token_ids or ()),
+            ("bad_words", (token for word in self.bad_words for token in word)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt and what is wanted from it.
+
+    The context rule, the same on every route: a prompt that leaves no room for one token, or an explicit max_tokens
+    beyond the room, is a ContextLengthError with both numbers; without max_tokens the room is the limit, and the
+    answer that reaches it ends with "length".
+    """
+
+    id: str
+    prompt: "array[int]"  # token ids, type code "i"
+    params: SamplingParams = field(default_factory=SamplingParams)
+    max_tokens: int | None = None  # 0: the prompt is run (scored) and nothing is drawn; None: as many as fit
+    prompt_logprobs: int | None = None  # k: logprobs of the prompt's tokens with the k likeliest
+    priority: int = 0  # lower is served first
+    adapter: int = 0  # LoRA slot; 0: none
+    salt: str = ""  # prefixes are shared only between requests of the same salt
+    tap: Tap | None = None  # receives the prompt's logits rows, in slices
+
+    def __post_init__(self) -> None:
+        if not len(self.prompt):
+            raise UsageError("the prompt has no tokens", remedy="Give at least one token", param="prompt")
+        if self.max_tokens is not None:
+            _between("max_tokens", self.max_tokens, 0, math.inf)
+        if self.max_tokens == 0 and self.params.n > 1:
+            raise UsageError(f"n is {self.params.n} with max_tokens 0", remedy="Nothing is drawn; use n 1", param="n")
+        if self.prompt_logprobs is not None:
+            _between("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def wants_rows(self) -> bool:
+        """True if the logits of every prompt position are needed, so that no prefix may come from the cache."""
+        return self.prompt_logprobs is not None or self.tap is not None
+
+
+def make_request(
+    id: str,  # noqa: A002 - the field's name
+    prompt: Iterable[int],
+    params: SamplingParams | None = None,
+    max_tokens: int | None = None,
+    prompt_logprobs: int | None = None,
+    priority: int = 0,
+    adapter: int = 0,
+    salt: str = "",
+) -> Request:
+    """A Request from any iterable of ids; raises UsageError for an id that is no 32-bit integer."""
+    try:
+        ids = array("i", prompt)
+    except (TypeError, OverflowError) as error:
+        raise UsageError(f"the prompt holds something that is no token id ({error})", param="prompt") from error
+    return Request(id, ids, params or SamplingParams(), max_tokens, prompt_logprobs, priority, adapter, salt)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token under the raw distribution: softmax of the model's logits before bias,
+    penalties, temperature and filters (vLLM's `raw_logprobs`). `rank`: 1 for the likeliest. `top`: the likeliest
+    (id, logprob), descending, ties by id."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class FinishReason(StrEnum):
+    """Why a choice ended."""
+
+    STOP = "stop"  # a stop token
+    LENGTH = "length"  # max_tokens, or the context is full
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one choice. `completion_tokens` counts the stop token, which is in no TokenEvent."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int  # of the prompt, found in the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds: in the queue, from first scheduled to first token, from first to last token, all in all."""
+
+    queue: float
+    prefill: float
+    decode: float
+    total: float
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEvent:
+    """Logprobs of prompt tokens 1.. (the first has none), sent once, before the first token."""
+
+    request_id: str
+    logprobs: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one choice; `logprobs` is empty unless asked for. `time` is that of time.monotonic()."""
+
+    request_id: str
+    choice: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    time: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The end of one choice; `last` tells that no choice of the request is left. `stop_token`: what ended it, if the
+    reason is a stop token; `seed`: what the draws were made from."""
+
+    request_id: str
+    choice: int
+    reason: FinishReason
+    usage: Usage
+    timings: Timings
+    seed: int
+    last: bool
+    stop_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The end of one choice by an error."""
+
+    request_id: str
+    choice: int
+    error: InhouseError
+    last: bool
+
+
+Event: TypeAlias = PromptEvent | TokenEvent | Finished | Failed
+Sink: TypeAlias = Callable[[list[Event]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Limits of one engine; each has a unit and a price."""
+
+    context_length: int | None = None  # tokens; None: the model's own
+    max_running: int = 32  # sequences in a step; each may hold a whole context of blocks
+    max_queue: int = 1024  # sequences that wait
+    step_tokens: int = 512  # tokens a step; more: faster prompts, longer pauses between tokens of the others
+    logit_rows: int = 64  # rows of logits a step (4 * vocab bytes each); at least max_running is used
+    prefix_cache: bool = True
+    blocks: Mapping[str, int] | None = None  # blocks of each state group; None: from kv_budget
+    kv_budget: int | None = None  # bytes for state; None: contexts of max_running, as memory allows
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "max_queue", "step_tokens", "logit_rows"):
+            _between(name, getattr(self, name), 1, math.inf)
+        if self.context_length is not None:
+            _between("context_length", self.context_length, 2, math.inf)

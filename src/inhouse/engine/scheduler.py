@@ -1,0 +1,363 @@
+"""Who runs in the next step, with how many tokens, in which blocks; and what a step's draws change.
+
+Pure Python: ids and counts, no tensors, no thread, no clock but the one it is given. The rules:
+
+1. Sequences that decode go first, one token each, in order of (priority, arrival).
+2. The rest of the step's budget goes to prompts in the same order, in chunks; while several prompts are under way,
+   one takes at most half of what is left, so that a short one never waits for the whole of a long one.
+3. Waiting sequences are admitted in order, as long as blocks for all their known tokens are there.
+4. When blocks run out, the last in order gives its blocks back and waits again; its tokens are recomputed later.
+
+A sequence that fits when it is alone (checked on submission) therefore always ends.
+"""
+
+from array import array
+from bisect import insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from inhouse.core.errors import InhouseError
+from inhouse.engine.blocks import Blocks, Copy
+from inhouse.engine.request import (
+    EngineConfig,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    PromptEvent,
+    TokenEvent,
+    TokenLogprob,
+)
+from inhouse.engine.sequence import Clock, Sequence, Status
+from inhouse.runtime.step import BLOCK_SIZE
+
+
+@dataclass(slots=True, eq=False)
+class Chunk:
+    """A run of one sequence's tokens in a step: positions start..start+count-1."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    draws: int  # tokens to draw from the last row; 0 while the prompt is not done
+    all_rows: bool  # the logits of every row are wanted
+    copies: list[Copy]
+
+    @property
+    def logit_rows(self) -> int:
+        return self.count if self.all_rows else min(self.draws, 1)
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: what runs, in this order."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        return sum(chunk.count for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A token drawn for one choice, or why none could be."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+    error: InhouseError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkResult:
+    """What a step gave for one chunk: a draw for each choice, logprobs of the prompt tokens that follow its rows."""
+
+    draws: tuple[Draw, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the engine began; tokens unless said otherwise."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0  # times a sequence lost its blocks
+    finished: dict[str, int] = field(default_factory=dict)  # reason -> choices
+
+
+class Scheduler:
+    """The sequences of one engine and their blocks."""
+
+    def __init__(self, blocks: Blocks, config: EngineConfig, clock: Callable[[], float]) -> None:
+        self.blocks = blocks
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.counters = Counters()
+        self._config = config
+        self._clock = clock
+        self._whole = not all(pool.group.chunkable for pool in blocks.pools.values())
+        self._sharing = config.prefix_cache and blocks.shareable
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return self.running + self.waiting
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence into the queue; its limit must fit the blocks (the engine has checked)."""
+        sequence.status = Status.WAITING
+        insort(self.waiting, sequence, key=lambda s: s.rank)
+
+    # ---- schedule -------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> Plan:
+        """The next step; empty if there is nothing to do."""
+        planner = _Planner(self._config.step_tokens, max(self._config.logit_rows, self._config.max_running))
+        for sequence in [s for s in self.running if s.decoding]:
+            self._plan(planner, sequence)
+        for sequence in [s for s in self.running if not s.decoding]:
+            self._plan(planner, sequence)
+        while self._admissible(planner):
+            self._admit(planner, self.waiting[0])
+        return Plan(list(planner.chunks.values()))
+
+    def _plan(self, planner: "_Planner", sequence: Sequence) -> None:
+        """Gives a running sequence its chunk, preempting the last in order while blocks are short."""
+        if sequence.status is not Status.RUNNING:
+            return  # preempted a moment ago
+        count = self._chunk(planner, sequence)
+        if not count:
+            return
+        while (copies := self.blocks.extend(sequence.tables, sequence.computed, sequence.computed + count)) is None:
+            victim = max(self.running, key=lambda s: s.rank)
+            planner.withdraw(victim)
+            planner.admitting = False  # else the victim would come back at once, for the same blocks
+            self._preempt(victim)
+            if victim is sequence:
+                return
+        planner.place(sequence, count, copies)
+
+    def _chunk(self, planner: "_Planner", sequence: Sequence) -> int:
+        """How many tokens the sequence may run now."""
+        if self._whole:
+            return sequence.remaining if sequence.remaining <= planner.tokens or not planner.chunks else 0
+        if not planner.rows:
+            return 0
+        share = planner.tokens
+        if not sequence.decoding and self._others_prefill(sequence):
+            share = min(share, max(share // 2, BLOCK_SIZE))
+        count = min(sequence.remaining, share)
+        return min(count, planner.rows) if sequence.request.wants_rows else count
+
+    def _others_prefill(self, sequence: Sequence) -> bool:
+        busy = any(s is not sequence and not s.decoding for s in self.running)
+        return busy or any(s is not sequence for s in self.waiting[:2]) and len(self.running) < self._config.max_running
+
+    def _admissible(self, planner: "_Planner") -> bool:
+        if not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
+            return False
+        return sum(s.choices for s in self.running) + self.waiting[0].choices <= self._config.max_running
+
+    def _admit(self, planner: "_Planner", sequence: Sequence) -> None:
+        """Moves the head of the queue to the running, if blocks for all its tokens are there; else ends admission."""
+        self._adopt_prefix(sequence)
+        count = self._chunk(planner, sequence)
+        copies = self.blocks.extend(sequence.tables, sequence.computed, sequence.computed + count) if count else None
+        if copies is None or not self._room_for(sequence, count):
+            self.blocks.release(sequence.tables)
+            sequence.computed = sequence.cached = sequence.published = 0
+            planner.admitting = False
+            return
+        self._count_prefix(sequence)
+        self.waiting.remove(sequence)
+        sequence.status = Status.RUNNING
+        sequence.clock.scheduled = sequence.clock.scheduled or self._clock()
+        insort(self.running, sequence, key=lambda s: s.rank)
+        planner.place(sequence, count, copies)
+
+    def _room_for(self, sequence: Sequence, count: int) -> bool:
+        """True if what the sequence still needs after this chunk could be lent as well."""
+        if not self.running:
+            return True
+        rest = -(-(sequence.remaining - count) // BLOCK_SIZE)
+        return all(p.available >= rest for p in self.blocks.pools.values() if not p.group.window)
+
+    def _adopt_prefix(self, sequence: Sequence) -> None:
+        if not self._sharing or sequence.request.wants_rows:
+            return
+        keys = sequence.extend_keys((len(sequence.tokens) - 1) // BLOCK_SIZE)  # one token is always computed
+        hits = self.blocks.match(keys)
+        self.blocks.adopt(sequence.tables, keys, hits)
+        sequence.computed = hits * BLOCK_SIZE
+        sequence.published = hits
+
+    def _count_prefix(self, sequence: Sequence) -> None:
+        if self._sharing and not sequence.preemptions:
+            sequence.cached = min(sequence.computed, sequence.prompt_length)
+            self.counters.prefix_queries += sequence.prompt_length
+            self.counters.prefix_hits += sequence.cached
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.tables)
+        self.running.remove(sequence)
+        sequence.computed = sequence.published = 0
+        sequence.preemptions += 1
+        self.counters.preemptions += 1
+        self.add(sequence)
+
+    # ---- commit ---------------------------------------------------------------------------------------------------
+
+    def commit(self, plan: Plan, results: Iterable[ChunkResult]) -> list[tuple[Sequence, Event]]:
+        """Records a step that succeeded; returns its events, each with the sequence that it concerns."""
+        events: list[tuple[Sequence, Event]] = []
+        self.counters.steps += 1
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            sequence = chunk.sequence
+            self._advance(chunk)
+            self._record_prompt(chunk, result, events)
+            for member, draw in zip(self._members(chunk), result.draws, strict=True):
+                self._append(member, draw, events)
+            if sequence.computed >= sequence.prompt_length and sequence.limit <= sequence.prompt_length:
+                self._finish(sequence, FinishReason.LENGTH, None, events)
+        return events
+
+    def _advance(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        sequence.computed += chunk.count
+        if chunk.start < sequence.prompt_length <= sequence.computed and not sequence.clock.first_token:
+            self.counters.prompt_tokens += sequence.prompt_length
+        if self._sharing:
+            full = sequence.computed // BLOCK_SIZE
+            self.blocks.publish(sequence.tables, sequence.extend_keys(full), sequence.published)
+            sequence.published = full
+
+    def _record_prompt(self, chunk: Chunk, result: ChunkResult, events: list[tuple[Sequence, Event]]) -> None:
+        sequence = chunk.sequence
+        known = len(sequence.prompt_logprobs)  # more than chunk.start where a preempted prompt is run again
+        sequence.prompt_logprobs += result.prompt_logprobs[known - chunk.start :]
+        done = chunk.start < sequence.prompt_length <= sequence.computed
+        if done and sequence.request.prompt_logprobs is not None and not sequence.clock.first_token:
+            events.append((sequence, PromptEvent(sequence.request.id, tuple(sequence.prompt_logprobs))))
+
+    def _members(self, chunk: Chunk) -> list[Sequence]:
+        """The sequences that draw from this chunk: itself, and at the end of the prompt its sister choices."""
+        sequence = chunk.sequence
+        if not chunk.draws:
+            return []
+        sisters = [self._sister(sequence, choice) for choice in range(1, chunk.draws)]
+        sequence.forked = True
+        return [sequence, *sisters]
+
+    def _sister(self, sequence: Sequence, choice: int) -> Sequence:
+        sister = Sequence(
+            sequence.request, choice, sequence.order, sequence.seed, sequence.limit, sequence.stops,
+            array("i", sequence.tokens), self.blocks.fork(sequence.tables), sequence.root, sequence.recipe,
+            Status.RUNNING, sequence.computed, sequence.cached, 0, True,
+            Clock(sequence.clock.arrival, sequence.clock.scheduled), list(sequence.keys), sequence.published,
+        )  # fmt: skip
+        insort(self.running, sister, key=lambda s: s.rank)
+        return sister
+
+    def _append(self, sequence: Sequence, draw: Draw, events: list[tuple[Sequence, Event]]) -> None:
+        if draw.error is not None:
+            self._end(sequence)
+            events.append((sequence, self._failed(sequence, draw.error)))
+            return
+        now = self._clock()
+        sequence.clock.first_token = sequence.clock.first_token or now
+        sequence.tokens.append(draw.token)
+        self.counters.generation_tokens += 1
+        reason = sequence.ended_by(draw.token)
+        if reason is not FinishReason.STOP:
+            logprobs = (draw.logprob,) if draw.logprob else ()
+            events.append((sequence, TokenEvent(sequence.request.id, sequence.choice, (draw.token,), logprobs, now)))
+        if reason is not None:
+            self._finish(sequence, reason, draw.token if reason is FinishReason.STOP else None, events)
+
+    # ---- ends -----------------------------------------------------------------------------------------------------
+
+    def cancel(self, request_id: str, choice: int | None = None) -> list[tuple[Sequence, Event]]:
+        """Ends all choices of a request, or one; before the first token there is only choice 0, whose end is the end
+        of all. No events if there is nothing to end."""
+        events: list[tuple[Sequence, Event]] = []
+        for sequence in self.sequences:
+            if sequence.request.id == request_id and choice in (None, sequence.choice):
+                self._finish(sequence, FinishReason.CANCELLED, None, events)
+        return events
+
+    def fail(self, sequences: Iterable[Sequence], error: InhouseError) -> list[tuple[Sequence, Event]]:
+        """Ends sequences with an error."""
+        events: list[tuple[Sequence, Event]] = []
+        for sequence in sequences:
+            if sequence.status is not Status.FINISHED:
+                self._end(sequence)
+                events.append((sequence, self._failed(sequence, error)))
+        return events
+
+    def _failed(self, sequence: Sequence, error: InhouseError) -> Failed:
+        self._tally("error")
+        return Failed(sequence.request.id, sequence.choice, error, self._is_last(sequence))
+
+    def _finish(
+        self, sequence: Sequence, reason: FinishReason, stop: int | None, events: list[tuple[Sequence, Event]]
+    ) -> None:
+        self._end(sequence)
+        self._tally(reason)
+        timings = sequence.clock.timings(self._clock(), sequence.preemptions)
+        last = self._is_last(sequence)
+        finished = Finished(
+            sequence.request.id, sequence.choice, reason, sequence.usage(), timings, sequence.seed, last, stop
+        )
+        events.append((sequence, finished))
+
+    def _is_last(self, sequence: Sequence) -> bool:
+        return not any(s.request is sequence.request for s in self.sequences)
+
+    def _end(self, sequence: Sequence) -> None:
+        """Takes the sequence out and gives its blocks back."""
+        queue = self.running if sequence.status is Status.RUNNING else self.waiting
+        queue.remove(sequence)
+        sequence.status = Status.FINISHED
+        self.blocks.release(sequence.tables)
+
+    def _tally(self, reason: str) -> None:
+        self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
+
+    def check(self) -> None:
+        """Asserts the invariants: blocks match the living tables, and a sequence holds what it has computed."""
+        self.blocks.check([s.tables for s in self.sequences])
+        for sequence in self.running:
+            assert sequence.status is Status.RUNNING
+            assert 0 <= sequence.computed < len(sequence.tokens) <= sequence.limit + 1
+        for sequence in self.waiting:
+            assert sequence.status is Status.WAITING
+            assert sequence.computed == 0
+            assert not any(len(table) for table in sequence.tables.values())
+
+
+class _Planner:
+    """A step under construction: its chunks and what is left of its budgets."""
+
+    def __init__(self, tokens: int, rows: int) -> None:
+        self.chunks: dict[int, Chunk] = {}
+        self.tokens = tokens
+        self.rows = rows
+        self.admitting = True  # may waiting sequences come in
+
+    def place(self, sequence: Sequence, count: int, copies: list[Copy]) -> None:
+        draws = sequence.draws if count == sequence.remaining else 0
+        all_rows = sequence.request.wants_rows and sequence.computed < sequence.prompt_length
+        chunk = Chunk(sequence, sequence.computed, count, draws, all_rows, copies)
+        self.chunks[id(sequence)] = chunk
+        self.tokens -= count
+        self.rows -= chunk.logit_rows
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Takes back the chunk of a sequence that is being preempted, if it has one."""
+        chunk = self.chunks.pop(id(sequence), None)
+        if chunk is not None:
+            self.tokens += chunk.count
+            self.rows += chunk.logit_rows
