@@ -1,9 +1,9 @@
 """A plan becomes the flat arrays of a Step. Knows the Step's table and nothing of executors or sampling."""
 
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from inhouse.engine.blocks import Copy
 from inhouse.engine.scheduler import Plan
@@ -39,9 +39,9 @@ def build(plan: Plan) -> Batch:
     return Batch(step, begins, _copies([copy for c in chunks for copy in c.copies]))
 
 
-def tokens_of(tokens: npt.ArrayLike, start: int, count: int) -> I32:
+def tokens_of(tokens: "array[int]", start: int, count: int) -> I32:
     """A copy of count tokens as int32 (a view would pin the sequence's array while it must grow)."""
-    return np.frombuffer(tokens, np.int32, count, 4 * start).copy()  # type: ignore[call-overload, no-any-return]
+    return np.frombuffer(tokens, np.int32, count, 4 * start).copy()
 
 
 def _sampled(plan: Plan, ends: I32) -> tuple[I32, list[int]]:
@@ -54,9 +54,9 @@ def _sampled(plan: Plan, ends: I32) -> tuple[I32, list[int]]:
     return np.array(rows, np.int32), begins
 
 
-def _table(tables: "list[npt.ArrayLike]") -> I32:
+def _table(tables: "list[array[int]]") -> I32:
     """Block ids [N, M], padded with -1."""
-    parts = [np.frombuffer(table, np.int32) for table in tables]  # type: ignore[call-overload]
+    parts = [np.frombuffer(table, np.int32) for table in tables]
     out = np.full((len(parts), max(part.size for part in parts)), -1, np.int32)
     for i, part in enumerate(parts):
         out[i, : part.size] = part

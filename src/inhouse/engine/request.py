@@ -25,6 +25,16 @@ only during the call. Row i holds the logits that follow position first + i. A r
 again, and its first positions come again."""
 
 
+def _between(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raises UsageError unless low <= value <= high (low < value where open)."""
+    good = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
+    if not good:
+        bracket, end = "(" if open_low else "[", "inf)" if math.isinf(high) else f"{high:g}]"
+        raise UsageError(
+            f"{name} is {value!r}, allowed is {bracket}{low:g}, {end}", remedy=f"Choose {name} within it", param=name
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. Ranges are those of the OpenAI API where it has the field, else vLLM's; a value outside

@@ -8,7 +8,7 @@ import numpy as np
 from inhouse.engine import sampler as sampling
 from inhouse.engine.batch import Batch, build, tokens_of
 from inhouse.engine.request import TokenLogprob
-from inhouse.engine.scheduler import Chunk, ChunkResult, Plan
+from inhouse.engine.scheduler import Chunk, ChunkResult, Draw, Plan
 from inhouse.runtime.executor import F32, Executor
 from inhouse.runtime.sampling import Sampler
 
@@ -38,7 +38,7 @@ class Runner:
         for group, (source, target) in batch.copies.items():
             self._executor.copy_blocks(group, source, target)
 
-    def _draw(self, plan: Plan, batch: Batch, logits: F32) -> list[sampling.Draw]:
+    def _draw(self, plan: Plan, batch: Batch, logits: F32) -> list[Draw]:
         """Draws for all chunks, in order, each from the chunk's last row."""
         wanted = [
             (chunk.sequence, chunk.sequence.recipe, first + choice, begin + chunk.logit_rows - 1)
