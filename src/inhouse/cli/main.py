@@ -29,6 +29,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("list", "the models in the store", "inhouse list", "list_"),
     Command("show", "what a model is: shapes, files, lineage, Program", "inhouse show demo --program", "show"),
     Command("rm", "remove a model or a version", "inhouse rm qwen:1", "rm"),
+    Command("alias", "point a name such as qwen@prod at a version", "inhouse alias qwen@prod qwen:2", "alias"),
     Command("run", "chat with a model in the terminal", "inhouse run demo", "run"),
     Command("serve", "serve models over the OpenAI protocol", "inhouse serve demo --port 8080", "serve"),
     Command("ps", "servers that run on this machine", "inhouse ps", "ps"),

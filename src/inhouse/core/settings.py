@@ -18,7 +18,6 @@ from inhouse.core.errors import UsageError
 OTHER_ENVIRONMENT: Mapping[str, str] = {
     "INHOUSE_HOME": "the model home; default: inhouse in the XDG data directory",
     "INHOUSE_CONFIG": "the settings file; default: inhouse/config.toml in the XDG config directory",
-    "INHOUSE_CACHE": "derived files that may be deleted at any time; default: inhouse in the XDG cache directory",
     "INHOUSE_ISA": "forces a lower instruction set: scalar, avx2, avx512 or neon",
     "INHOUSE_NATIVE_LIB": "path of the native library, for developers",
     "INHOUSE_REALDATA": "folder of real models and texts, for tests",
