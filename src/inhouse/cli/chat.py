@@ -1,0 +1,177 @@
+"""The chat in the terminal: what is typed becomes messages or settings, answers are written as they come.
+
+Knows sessions and a reader of lines; knows nothing of flags. Ctrl-C stops the answer and not the program; Ctrl-D ends.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, TextIO
+
+from inhouse.core.errors import InhouseError, UsageError
+from inhouse.engine.request import SamplingParams
+from inhouse.engine.session import Session
+from inhouse.engine.text import TextDelta, TextEnd, TextFailed
+
+HELP = """\
+/help              this list
+/set NAME VALUE    a sampling parameter: temperature, top_p, top_k, min_p, seed, max_tokens, ...
+/show              the parameters in force
+/system TEXT       the system message (empty: none); begins the conversation anew
+/clear             begin the conversation anew
+/stats             tokens and speed of the last answer
+/bye               end (or Ctrl-D)
+\"\"\"                begin and end a message of several lines
+Ctrl-C             stop the answer; the program goes on"""
+
+_NUMBERS: dict[str, type] = {
+    "temperature": float, "top_p": float, "min_p": float, "typical_p": float, "repetition_penalty": float,
+    "presence_penalty": float, "frequency_penalty": float, "top_k": int, "seed": int,
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Chat:
+    """One conversation.
+
+    Args:
+        session: the model that answers.
+        params: sampling parameters to begin with.
+        max_tokens: of an answer; None: what the context leaves.
+        system: system message; empty: none.
+        raw: continue the text as it is, without template and history.
+        out: where answers go.
+    """
+
+    session: Session
+    params: SamplingParams
+    max_tokens: int | None = None
+    system: str = ""
+    raw: bool = False
+    out: TextIO = field(default_factory=lambda: sys.stdout)
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    last: str = "nothing answered yet"
+
+    def loop(self, lines: Iterator[str]) -> None:
+        """Answers every message that the reader gives until it ends or /bye is typed."""
+        for text in lines:
+            if not text.strip():
+                continue
+            try:
+                if text.startswith("/") and not self.raw:
+                    if self._command(text.strip()):
+                        return
+                else:
+                    self.answer(text)
+            except InhouseError as error:
+                print(f"error: {error}", file=sys.stderr)
+
+    def answer(self, text: str) -> TextEnd | None:
+        """Streams the answer to one message; Ctrl-C ends it early. Returns its end, None if it was stopped."""
+        prompt = self._prompt(text)
+        said: list[str] = []
+        end = None
+        began, first = time.monotonic(), 0.0
+        events = self.session.stream(prompt, self.params, self.max_tokens)
+        try:
+            for event in events:
+                if isinstance(event, TextFailed):
+                    raise event.error
+                if isinstance(event, TextDelta):
+                    first = first or time.monotonic()
+                    said.append(event.text)
+                    self.out.write(event.text)
+                    self.out.flush()
+                elif isinstance(event, TextEnd):
+                    end = event
+        except KeyboardInterrupt:
+            self.out.write(" [stopped]")
+        finally:
+            events.close()  # type: ignore[attr-defined]
+        self.out.write("\n")
+        self.out.flush()
+        if not self.raw:
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(said)}]
+        if end is not None:
+            self.last = _stats(end, began, first)
+        return end
+
+    def _prompt(self, text: str) -> list[int]:
+        if self.raw:
+            return self.session.prompt_ids(text)
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return self.session.chat_ids([*head, *self.messages, {"role": "user", "content": text}])
+
+    def _command(self, line: str) -> bool:
+        """Obeys a line that begins with a slash; True ends the chat."""
+        name, _, rest = line[1:].partition(" ")
+        if name in ("bye", "exit", "quit"):
+            return True
+        actions: dict[str, Callable[[str], None]] = {
+            "help": lambda _: print(HELP),
+            "?": lambda _: print(HELP),
+            "set": self._set,
+            "show": lambda _: print(self.params, f"max_tokens={self.max_tokens}"),
+            "system": self._set_system,
+            "clear": lambda _: self.messages.clear(),
+            "stats": lambda _: print(self.last),
+        }
+        if name not in actions:
+            raise UsageError(f"there is no command /{name}", remedy="/help lists them")
+        actions[name](rest.strip())
+        return False
+
+    def _set_system(self, text: str) -> None:
+        self.system = text
+        self.messages.clear()
+
+    def _set(self, rest: str) -> None:
+        name, _, value = rest.partition(" ")
+        try:
+            if name == "max_tokens":
+                self.max_tokens = int(value) if value and value != "none" else None
+                return
+            kind = _NUMBERS[name]
+            self.params = replace(self.params, **{name: kind(value)})
+        except KeyError:
+            known = ", ".join([*_NUMBERS, "max_tokens"])
+            raise UsageError(f"there is no parameter {name!r}", remedy=f"Known: {known}") from None
+        except ValueError:
+            raise UsageError(f"{value!r} is no value for {name}") from None
+
+
+def _stats(end: TextEnd, began: float, first: float) -> str:
+    usage, timings = end.usage, end.timings
+    rate = (usage.completion_tokens - 1) / timings.decode if timings.decode > 0 else 0.0
+    return (
+        f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} from the cache), {usage.completion_tokens} answered, "
+        f"first after {max(0.0, first - began):.3f} s, then {rate:.1f} tokens/s; ended by {end.reason}"
+    )
+
+
+def typed_lines(prompt: str = ">>> ") -> Iterator[str]:
+    """Messages typed at the terminal, with line editing and history (kept in memory only); \"\"\" spans lines."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+
+    reader: Any = PromptSession(history=InMemoryHistory())
+    while True:
+        try:
+            line = reader.prompt(prompt)
+            if line.lstrip().startswith('"""'):
+                line = _several(reader, line.lstrip()[3:])
+        except KeyboardInterrupt:  # at the prompt: drop the line
+            continue
+        except EOFError:
+            return
+        yield line
+
+
+def _several(reader: Any, first: str) -> str:
+    """The rest of a message of several lines, up to the closing quotes."""
+    lines = [first]
+    while not lines[-1].rstrip().endswith('"""'):
+        lines.append(reader.prompt("... "))
+    lines[-1] = lines[-1].rstrip().removesuffix('"""')
+    return "\n".join(lines).strip("\n")

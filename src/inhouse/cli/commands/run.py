@@ -1,0 +1,76 @@
+"""`inhouse run`: chat with a model in the terminal, or answer one prompt."""
+
+import sys
+from dataclasses import replace
+from typing import Annotated
+
+import typer
+
+from inhouse.cli.chat import Chat, typed_lines
+from inhouse.cli.commands import common
+from inhouse.cli.output import ProgressBar, print_json
+from inhouse.core.errors import UsageError
+from inhouse.engine.request import SamplingParams
+from inhouse.engine.session import Session
+
+app = common.app()
+
+
+@app.command(epilog='Example: inhouse run demo "What is Inhouse?"')
+def command(
+    model: common.Reference,
+    prompt: Annotated[str | None, typer.Argument(help="one message; left out: stdin, or a chat at a terminal")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="continue the text as it is, without the chat template")] = False,
+    system: Annotated[str, typer.Option(help="system message")] = "",
+    temperature: Annotated[float | None, typer.Option(help="0: greedy")] = None,
+    top_p: Annotated[float | None, typer.Option(help="keep the likeliest tokens of this share")] = None,
+    top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
+    seed: Annotated[int | None, typer.Option(help="equal seed and prompt give an equal answer")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="longest answer; default: what the context leaves")] = None,
+    quantize: common.Quantize = None,
+    threads: common.Threads = None,
+    executor: common.Executor = None,
+    device: common.Device = None,
+    kv_dtype: common.KvDtype = None,
+    context: common.Context = None,
+    json: common.Json = False,
+) -> None:
+    """Chats with a model (/help lists what can be typed), or answers one prompt given as argument or on stdin."""
+    settings = common.settings(
+        quantize=quantize, threads=threads, executor=executor, device=device, kv_dtype=kv_dtype, context=context,
+        max_sequences=1,
+    )  # fmt: skip
+    interactive = prompt is None and sys.stdin.isatty()
+    if json and interactive:
+        raise UsageError("--json needs a prompt", remedy="Give it as an argument or on stdin")
+    if prompt is None and not interactive:
+        prompt = sys.stdin.read()
+    with Session.open(model, settings, ProgressBar()) as session:
+        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        params: SamplingParams = replace(session.defaults, **{k: v for k, v in given.items() if v is not None})
+        chat = Chat(session, params, max_tokens, system, raw)
+        if interactive:
+            print(f"{session.name}: type a message, /help for help, Ctrl-D to end")
+            chat.loop(typed_lines())
+        elif json:
+            _answer_json(chat, prompt or "")
+        else:
+            chat.answer(prompt or "")
+
+
+def _answer_json(chat: Chat, prompt: str) -> None:
+    """One answer with its usage as JSON."""
+    import io
+
+    chat.out = io.StringIO()
+    end = chat.answer(prompt)
+    usage = None if end is None else end.usage
+    print_json(
+        {
+            "text": chat.out.getvalue()[:-1],
+            "finish_reason": None if end is None else end.reason,
+            "prompt_tokens": usage and usage.prompt_tokens,
+            "completion_tokens": usage and usage.completion_tokens,
+            "seed": None if end is None else end.seed,
+        }
+    )

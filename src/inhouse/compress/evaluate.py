@@ -1,0 +1,193 @@
+"""How good a model is on a text: perplexity, and its divergence from a reference, through the engine that serves it.
+
+Protocols (what is scored, so that figures can be compared):
+    stories    split at <|endoftext|>, each story stripped, the first 40; BOS + story, the first 256 tokens of each
+    full       the whole text in consecutive pieces as long as the context; each piece begins with BOS
+    window:N   the same with pieces of N tokens
+Every token of a piece but its first is scored. Perplexity is exp of the mean negative log-likelihood over all of them.
+"""
+
+import math
+import queue
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import ExecutorError, UsageError
+from inhouse.core.progress import Progress, silent
+from inhouse.engine.request import Event, Failed, Finished, Request, make_request
+from inhouse.engine.session import Session
+from inhouse.model.tokens.tokenizer import Tokenizer
+
+STORIES, STORY_TOKENS = 40, 256
+SEPARATOR = "<|endoftext|>"
+
+Rows = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The result. Divergences are KL(reference || model) in nats a token; None without a reference."""
+
+    perplexity: float
+    tokens: int
+    protocol: str
+    kld_mean: float | None = None
+    kld_p99: float | None = None
+    top1: float | None = None  # share of positions where both find the same token likeliest
+    reference_perplexity: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def pieces(tokenizer: Tokenizer, text: str, protocol: str, context: int) -> list[list[int]]:
+    """The token sequences that a protocol scores. Raises UsageError for an unknown protocol or an empty text."""
+    if protocol == "stories":
+        stories = [story.strip() for story in text.split(SEPARATOR)]
+        chosen = [story for story in stories if story][:STORIES]
+        out = [tokenizer.encode(story)[: min(STORY_TOKENS, context)] for story in chosen]
+    else:
+        size = context if protocol == "full" else _window(protocol, context)
+        begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+        ids = tokenizer.encode(text, add_special=False, parse_special=False)
+        step = size - len(begin)
+        out = [begin + ids[i : i + step] for i in range(0, len(ids), step)]
+    out = [piece for piece in out if len(piece) > 1]
+    if not out:
+        raise UsageError("the text has nothing to score", remedy="Give a text of at least two tokens", param="text")
+    return out
+
+
+def _window(protocol: str, context: int) -> int:
+    kind, _, number = protocol.partition(":")
+    if kind != "window" or not number.isdigit() or not 2 <= int(number) <= context:
+        raise UsageError(
+            f"unknown protocol {protocol!r}",
+            remedy=f"Use stories, full, or window:N with 2 <= N <= {context}",
+            param="protocol",
+        )
+    return int(number)
+
+
+def score(session: Session, ids: list[int], take: Callable[[int, Rows], None]) -> None:
+    """Runs `ids` through the engine; `take(first, rows)` gets the logits that follow position first + i.
+
+    Raises ExecutorError if the step fails.
+    """
+    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
+    plain = make_request(f"score-{uuid.uuid4().hex}", ids, max_tokens=0)
+    session.engine.submit(Request(plain.id, plain.prompt, plain.params, 0, tap=take), events.put)
+    while True:
+        for event in events.get():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                return
+
+
+def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
+    """Natural-log probabilities, float64 [n, vocab], of logits float32 [n, vocab]. Raises ExecutorError for NaN."""
+    wide = rows.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    wide -= np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    if not np.isfinite(wide[:, :1]).all():
+        raise ExecutorError("the model's logits are not finite", remedy="The weights are damaged, or f16 overflows")
+    return wide
+
+
+class _Likelihood:
+    """Adds up negative log-likelihood over slices of rows of one piece."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._ids, self.total, self.count = ids, 0.0, 0
+
+    def __call__(self, first: int, rows: Rows) -> None:
+        rows = rows[: max(0, len(self._ids) - 1 - first)]
+        if len(rows):
+            self.add(first, log_softmax(rows))
+
+    def add(self, first: int, logs: npt.NDArray[np.float64]) -> None:
+        """`logs` [n, vocab] follow positions first .. first + n - 1."""
+        targets = self._ids[first + 1 : first + 1 + len(logs)]
+        self.total -= float(logs[np.arange(len(logs)), targets].sum())
+        self.count += len(logs)
+
+
+def evaluate(
+    session: Session, text: str, protocol: str = "full", reference: Session | None = None, progress: Progress = silent
+) -> Evaluation:
+    """Scores a text; with a reference also the divergence from it.
+
+    Raises UsageError (unknown protocol, empty text, vocabularies that differ).
+    """
+    context = session.engine.context_length
+    if reference is not None:
+        if reference.engine.vocab_size != session.engine.vocab_size:
+            sizes = f"{session.engine.vocab_size} and {reference.engine.vocab_size}"
+            raise UsageError(f"the vocabularies have {sizes} tokens", remedy="Compare models of one tokenizer")
+        context = min(context, reference.engine.context_length)
+    texts = pieces(session.tokenizer, text, protocol, context)
+    total, done = sum(len(piece) for piece in texts), 0
+    ours, theirs, counted = 0.0, 0.0, 0
+    divergences: list[npt.NDArray[np.float64]] = []
+    agreed = 0
+    for ids in texts:
+        likelihood = _Likelihood(ids)
+        if reference is None:
+            score(session, ids, likelihood)
+        else:
+            other, klds, same = _compare(session, reference, ids, likelihood)
+            theirs, agreed = theirs + other, agreed + same
+            divergences.append(klds)
+        ours, counted, done = ours + likelihood.total, counted + likelihood.count, done + len(ids)
+        progress("evaluating", done, total)
+    if reference is None:
+        return Evaluation(math.exp(ours / counted), counted, protocol)
+    kld = np.concatenate(divergences)
+    return Evaluation(
+        math.exp(ours / counted), counted, protocol, float(kld.mean()), float(np.quantile(kld, 0.99)),
+        agreed / counted, math.exp(theirs / counted),
+    )  # fmt: skip
+
+
+def _compare(
+    session: Session, reference: Session, ids: list[int], likelihood: _Likelihood
+) -> tuple[float, npt.NDArray[np.float64], int]:
+    """Scores a piece with both: the reference's NLL, KL(reference || model) a position, and how often both agree."""
+    kept: list[tuple[int, Rows]] = []
+    score(reference, ids, lambda first, rows: kept.append((first, rows.copy())))
+    expected = _Likelihood(ids)
+    klds: list[npt.NDArray[np.float64]] = []
+    same = 0
+    wanted = _slices(kept, len(ids) - 1)
+
+    def take(first: int, rows: Rows) -> None:
+        nonlocal same
+        rows = rows[: max(0, len(ids) - 1 - first)]
+        if not len(rows):
+            return
+        logs = log_softmax(rows)
+        likelihood.add(first, logs)
+        truth = log_softmax(np.stack([next(wanted) for _ in range(len(rows))]))
+        expected.add(first, truth)
+        klds.append((np.exp(truth) * (truth - logs)).sum(axis=1))
+        same += int((truth.argmax(axis=1) == logs.argmax(axis=1)).sum())
+
+    score(session, ids, take)
+    return expected.total, np.concatenate(klds), same
+
+
+def _slices(kept: list[tuple[int, Rows]], count: int) -> Iterator[Rows]:
+    """The kept rows one by one, in order of position, `count` of them."""
+    given = 0
+    for _, rows in sorted(kept, key=lambda entry: entry[0]):
+        for row in rows:
+            if given < count:
+                given += 1
+                yield row
