@@ -145,7 +145,7 @@ def _stats(end: TextEnd, began: float, first: float) -> str:
     usage, timings = end.usage, end.timings
     rate = (usage.completion_tokens - 1) / timings.decode if timings.decode > 0 else 0.0
     return (
-        f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} from the cache), {usage.completion_tokens} answered, "
+        f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), {usage.completion_tokens} answered, "
         f"first after {max(0.0, first - began):.3f} s, then {rate:.1f} tokens/s; ended by {end.reason}"
     )
 

@@ -1,0 +1,85 @@
+"""`inhouse bench`: speed of a model on this machine."""
+
+import os
+import subprocess
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from inhouse.cli.commands import common
+from inhouse.cli.output import human_bytes, print_json, print_table
+from inhouse.core.errors import ExecutorError
+
+app = common.app()
+
+
+@app.command(epilog="Example: inhouse bench demo --rounds 5 --json")
+def command(
+    model: common.Reference,
+    rounds: Annotated[int, typer.Option(min=1, help="counted rounds of each cell, after a warm-up")] = 3,
+    cold: Annotated[bool, typer.Option(help="also time a fresh process to its first token")] = True,
+    quantize: common.Quantize = None,
+    threads: common.Threads = None,
+    executor: common.Executor = None,
+    device: common.Device = None,
+    kv_dtype: common.KvDtype = None,
+    context: common.Context = None,
+    json: common.Json = False,
+) -> None:
+    """Measures prompts, one stream and several, cold start and memory. Random prompts, greedy, end tokens ignored."""
+    from inhouse.engine.session import Session
+    from inhouse.tune.measure import CELLS, fit, measure
+
+    settings = common.settings(
+        quantize=quantize, threads=threads, executor=executor, device=device, kv_dtype=kv_dtype, context=context,
+        prefix_cache=False,
+    )  # fmt: skip
+    report: dict[str, Any] = {"model": model, "cold_start_s": _cold_start(model, quantize) if cold else None}
+    with Session.open(model, settings) as session:
+        engine = session.engine
+        report |= {
+            "executor": session.model.executor.name,
+            "weights_bytes": sum(w.nbytes for w in session.model.weights.values()),
+            "kv_dtype": session.model.executor.kv_dtype,
+            "state_bytes": engine.state_bytes,
+        }
+        cells = [fit(cell, engine.context_length, engine.config.max_running) for cell in CELLS]
+        report["cells"] = [measure(session, cell, rounds).to_dict() for cell in cells]
+        report["peak_rss_bytes"] = _peak_rss()
+    if json:
+        print_json(report)
+        return
+    print(f"{model} on {report['executor']}: weights {human_bytes(report['weights_bytes'])}, KV {report['kv_dtype']}")
+    print_table(report["cells"], list(report["cells"][0]))
+    if cold:
+        print(f"cold start to the first token: {report['cold_start_s']:.3f} s (process start, warm disk, median of 3)")
+    print(f"peak memory of this process: {human_bytes(report['peak_rss_bytes'])}")
+
+
+def _cold_start(model: str, quantize: str | None) -> float:
+    """Seconds from the start of `inhouse run` to the first byte of its answer: the median of three, after one."""
+    command = [sys.executable, "-m", "inhouse", "run", model, "hi", "--max-tokens", "8"]
+    if quantize:
+        command += ["--quantize", quantize]
+    times = []
+    for _ in range(4):
+        began = time.monotonic()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            os.read(process.stdout.fileno(), 1)
+            times.append(time.monotonic() - began)
+            _, error = process.communicate()
+        if process.returncode:
+            raise ExecutorError(f"`inhouse run {model}` failed: {error.decode()[-300:].strip()}")
+    return sorted(times[1:])[1]
+
+
+def _peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes (Linux VmHWM)."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
