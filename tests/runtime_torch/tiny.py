@@ -62,7 +62,11 @@ def step_of(
 ) -> Step:
     """A step over `chunks` of (tokens, first position); sequence n owns blocks n * blocks_each onwards, in reverse
     order, so that block ids and positions never agree by chance."""
-    ids, positions, sequences, lengths, rows = [], [], [], [], []
+    ids: list[int] = []
+    positions: list[int] = []
+    sequences: list[int] = []
+    lengths: list[int] = []
+    rows: list[int] = []
     for n, (tokens, first) in enumerate(chunks):
         ids += tokens
         positions += range(first, first + len(tokens))

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inhouse.core.errors import UnsupportedError
+from inhouse.runtime.packed_quantize import TINY
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +63,17 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) ->
 
 
 def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
-    """int8 rows: a scale of max|x| / 127 for each `group` elements (0: the row), codes rounded half to even."""
+    """int8 rows with a scale for each `group` elements (0: the row), bit for bit as
+    `packed_quantize.quantize_rows_reference` defines them: codes = round-half-even(x * (127 / max|x|))."""
     rows, width = x.shape
     size = group or width
     padded = F.pad(x.float(), (0, -width % size)).reshape(rows, -1, size)
-    scales = padded.abs().amax(-1) / 127.0
-    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    codes = torch.round(padded / safe[..., None]).clamp(-127, 127).to(torch.int8)
+    most = padded.abs().amax(-1)
+    finite = torch.isfinite(most)
+    usable = finite & (most >= TINY)
+    safe = torch.where(usable, most, torch.ones_like(most))
+    codes = torch.round(torch.where(usable[..., None], padded, 0.0) * (127.0 / safe)[..., None]).to(torch.int8)
+    scales = torch.where(usable, most / 127.0, torch.where(finite, 0.0, torch.nan))
     return QuantRows(codes.reshape(rows, -1)[:, :width], scales, size)
 
 

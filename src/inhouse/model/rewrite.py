@@ -1,0 +1,111 @@
+"""Rewrites: functions from Program to Program. Values are renumbered as ops come and go; weights keep their names."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from inhouse.runtime.ops import Builder
+from inhouse.runtime.packed import activation_group
+from inhouse.runtime.program import Op, Program, ProgramSet, Value, WeightSpec
+
+
+class Rewriter:
+    """Copies a Program op by op; a subclass overrides `rewrite` for the ops that it changes.
+
+    `self.emit(...)` appends an op over new values, `self.copy(op)` appends `op` unchanged.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[str, WeightSpec]) -> None:
+        self._program = program
+        self._builder = Builder(program.name, weights)
+        self._new: dict[int, Value] = {}  # id in the old Program -> value in the new one
+
+    def run(self) -> Program:
+        """The rewritten Program; raises UsageError if the rewrite made an ill-formed one."""
+        for op in self._program.ops:
+            self._builder.layer = op.layer
+            self.rewrite(op)
+        return self._builder.finish(**{role: self._new[value.id] for role, value in self._program.outputs.items()})
+
+    def rewrite(self, op: Op) -> None:
+        """Appends what `op` becomes and binds its outputs."""
+        self.copy(op)
+
+    def copy(self, op: Op) -> None:
+        """Appends `op` over the new values of its inputs."""
+        self.bind(op.outputs, self.emit(replace(op, inputs=self.inputs(op))))
+
+    def inputs(self, op: Op) -> tuple[Value, ...]:
+        """The new values that stand for the op's inputs."""
+        return tuple(self._new[value.id] for value in op.inputs)
+
+    def emit(self, op: Op) -> tuple[Value, ...]:
+        """Appends an op whose inputs are new values; returns its outputs."""
+        return self._builder.op(op.kind, *op.inputs, weights=op.weights, **op.attrs)
+
+    def bind(self, old: tuple[Value, ...], new: tuple[Value, ...]) -> None:
+        """From here on, `new` stand for `old`."""
+        for before, after in zip(old, new, strict=True):
+            self._new[before.id] = after
+
+
+def known_weights(programs: ProgramSet) -> dict[str, WeightSpec]:
+    """Every name that ops of the set may use: its weights and its constants."""
+    constants = {name: WeightSpec(name, array.shape, "vector") for name, array in programs.constants.items()}
+    return {**programs.weights, **constants}
+
+
+def quantize_activations(programs: ProgramSet, formats: Mapping[str, str]) -> ProgramSet:
+    """Puts `quantize_rows` in front of every linear whose weight is in a code format.
+
+    Args:
+        formats: canonical weight name -> packed format; names that are not there are floats.
+
+    Linears that need the same granularity of the same value share one quantised input; a `linears` op with both kinds
+    of weights is split in two. Raises UnsupportedError for an unknown format.
+    """
+    groups = {name: activation_group(fmt) for name, fmt in formats.items()}
+    known = known_weights(programs)
+    rewritten = {name: _Quantize(program, known, groups).run() for name, program in programs.programs.items()}
+    return replace(programs, programs=rewritten)
+
+
+class _Quantize(Rewriter):
+    def __init__(self, program: Program, weights: Mapping[str, WeightSpec], groups: Mapping[str, int]) -> None:
+        super().__init__(program, weights)
+        self._groups = groups
+        self._quantized: dict[tuple[int, int], Value] = {}  # (new value, group) -> its quantised rows
+
+    def rewrite(self, op: Op) -> None:
+        if op.kind == "linears":
+            self._linears(op)
+        elif op.kind == "expert_linears":
+            self._experts(op)
+        else:
+            self.copy(op)
+
+    def _linears(self, op: Op) -> None:
+        half = len(op.weights) // 2
+        (x,) = self.inputs(op)
+        by_group: dict[int, list[int]] = {}
+        for i, name in enumerate(op.weights[:half]):
+            by_group.setdefault(self._groups.get(name, 0), []).append(i)
+        for group, which in by_group.items():
+            weights = tuple(op.weights[i] for i in which) + tuple(op.weights[half + i] for i in which)
+            made = self.emit(replace(op, inputs=(self._rows(x, group),), weights=weights))
+            self.bind(tuple(op.outputs[i] for i in which), made)
+
+    def _experts(self, op: Op) -> None:
+        found = {self._groups.get(name, 0) for name in op.weights}
+        if len(found) > 1:  # the op multiplies all experts alike: floats are right for every format
+            found = {0}
+        x, routing = self.inputs(op)
+        self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, found.pop()), routing))))
+
+    def _rows(self, x: Value, group: int) -> Value:
+        """`x` itself for float weights, else its quantised rows, made once."""
+        if not group:
+            return x
+        key = (x.id, group)
+        if key not in self._quantized:
+            self._quantized[key] = self._builder.one("quantize_rows", x, group=group)
+        return self._quantized[key]
