@@ -1,0 +1,164 @@
+"""The two doors to a tokenizer: a folder (or file) of any known form, and a GGUF file's metadata.
+
+Knows which files win over which. Does not know what is inside them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import tokenizers
+
+from inhouse.core.errors import FormatError, NotFoundError
+from inhouse.model.tokens import checks, files, gguf, hf, spm
+from inhouse.model.tokens.hf import Configs
+from inhouse.model.tokens.library import LibraryCodec, guarded
+from inhouse.model.tokens.pieces import PieceRule
+from inhouse.model.tokens.spm import PieceType
+from inhouse.model.tokens.tokenizer import Specials, Tokenizer
+
+VOCABULARIES: Final = (
+    "tokenizer.json",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.txt",
+)
+"""Names looked for, first come first served; then any *.tiktoken, then any other *.model."""
+
+_Built = tuple[tokenizers.Tokenizer, PieceRule, Specials]
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a model folder, or of one vocabulary file with the configuration files beside it.
+
+    Raises:
+        NotFoundError: no vocabulary file there.
+        FormatError: a file is damaged or hostile; the message names it.
+        UnsupportedError: a form that would give wrong ids if we guessed.
+    """
+    return assemble(build_folder(find_vocabulary(folder)))
+
+
+def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer inside a GGUF file.
+
+    Args:
+        metadata: the file's key-value table; arrays may be lists or numpy arrays, strings `str` or UTF-8 `bytes`.
+
+    Raises:
+        FormatError, UnsupportedError: as `load_tokenizer`.
+    """
+    return assemble(gguf.build(metadata))
+
+
+def assemble(built: _Built) -> Tokenizer:
+    tokenizer, rule, specials = built
+    return Tokenizer(LibraryCodec(tokenizer), rule, specials)
+
+
+def find_vocabulary(folder: Path) -> Path:
+    """The vocabulary file of a folder; a file is taken as it is."""
+    if folder.is_file():
+        return folder
+    candidates = [folder / name for name in VOCABULARIES]
+    if folder.is_dir():
+        candidates += sorted(folder.glob("*.tiktoken")) + sorted(folder.glob("*.model"))
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise NotFoundError(f"no tokenizer in {folder.name}", remedy=f"Looked for {', '.join(VOCABULARIES)}, *.tiktoken.")
+
+
+def build_folder(vocabulary: Path) -> _Built:
+    """The parts of the tokenizer of one vocabulary file and the configuration beside it."""
+    configs = hf.read_configs(vocabulary.parent)
+    data = checks.read_bytes(vocabulary)
+    name = vocabulary.name
+    if name.endswith(".tiktoken") or (name.endswith(".model") and _is_tiktoken(data)):
+        return _tiktoken(data, name, configs)
+    if name.endswith(".model"):
+        return _sentencepiece(data, configs)
+    if name == "vocab.json":
+        return _vocab_and_merges(vocabulary, data, configs)
+    if name == "vocab.txt":
+        return _vocab_txt(data, configs)
+    tokenizer, rule = hf.from_tokenizer_json(data, configs)
+    return tokenizer, rule, hf.specials_of(LibraryCodec(tokenizer), configs, hf.affixes_of(tokenizer))
+
+
+def _vocab_and_merges(path: Path, data: bytes, configs: Configs) -> _Built:
+    merges = path.with_name("merges.txt")
+    if not merges.is_file():
+        raise FormatError("vocab.json stands without merges.txt")
+    cls = files.class_name(configs.tokenizer, configs.model)
+    prefix_space = bool(configs.tokenizer.get("add_prefix_space", False))
+    tokenizer = files.vocab_and_merges(data, checks.read_bytes(merges), cls, prefix_space)
+    hf.add_declared(tokenizer, configs)
+    _mark_special(tokenizer, hf.names_of(configs))
+    codec = LibraryCodec(tokenizer)
+    affixes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    if cls in files.PAIR_CLASSES:
+        first, last = codec.id_of("<s>"), codec.id_of("</s>")
+        affixes = (() if first is None else (first,), () if last is None else (last,))
+    return tokenizer, PieceRule("byte_level"), hf.specials_of(codec, configs, affixes)
+
+
+def _vocab_txt(data: bytes, configs: Configs) -> _Built:
+    lowercase = configs.tokenizer.get("do_lower_case")
+    tokenizer = files.vocab_txt(data, lowercase if isinstance(lowercase, bool) else None)
+    hf.add_declared(tokenizer, configs)
+    codec = LibraryCodec(tokenizer)
+    first, last = codec.id_of("[CLS]"), codec.id_of("[SEP]")
+    affixes = (() if first is None else (first,), () if last is None else (last,))
+    rule = PieceRule("wordpiece", strip_first=True, tidy=True)
+    return tokenizer, rule, hf.specials_of(codec, configs, affixes)
+
+
+def _tiktoken(data: bytes, name: str, configs: Configs) -> _Built:
+    tokenizer, bos, ends = files.tiktoken(data, name)
+    codec = LibraryCodec(tokenizer)
+    found = hf.specials_of(codec, configs, ((), ()))
+    bos_id = codec.id_of(bos) if bos else found.bos_id
+    names = dict(found.names) | ({"bos_token": bos} if bos else {}) | ({"eos_token": ends[0]} if ends else {})
+    end_ids = found.eos_ids or frozenset(i for text in ends if (i := codec.id_of(text)) is not None)
+    prefix = (bos_id,) if bos and bos_id is not None else ()
+    specials = Specials(bos_id, end_ids, prefix, found.suffix, names, found.templates)
+    return tokenizer, PieceRule("byte_level"), specials
+
+
+def _sentencepiece(data: bytes, configs: Configs) -> _Built:
+    model = spm.read_model(data)
+    tokenizer = spm.build(model)
+    hf.add_declared(tokenizer, configs)
+    codec = LibraryCodec(tokenizer)
+    ids = {"bos_token": model.bos_id, "eos_token": model.eos_id, "unk_token": model.unk_id, "pad_token": model.pad_id}
+    named = {name: model.pieces[i].text for name, i in ids.items() if i >= 0}
+    merged = hf.Configs(
+        named | dict(configs.tokenizer),
+        configs.special_map,
+        configs.added,
+        configs.generation,
+        configs.model,
+        configs.templates,
+    )
+    control = {i for i in ids.values() if i >= 0 and model.pieces[i].kind == PieceType.CONTROL}
+    # SentencePiece's own files do not say: BPE models begin with BOS (Llama), Unigram models end with EOS (T5).
+    prefix = (model.bos_id,) if model.model == "bpe" and model.bos_id in control else ()
+    suffix = (model.eos_id,) if model.model == "unigram" and model.eos_id in control else ()
+    return tokenizer, spm.rule_of(model), hf.specials_of(codec, merged, (prefix, suffix))
+
+
+def _mark_special(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | list[str]]) -> None:
+    """Tokens named as BOS, EOS ... are special even where no file adds them."""
+    texts = [text for value in names.values() for text in ([value] if isinstance(value, str) else value)]
+    known = [text for text in dict.fromkeys(texts) if tokenizer.token_to_id(text) is not None]
+    with guarded("the special tokens were refused"):
+        tokenizer.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in known])
+
+
+def _is_tiktoken(data: bytes) -> bool:
+    """Llama 3 calls its tiktoken file tokenizer.model: base64, a space, a number. ModelProto begins with 0x0A."""
+    first = data[:200].split(b"\n", 1)[0].split()
+    return len(first) == 2 and first[1].isdigit() and not data.startswith(b"\n")
