@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -46,7 +46,7 @@ def command(
     if prompt is None and not interactive:
         prompt = sys.stdin.read()
     with Session.open(model, settings, ProgressBar()) as session:
-        given = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         params: SamplingParams = replace(session.defaults, **{k: v for k, v in given.items() if v is not None})
         chat = Chat(session, params, max_tokens, system, raw)
         if interactive:

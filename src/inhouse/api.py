@@ -1,0 +1,103 @@
+"""The library's face, for those who want no server:
+
+    import inhouse
+    with inhouse.Engine.open("demo") as engine:
+        print(engine.chat("What is Inhouse?").text)
+
+Everything here is a thin cover over `engine.session`; the answers are those that the server gives.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from inhouse.core.settings import load_settings
+from inhouse.engine.request import SamplingParams, Usage
+from inhouse.engine.session import Session
+from inhouse.engine.text import TextDelta, TextEnd, TextFailed
+
+Chat = str | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer: its text, why it ended (`stop`, `length`), its token counts and the seed of its draws."""
+
+    text: str
+    finish_reason: str
+    usage: Usage
+    seed: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Engine:
+    """A model that answers. Thread-safe; many threads may ask at once and share its batches."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @classmethod
+    def open(cls, model: str, **settings: Any) -> Self:
+        """Opens a model of the store, a folder, a .gguf, or the embedded `demo`.
+
+        Args:
+            model: name, name:version, name@alias or path.
+            settings: any setting of docs/commands.md (`threads=2`, `quantize="q8"`, ...).
+
+        Raises: NotFoundError, FormatError, UsageError, CapacityError.
+        """
+        return cls(Session.open(model, load_settings(settings)))
+
+    def generate(
+        self, prompt: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> Answer:
+        """Continues a text. `sampling`: fields of `SamplingParams` (temperature, top_p, seed, ...)."""
+        return self._run(self._session.prompt_ids(prompt), max_tokens, stop, sampling)
+
+    def chat(
+        self, messages: Chat, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> Answer:
+        """Answers a chat: one message as a str, or messages as {"role", "content"}."""
+        return self._run(self._chat_ids(messages), max_tokens, stop, sampling)
+
+    def stream(
+        self, messages: Chat, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+    ) -> Iterator[str]:
+        """Like `chat`, piece by piece as it comes; leaving the iteration early cancels the answer."""
+        for event in self._session.stream(self._chat_ids(messages), self._params(sampling), max_tokens, stop):
+            if isinstance(event, TextFailed):
+                raise event.error
+            if isinstance(event, TextDelta) and event.text:
+                yield event.text
+
+    def close(self) -> None:
+        """Ends what runs and frees the model."""
+        self._session.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _chat_ids(self, messages: Chat) -> list[int]:
+        given = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        return self._session.chat_ids(given)
+
+    def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
+        return replace(self._session.defaults, **sampling)
+
+    def _run(
+        self, prompt: Sequence[int], max_tokens: int | None, stop: Sequence[str], sampling: Mapping[str, Any]
+    ) -> Answer:
+        text: list[str] = []
+        for event in self._session.stream(prompt, replace(self._params(sampling), n=1), max_tokens, stop):
+            if isinstance(event, TextFailed):
+                raise event.error
+            if isinstance(event, TextDelta):
+                text.append(event.text)
+            elif isinstance(event, TextEnd):
+                return Answer("".join(text), event.reason, event.usage, event.seed)
+        raise AssertionError("a stream ends with its end")
