@@ -104,10 +104,16 @@ class Op:
     layer: int = -1  # -1: outside the layers
 
     def __str__(self) -> str:
+        """Attributes that are off (0, false, none) and trailing absent weights are left out."""
         outs = ", ".join(map(str, self.outputs))
-        args = [f"%{v.id}" for v in self.inputs] + [w or "-" for w in self.weights]
-        args += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in self.attrs.items()]
-        return f"{outs} = {self.kind}({', '.join(args)})"
+        weights = [w or "-" for w in self.weights]
+        while weights and weights[-1] == "-":
+            weights.pop()
+        args = [f"%{v.id}" for v in self.inputs] + weights
+        shown = {k: v for k, v in self.attrs.items() if v not in (0, "none")}
+        args += [f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in shown.items()]
+        call = f"{self.kind}({', '.join(args)})"
+        return f"{outs} = {call}" if outs else call
 
 
 @dataclass(frozen=True, slots=True)

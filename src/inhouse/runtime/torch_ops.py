@@ -70,10 +70,10 @@ def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
     padded = F.pad(x.float(), (0, -width % size)).reshape(rows, -1, size)
     most = padded.abs().amax(-1)
     finite = torch.isfinite(most)
-    usable = finite & (most >= TINY)
+    usable = finite & (most >= float(TINY))
     safe = torch.where(usable, most, torch.ones_like(most))
     codes = torch.round(torch.where(usable[..., None], padded, 0.0) * (127.0 / safe)[..., None]).to(torch.int8)
-    scales = torch.where(usable, most / 127.0, torch.where(finite, 0.0, torch.nan))
+    scales = torch.where(usable, most / 127.0, torch.zeros_like(most)).masked_fill(~finite, torch.nan)
     return QuantRows(codes.reshape(rows, -1)[:, :width], scales, size)
 
 
