@@ -8,7 +8,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -54,11 +54,18 @@ class Store:
         self.close()
 
     def add(
-        self, new: NewVersion, sources: Sequence[tuple[str, Path]], *, how: How = "copy", progress: Progress = silent
+        self,
+        new: NewVersion,
+        sources: Sequence[tuple[str, Path]],
+        *,
+        how: How = "copy",
+        confirm: Callable[[], None] | None = None,
+        progress: Progress = silent,
     ) -> Added:
         """Takes files in and records them as a version: (path inside the model, file on disk) each.
 
         `new.files` may already name contents that the store has (a child that shares files with its parent).
+        `confirm` is called between the two: it may raise to stop the version from being recorded.
         Raises CapacityError (disk space, with both numbers, before anything is written), FormatError (a file
         changed meanwhile, a path leaves the model), and what `Catalog.add_version` raises. After an error the
         store is as it was.
@@ -73,6 +80,8 @@ class Store:
                 for path, source in sources:
                     blob = self.blobs.put_file(source, how=how, progress=progress)
                     stored.append(StoredFile(path, blob.digest, blob.size))
+                if confirm is not None:
+                    confirm()
                 version, fresh = self.catalog.add_version(replace(new, files=tuple(stored)))
         except BaseException:
             self._try_sweep()

@@ -1,0 +1,117 @@
+"""Binding: every canonical weight of a model from its checkpoint, nothing missing and nothing left over.
+
+Knows families' derivations and packed formats; does not know where the model came from or where packed weights are
+kept. Work in progress is bounded: as many matrices as there are threads, whatever the model's size.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.progress import Progress, silent
+from inhouse.core.tensors import TensorSource
+from inhouse.load.packing import FillTiles, Part, make_weight, plan_part
+from inhouse.model.families.family import Family
+from inhouse.model.spec import ModelSpec
+from inhouse.runtime.executor import Weight
+from inhouse.runtime.program import ProgramSet
+
+QUANTIZE = ("q8", "q4")
+MAX_THREADS = 8  # packing is bound by memory long before
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What will be bound, in the order of the forward pass, and what cannot be done as asked."""
+
+    parts: tuple[Part, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """Canonical name -> packed format, of all matrices."""
+        return {part.spec.name: part.format for part in self.parts if part.format != "vector"}
+
+
+def plan_binding(
+    source: TensorSource, spec: ModelSpec, family: Family, programs: ProgramSet, wish: str | None = None
+) -> Plan:
+    """Decides every weight's source and format from names, shapes and types alone.
+
+    Args:
+        wish: None, `q8` or `q4`: what float matrices are packed as. Tensors that are quantised in the file stay
+            what they are, and a note says so.
+
+    Raises:
+        FormatError: tensors are missing or left over, or one has another shape than the config says; it names them.
+        UnsupportedError: a type without a packed form. UsageError: an unknown wish.
+    """
+    if wish is not None and wish not in QUANTIZE:
+        raise UsageError(f"unknown quantisation {wish!r}", remedy="Use q8 or q4.", param="quantize")
+    derived = family.derive(spec, set(source))
+    lacking = [name for name in programs.weights if name not in derived]
+    if lacking:
+        raise UnsupportedError(f"the family {family.name} does not derive {', '.join(lacking[:5])}", param=lacking[0])
+    parts = tuple(
+        plan_part(weight, derived[name], source.info(derived[name].source), wish or "")
+        for name, weight in programs.weights.items()
+    )
+    return Plan(parts, tuple(_notes(parts, wish)))
+
+
+def _notes(parts: Sequence[Part], wish: str | None) -> Iterator[str]:
+    matrices = [part for part in parts if part.format != "vector"]
+    if wish:
+        kept = [part for part in matrices if not part.quantize]
+        if kept:
+            types = ", ".join(sorted({part.info.dtype for part in kept}))
+            yield (
+                f"{len(kept)} of {len(matrices)} matrices were quantised in the file already ({types}) and were kept "
+                f"as they are; {wish} was applied to the others"
+            )
+        if wish == "q4" and any(part.quantize == "q8" for part in matrices):
+            yield "embedding and head were packed as q8, the other matrices as q4"
+    rounded = [part.info.name for part in parts if part.info.dtype == "F64"]
+    if rounded:
+        yield f"{len(rounded)} F64 tensors were rounded to F32: {', '.join(rounded[:3])}"
+
+
+def bind(
+    source: TensorSource,
+    plan: Plan,
+    *,
+    progress: Progress = silent,
+    threads: int | None = None,
+    fill: FillTiles | None = None,
+) -> Iterator[tuple[Part, Weight]]:
+    """The weights one by one, in the plan's order, packed by threads ahead of the consumer.
+
+    Args:
+        progress: told ("pack weights", bytes of the file done, bytes in all).
+        fill: the native library's way to quantise tiles, where it is there.
+
+    Raises FormatError for a value that its format cannot hold.
+    """
+    total = sum(part.info.nbytes for part in plan.parts)
+    workers = min(threads or os.cpu_count() or 1, MAX_THREADS)
+    done = 0
+    waiting: deque[tuple[Part, Future[Weight]]] = deque()
+    parts = iter(plan.parts)
+    with ThreadPoolExecutor(workers, "pack") as pool:
+        try:
+            while True:
+                while len(waiting) <= workers and (part := next(parts, None)) is not None:
+                    waiting.append((part, pool.submit(make_weight, part, source, fill)))
+                if not waiting:
+                    return
+                part, future = waiting.popleft()
+                weight = future.result()
+                done += part.info.nbytes
+                progress("pack weights", done, total)
+                yield part, weight
+        finally:
+            for _, future in waiting:
+                future.cancel()

@@ -1,0 +1,215 @@
+"""The pack cache: a model's packed weights in one file, mapped at the next start instead of packed again.
+
+Derived, never the truth: any file of it may be deleted at any time, and one that is stale or damaged is made anew.
+Knows the file and its limits; does not know how weights are made.
+
+    page 0      magic, where the footer is, how long, its sha256
+    then        tensors: matrices from page boundaries on, vectors from 64-byte boundaries on
+    footer      JSON: key, digest of the model, notes, table of tensors with a checksum of each
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import CapacityError, FormatError, NotFoundError
+from inhouse.load.packing import Part, nbytes
+from inhouse.runtime.executor import Weight
+from inhouse.runtime.packed import LAYOUT_VERSION, Packed, packed_nbytes
+from inhouse.store.home import private_folder
+from inhouse.store.mapping import Mapping as FileMapping
+from inhouse.store.strict_json import parse_object
+from inhouse.store.writing import atomic_file
+
+PACK_VERSION = 1  # raise it when this file's own form changes
+MAGIC = b"INHOUSE PACK\0\0\0\0"
+PAGE = 4096
+ALIGN = 64
+MAX_FOOTER_BYTES = 64 << 20
+# Checksums of files up to this size are compared at every start (0.1 ms a MiB, and the pages are needed anyway);
+# of larger ones the footer, the sizes and the key.
+VERIFY_BYTES = 256 << 20
+SPARE_BYTES = 1 << 30  # disk space that the cache leaves free
+LIMIT_BYTES = 64 << 30  # of all packs together; the longest unused go first
+_HEAD = struct.Struct("<16sQQ32s")
+
+
+@dataclass(frozen=True, slots=True)
+class PackKey:
+    """What a pack was made from and for: equal keys mean interchangeable packs."""
+
+    identity: str  # digest of a stored version, or of the names, sizes and times of files outside the store
+    quantize: str  # "" | "q8" | "q4"
+    layout: int = LAYOUT_VERSION
+    pack: int = PACK_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The key as the footer keeps it."""
+        return {"identity": self.identity, "quantize": self.quantize, "layout": self.layout, "pack": self.pack}
+
+    @property
+    def file_name(self) -> str:
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:40] + ".pack"
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """An open pack: its weights are views of `mapping`."""
+
+    digest: str
+    weights: dict[str, Weight]
+    mapping: FileMapping
+
+
+def pack_size(parts: Iterable[Part]) -> int:
+    """Bytes of a pack's file, footer not counted."""
+    reach = PAGE
+    for part in parts:
+        size = _size(part.format, part.spec.shape)
+        reach = _aligned(reach, size) + size
+    return reach
+
+
+def open_pack(folder: Path, key: PackKey, parts: Iterable[Part]) -> Pack:
+    """Maps the pack of that key.
+
+    Raises NotFoundError if there is none, FormatError if it is damaged, stale or not of these weights.
+    """
+    path = folder / key.file_name
+    mapping = FileMapping(path)
+    footer = _read_footer(mapping)
+    if footer.get("key") != key.to_dict() or not isinstance(footer.get("digest"), str):
+        raise FormatError(f"{path.name} was made for something else")
+    table = footer.get("tensors")
+    if not isinstance(table, dict):
+        raise FormatError(f"{path.name} has no table of tensors")
+    weights = {part.spec.name: _weight(mapping, part, table.get(part.spec.name)) for part in parts}
+    if len(weights) != len(table):
+        raise FormatError(f"{path.name} holds {len(table)} weights, {len(weights)} were expected")
+    _mark_used(path)
+    return Pack(str(footer["digest"]), weights, mapping)
+
+
+def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[Part, Weight]], size: int) -> None:
+    """Writes a pack, weight by weight as they come, and makes room by dropping the longest unused ones.
+
+    Raises CapacityError if the disk lacks the room; the caller then goes on without a pack.
+    """
+    private_folder(folder)
+    free = shutil.disk_usage(folder).free
+    if size + SPARE_BYTES > free:
+        raise CapacityError(f"a pack of {size} bytes and {SPARE_BYTES} spare do not fit {free} free bytes")
+    make_room(folder, LIMIT_BYTES - size)
+    table: dict[str, dict[str, Any]] = {}
+    try:
+        with atomic_file(folder / key.file_name) as file:
+            reach = PAGE
+            for part, weight in weights:
+                raw = _bytes(weight)
+                offset = _aligned(reach, raw.nbytes)
+                file.seek(offset)
+                file.write(raw.data)
+                reach = offset + raw.nbytes
+                table[part.spec.name] = {"offset": offset, "sum": _checksum(raw)}
+            footer = json.dumps({"key": key.to_dict(), "digest": digest, "tensors": table}).encode()
+            start = _aligned(reach, PAGE)
+            file.seek(start)
+            file.write(footer)
+            file.seek(0)
+            file.write(_HEAD.pack(MAGIC, start, len(footer), hashlib.sha256(footer).digest()))
+    except OSError as error:
+        raise CapacityError(f"the pack could not be written: {error.strerror}") from None
+
+
+def make_room(folder: Path, limit: int) -> list[str]:
+    """Deletes the longest unused packs until the rest takes at most `limit` bytes, and leftovers of killed writers.
+
+    Returns the names of what was deleted.
+    """
+    kept, gone = [], []
+    for path in folder.glob("*.pack"):
+        found = path.stat()
+        kept.append((found.st_atime_ns, found.st_size, path))
+    total = sum(size for _, size, _ in kept)
+    for _, size, path in sorted(kept):
+        if total <= limit:
+            break
+        path.unlink(missing_ok=True)
+        gone.append(path.name)
+        total -= size
+    day_ago = time.time() - 86400
+    for leftover in folder.glob(".*.tmp"):
+        if leftover.stat().st_mtime < day_ago:
+            leftover.unlink(missing_ok=True)
+            gone.append(leftover.name)
+    return gone
+
+
+def _read_footer(mapping: FileMapping) -> Mapping[str, Any]:
+    name = mapping.path.name
+    if mapping.size < PAGE:
+        raise FormatError(f"{name} has {mapping.size} bytes, a pack has {PAGE} at least")
+    magic, start, length, digest = _HEAD.unpack(mapping.data[: _HEAD.size].tobytes())
+    if magic != MAGIC or length > MAX_FOOTER_BYTES or start + length != mapping.size:
+        raise FormatError(f"{name} is not a whole pack")
+    footer = mapping.data[start:].tobytes()
+    if hashlib.sha256(footer).digest() != digest:
+        raise FormatError(f"{name} has a damaged footer")
+    return parse_object(footer, what=name, max_depth=4)
+
+
+def _weight(mapping: FileMapping, part: Part, entry: Any) -> Weight:
+    name = part.spec.name
+    if not isinstance(entry, dict):
+        raise FormatError(f"{mapping.path.name} lacks {name}", param=name)
+    offset, size = entry.get("offset"), _size(part.format, part.spec.shape)
+    if type(offset) is not int or offset % ALIGN or not PAGE <= offset <= mapping.size - size:
+        raise FormatError(f"{mapping.path.name}: {name} lies at {offset}", param=name)
+    raw = mapping.data[offset : offset + size]
+    if mapping.size <= VERIFY_BYTES and _checksum(raw) != entry.get("sum"):
+        raise FormatError(f"{mapping.path.name}: {name} is damaged", param=name)
+    if part.format == "vector":
+        return raw.view(np.float32).reshape(part.spec.shape)
+    return Packed(part.format, (part.spec.shape[0], part.spec.shape[1]), raw)
+
+
+def _size(kind: str, shape: tuple[int, ...]) -> int:
+    return 4 * int(np.prod(shape)) if kind == "vector" else packed_nbytes(kind, (shape[0], shape[1]))
+
+
+def _aligned(offset: int, size: int) -> int:
+    align = PAGE if size >= PAGE else ALIGN
+    return -(-offset // align) * align
+
+
+def _bytes(weight: Weight) -> npt.NDArray[np.uint8]:
+    raw = weight.data if isinstance(weight, Packed) else np.ascontiguousarray(weight).reshape(-1).view(np.uint8)
+    assert raw.nbytes == nbytes(weight)
+    return raw
+
+
+def _checksum(raw: npt.NDArray[np.uint8]) -> int:
+    """The sum of the 64-bit words and of the bytes behind them, modulo 2^64: sees every flipped bit and every run
+    that was zeroed or cut; made for damage, not against forgery."""
+    whole = raw.nbytes // 8 * 8
+    words = int(np.add.reduce(raw[:whole].view("<u8"), dtype=np.uint64)) if whole else 0
+    return (words + int(np.add.reduce(raw[whole:], dtype=np.uint64))) & (2**64 - 1)
+
+
+def _mark_used(path: Path) -> None:
+    """Sets the access time, which mounts often leave alone; the modification time stays, it is the file's identity."""
+    try:
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+    except (OSError, NotFoundError):
+        return  # somebody else's cache, read-only: it then ages, no more

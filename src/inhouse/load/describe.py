@@ -1,0 +1,182 @@
+"""What a checkpoint says of itself: its spec, family, tokenizer, sampling defaults and licence.
+
+Knows which file says what (config.json, generation_config.json, GGUF keys); does not read weights.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from inhouse.core.errors import FormatError, NotFoundError, UsageError
+from inhouse.core.tensors import TensorSource
+from inhouse.model.families.family import Family
+from inhouse.model.families.table import resolve
+from inhouse.model.spec import ModelSpec
+from inhouse.model.tokens.load import from_gguf, load_tokenizer
+from inhouse.model.tokens.tokenizer import Tokenizer
+from inhouse.store.source import materialise, open_source, read_json
+
+CONFIG_BYTES = 16 << 20
+CARD_BYTES = 1 << 20
+ROPE_FACTORS = "rope_freqs.weight"
+GGUF_TOKENS = "tokenizer.ggml.tokens"
+
+# Sampling defaults that are taken over: name -> (lowest, highest).
+_SAMPLING: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 100.0),
+    "top_k": (-1.0, 1e9),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+    "max_new_tokens": (0.0, 1e9),
+}
+_GGUF_SAMPLING: Mapping[str, str] = {
+    "general.sampling.temp": "temperature",
+    "general.sampling.top_k": "top_k",
+    "general.sampling.top_p": "top_p",
+    "general.sampling.min_p": "min_p",
+    "general.sampling.penalty_repeat": "repetition_penalty",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A checkpoint with its header read; `source` is open."""
+
+    path: Path
+    source: TensorSource
+    config: Mapping[str, Any]  # config.json, or the key-value table of a GGUF file
+    spec: ModelSpec
+    family: Family
+    generation: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> str:
+        """The name under which the checkpoint's format knows the family."""
+        if self.source.format == "gguf":
+            return str(self.config["general.architecture"])
+        return str(self.config["architectures"][0])
+
+
+def describe(path: Path, context: int | None = None) -> Described:
+    """Opens a checkpoint and reads what it is.
+
+    Args:
+        path: a model folder or a weight file (configuration is then looked for beside it).
+        context: a lower limit of positions than the model's own.
+
+    Raises:
+        NotFoundError, FormatError, UnsupportedError: as the readers and families do. UsageError: `context` is not
+            between 1 and what the model was made for.
+    """
+    source = open_source(path)
+    folder = path if path.is_dir() else path.parent
+    try:
+        if source.format == "gguf":
+            config: Mapping[str, Any] = source.metadata
+            factors = materialise(source, ROPE_FACTORS).tolist() if ROPE_FACTORS in source else ()
+            spec, family = resolve(config, set(source), factors)
+            generation = _gguf_generation(config)
+        else:
+            config = read_json(folder / "config.json", CONFIG_BYTES)
+            spec, family = resolve(config, set(source))
+            generation = _hf_generation(folder)
+    except BaseException:
+        source.close()
+        raise
+    return Described(path, source, config, limit_context(spec, context), family, generation)
+
+
+def limit_context(spec: ModelSpec, context: int | None) -> ModelSpec:
+    """The spec with another limit of positions. Raises UsageError beyond the model's own."""
+    if context is None:
+        return spec
+    if not 1 <= context <= spec.context_length:
+        raise UsageError(
+            f"a context of {context} was asked for, the model has {spec.context_length}",
+            remedy=f"Ask for 1 to {spec.context_length}.",
+            param="context",
+        )
+    return replace(spec, context_length=context)
+
+
+def read_tokenizer(described: Described) -> Tokenizer:
+    """The model's tokenizer, checked against its embedding.
+
+    The rule: every id that the tokenizer can give has a row. More rows than ids are padding and allowed.
+    Raises NotFoundError, FormatError, UnsupportedError.
+    """
+    inside = described.source.format == "gguf" and GGUF_TOKENS in described.config
+    folder = described.path if described.path.is_dir() else described.path.parent
+    tokenizer = from_gguf(described.config) if inside else load_tokenizer(folder)
+    if tokenizer.vocab_size > described.spec.vocab_size:
+        raise FormatError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding has "
+            f"{described.spec.vocab_size} rows",
+            remedy="Tokenizer and weights are not of one model; fetch both again.",
+            param="vocab_size",
+        )
+    return tokenizer
+
+
+def licence(described: Described) -> str:
+    """The licence as the checkpoint names it: GGUF key, model card, or the head of a LICENSE file; "" if none."""
+    found = described.config.get("general.license")
+    if isinstance(found, str):
+        return found[:80]
+    folder = described.path if described.path.is_dir() else None
+    if folder is None:
+        return ""
+    card = _head(folder / "README.md")
+    named = re.search(r"\A---\s*\n(?:.*\n)*?license(?:_name)?:[ \t]*['\"]?([\w.+-]+)", card)
+    if named:
+        return named[1][:80]
+    for name in ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE"):
+        lines = [line.strip(" #*\t") for line in _head(folder / name).splitlines()]
+        first = next((line for line in lines if line), "")
+        if first:
+            return first[:80]
+    return ""
+
+
+def _head(path: Path) -> str:
+    try:
+        with open(path, "rb") as file:
+            return file.read(CARD_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _hf_generation(folder: Path) -> dict[str, Any]:
+    try:
+        config = read_json(folder / "generation_config.json", CONFIG_BYTES)
+    except NotFoundError:
+        return {}
+    found = _checked(
+        {name: config[name] for name in _SAMPLING if config.get(name) is not None}, "generation_config.json"
+    )
+    if isinstance(config.get("do_sample"), bool):
+        found["do_sample"] = config["do_sample"]
+    return found
+
+
+def _gguf_generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return _checked({ours: metadata[key] for key, ours in _GGUF_SAMPLING.items() if key in metadata}, "GGUF metadata")
+
+
+def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
+    for name, value in values.items():
+        low, high = _SAMPLING[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise FormatError(f"{where}: {name} is {str(value)[:40]!r}, not a number", param=name)
+        if not low <= value <= high:
+            raise FormatError(f"{where}: {name} is {value}, allowed {low:g}..{high:g}", param=name)
+        if name in ("top_k", "max_new_tokens"):
+            if value != int(value):
+                raise FormatError(f"{where}: {name} is {value}, not a whole number", param=name)
+            values[name] = int(value)
+    return values

@@ -1,0 +1,137 @@
+"""One canonical weight out of one tensor of a file: rows taken, put in order, packed.
+
+Knows how a Derive and a file type become a packed format; does not know which weights a model has, nor caches.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import FormatError, UnsupportedError
+from inhouse.core.tensors import TensorInfo, TensorSource
+from inhouse.model.families.family import Derive
+from inhouse.runtime.executor import Weight
+from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, gguf_types, pack_float, pack_gguf, quantize
+from inhouse.runtime.program import WeightSpec
+from inhouse.store.source import materialise
+
+# File type -> (packed format, numpy type of its elements; bf16 as bit patterns).
+PLAIN: dict[str, tuple[str, npt.DTypeLike]] = {
+    "F32": ("f32", np.dtype("<f4")),
+    "F16": ("f16", np.dtype("<f2")),
+    "BF16": ("bf16", np.dtype("<u2")),
+}
+RUN_ELEMENTS = 1 << 21  # elements of a run of rows while quantising: 8 MiB of f32
+FillTiles = Callable[[npt.NDArray[np.float32], Any, npt.NDArray[np.uint8]], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one canonical weight will be: decided before a byte is read."""
+
+    spec: WeightSpec
+    derive: Derive
+    info: TensorInfo
+    format: str  # a key of FORMATS; "vector" for vectors
+    quantize: str = ""  # "" | "q8" | "q4"
+
+
+def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> Part:
+    """Decides the format of one weight; `wish` is "", "q8" or "q4".
+
+    Raises FormatError where the file's shape is not what the family says, UnsupportedError for a file type that has
+    no packed form.
+    """
+    if info.shape != derive.source_shape or derive.shape != spec.shape:
+        raise FormatError(
+            f"tensor {info.name!r} has the shape {list(info.shape)}, {list(derive.source_shape)} was expected for "
+            f"{spec.name}",
+            remedy="The weights do not belong to this config; fetch the model again.",
+            param=info.name,
+        )
+    if spec.kind == "vector":
+        if info.dtype not in (*PLAIN, "F64"):
+            raise UnsupportedError(f"tensor {info.name!r} is {info.dtype}, a vector must be a float", param=info.name)
+        return Part(spec, derive, info, "vector")
+    if info.dtype in PLAIN:
+        if wish:
+            kind = wish_for(spec, wish)
+            return Part(spec, derive, info, QUANTIZED_FORMAT[kind], kind)
+        return Part(spec, derive, info, PLAIN[info.dtype][0])
+    if info.dtype not in gguf_types():
+        raise UnsupportedError(
+            f"tensor {info.name!r} is {info.dtype}, which has no packed form",
+            remedy=f"Convert it to one of {', '.join(gguf_types())}.",
+            param=info.name,
+        )
+    if derive.transpose:
+        raise UnsupportedError(f"tensor {info.name!r} is {info.dtype} and would have to be transposed", param=info.name)
+    return Part(spec, derive, info, info.dtype.lower())
+
+
+def wish_for(spec: WeightSpec, wish: str) -> str:
+    """What `--quantize` makes of a weight: embeddings and the head keep 8 bits where the rest gets 4, because every
+    token passes through them and they lose most."""
+    return "q8" if spec.kind == "embedding" or spec.name == "head.weight" else wish
+
+
+def make_weight(part: Part, source: TensorSource, fill: FillTiles | None = None) -> Weight:
+    """The weight itself; reads the tensor. Raises FormatError (a value that the format cannot hold)."""
+    if part.format == "vector":
+        return _vector(part, source)
+    if part.quantize:
+        runs = _float_runs(part, source)
+        shape = (part.spec.shape[0], part.spec.shape[1])
+        return quantize(runs, part.quantize, shape=shape, fill=fill)  # type: ignore[arg-type]
+    derive = part.derive
+    if part.info.dtype in PLAIN:
+        return pack_float(_take(_plain(part, source), derive), part.format)
+    shape = (part.info.shape[0], part.info.shape[1])
+    return pack_gguf(source.raw(part.info.name), part.info.dtype, shape, _index(derive))
+
+
+def _vector(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:
+    values = _take(materialise(source, part.info.name), part.derive)
+    return np.ascontiguousarray(values, np.float32)
+
+
+def _plain(part: Part, source: TensorSource) -> npt.NDArray[Any]:
+    return source.raw(part.info.name).view(PLAIN[part.info.dtype][1]).reshape(part.info.shape)
+
+
+def _take(array: npt.NDArray[Any], derive: Derive) -> npt.NDArray[Any]:
+    """Rows, then order, then transpose; contiguous, a view where nothing moves."""
+    if derive.rows is not None:
+        array = array[slice(*derive.rows)]
+    if derive.order is not None:
+        array = array[derive.order.index()]
+    return np.ascontiguousarray(array.T if derive.transpose else array)
+
+
+def _index(derive: Derive) -> npt.NDArray[np.int64] | None:
+    """Source rows in canonical order, None for all of them as they are."""
+    if derive.rows is None and derive.order is None:
+        return None
+    start, stop = derive.rows or (0, derive.source_shape[0])
+    rows = np.arange(start, stop, dtype=np.int64)
+    return rows if derive.order is None else rows[derive.order.index()]
+
+
+def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.float32]]:
+    """The canonical rows as float32, in runs of bounded size."""
+    rows = _take(_plain(part, source), part.derive)
+    step = max(1, RUN_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        run = rows[start : start + step]
+        if part.info.dtype == "BF16":
+            yield (run.astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            yield run.astype(np.float32)
+
+
+def nbytes(weight: Weight) -> int:
+    """Bytes that a weight takes in memory."""
+    return weight.data.nbytes if isinstance(weight, Packed) else weight.nbytes
