@@ -109,7 +109,42 @@ IH_API int32_t ih_guard_damaged(int64_t handle);
 IH_API void ih_guard_remove(int64_t handle);
 
 // ---- sampling ------------------------------------------------------------------------------------------------------
-// Entry points over a batch of logit rows are declared here by src/sample.h's owner.
+// Over rows of logits f32 [logit_rows][vocab], which are read only. runtime/sampling.py says what each field means.
+
+typedef enum ih_sample_status {
+  IH_SAMPLE_OK = 0,
+  IH_SAMPLE_NAN = 1,       // the logits hold NaN or +infinity
+  IH_SAMPLE_NO_TOKEN = 2,  // every token is ruled out
+} ih_sample_status;
+
+typedef struct ih_sample_row {
+  uint64_t seed;
+  int64_t position;                                        // absolute, of the token to draw
+  int64_t bias_begin, bias_end;                            // of bias_ids and bias_values
+  int64_t history_begin, history_prompt_end, history_end;  // of history: prompt, then output; empty: no penalties
+  int32_t logit_row, choice, top_k, mask_row;              // top_k 0: off; mask_row -1: none
+  float temperature, top_p, min_p, typical_p;              // temperature 0: greedy
+  float repetition_penalty, presence_penalty, frequency_penalty;
+  int32_t reserved;  // 0
+} ih_sample_row;
+
+typedef struct ih_sample_sizes {
+  int64_t rows, vocab, logit_rows, biases, history, masks;
+} ih_sample_sizes;
+
+// Draws a token for each row: tokens [rows] (-1 where status is not OK), status [rows] (ih_sample_status).
+//   rows [sizes->rows]; bias_ids, bias_values [biases]; history [history]; masks [masks][(vocab + 31) / 32], a set bit
+//   allows a token.
+IH_API ih_status ih_sample(const ih_sample_sizes* sizes, const float* logits, const ih_sample_row* rows,
+                           const int32_t* bias_ids, const float* bias_values, const int32_t* history,
+                           const uint32_t* masks, int32_t* tokens, int32_t* status);
+// For each of `count` (row of logits, target): logprobs [count] and ranks [count] of the target, the `top` likeliest
+// ids and their logprobs [count][top] (-1 and -infinity where -infinity logits leave fewer), status [count].
+IH_API ih_status ih_logprobs(const float* logits, int64_t logit_rows, int64_t vocab, const int32_t* rows,
+                             const int32_t* targets, int64_t count, int64_t top, float* logprobs, int32_t* ranks,
+                             int32_t* top_ids, float* top_logprobs, int32_t* status);
+// The u in [0, 1) that a draw is made from.
+IH_API double ih_sample_uniform(uint64_t seed, int64_t position, int32_t choice);
 
 #ifdef __cplusplus
 }

@@ -20,9 +20,9 @@ struct Weight {
 
 // Rows of quantised activations (op quantize_rows). `width` elements a row, padded with zeros to a multiple of 32.
 struct QuantRows {
-  const int8_t* codes;   // [rows][stride]
-  const float* scales;   // [rows][groups]
-  const int32_t* sums;   // [rows][stride / 16] sum of the codes of each 16 elements
+  const int8_t* codes;  // [rows][stride]
+  const float* scales;  // [rows][groups]
+  const int32_t* sums;  // [rows][stride / 16] sum of the codes of each 16 elements
   int64_t width, stride, group, groups;
 };
 
@@ -32,9 +32,9 @@ enum Activation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kQuickGelu, kTanh, k
 // Element type of cached K and V.
 enum KvType : int32_t { kKvF32, kKvF16, kKvBF16, kKvTypes };
 
-constexpr int kBlock = 16;        // positions in a block of a state group
-constexpr int kPartition = 256;   // positions in an attention partition, at absolute multiples
-constexpr int kPartitionBlocks = kPartition / kBlock;
+constexpr int kCacheBlock = 16;  // positions in a block of a state group
+constexpr int kPartition = 256;  // positions in an attention partition, at absolute multiples
+constexpr int kPartitionBlocks = kPartition / kCacheBlock;
 
 // What an attention op is. A block holds, for each kv head, K transposed [head_dim][16], then V [16][v_dim].
 struct AttentionShape {
@@ -51,9 +51,9 @@ struct AttentionShape {
 // Some rows of one sequence against one kv head. Row i stands at `position` + i.
 struct AttentionTask {
   const AttentionShape* shape;
-  const float* q;         // [rows][ldq], all query heads
+  const float* q;  // [rows][ldq], all query heads
   int64_t ldq;
-  float* y;               // [rows][ldy], all query heads
+  float* y;  // [rows][ldy], all query heads
   int64_t ldy;
   const int32_t* table;   // block ids of the sequence
   const uint8_t* blocks;  // this layer's part of block b is at blocks + b * block_stride
@@ -79,7 +79,7 @@ struct Kernels {
   // Row-wise f32 bodies.
   void (*rms_norm)(const float* x, const float* w, float eps, float offset, int64_t heads, int64_t n, float* y);
   void (*layer_norm)(const float* x, const float* w, const float* b, float eps, int64_t n, float* y);
-  void (*activation)(int act, const float* x, int64_t n, float* y);                 // act: index into ACTIVATIONS
+  void (*activation)(int act, const float* x, int64_t n, float* y);  // act: index into ACTIVATIONS
   void (*glu)(int act, const float* gate, const float* up, int64_t n, float* y);
   void (*add)(const float* a, const float* b, int64_t n, float* y);
   void (*mul)(const float* a, const float* b, int64_t n, float* y);
@@ -97,6 +97,10 @@ struct Kernels {
   void (*attend)(const AttentionTask& task, float* scratch);
   // One partition: unmerged results to `partial` [rows * group][partial_pitch(v_dim)].
   void (*attend_partition)(const AttentionTask& task, int partition, float* scratch, float* partial);
+  // Largest logit of each kSampleBlock of x [n], NaN where the block holds one; weights e^((x - top) * inverse) and
+  // their sum over each block (sampling).
+  void (*block_max)(const float* x, int64_t n, float* maxima);
+  void (*exp_weights)(const float* x, int64_t n, float top, float inverse, float* w, float* sums);
   // Merges the partials of partitions [begin, end), each `stride` floats after the one before, and writes y.
   void (*attend_merge)(const AttentionTask& task, int begin, int end, float* partials, int64_t stride);
 };
@@ -104,6 +108,7 @@ struct Kernels {
 // A partial result: v_dim sums padded to 16, then the maximum of the scores and the sum of the weights.
 constexpr int64_t partial_pitch(int64_t v_dim) { return (v_dim + 15) / 16 * 16 + 16; }
 
+constexpr int kSampleBlock = 256;  // logits that the sampler looks at together
 constexpr int kAttentionRows = 4;  // (row, query head) pairs that a body works on at once
 
 // Floats that `attend` and `attend_partition` need: scores, widened K and V, merged and fresh partials.
@@ -114,7 +119,7 @@ constexpr int64_t attention_scratch(const AttentionShape& s, int64_t rows) {
 }
 
 const Kernels* kernels_scalar();
-const Kernels* kernels_avx2();    // null where not compiled in
+const Kernels* kernels_avx2();  // null where not compiled in
 const Kernels* kernels_avx512();
 const Kernels* kernels_neon();
 

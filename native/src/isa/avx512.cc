@@ -1,8 +1,9 @@
 // The op bodies at the level avx512: a thin frame, no code of its own.
+// clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
 #include "simd/avx512.h"
-// The bodies, in order of use.
 #include "ops/table-inl.h"
+// clang-format on
 
 namespace inhouse {
 const Kernels* kernels_avx512() { return &avx512::kTable; }

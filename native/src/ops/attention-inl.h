@@ -42,8 +42,8 @@ void store_vector(KvType type, const float* x, int64_t n, uint8_t* out, int64_t 
 void store_kv(const AttentionShape& s, const float* k, const float* v, uint8_t* block, int slot) {
   const int64_t size = s.kv_type == kKvF32 ? 4 : 2;
   for (int64_t h = 0; h < s.kv_heads; ++h, block += s.head_bytes) {
-    store_vector(s.kv_type, k + h * s.head_dim, s.head_dim, block + slot * size, kBlock);
-    store_vector(s.kv_type, v + h * s.v_dim, s.v_dim, block + (kBlock * s.head_dim + slot * s.v_dim) * size, 1);
+    store_vector(s.kv_type, k + h * s.head_dim, s.head_dim, block + slot * size, kCacheBlock);
+    store_vector(s.kv_type, v + h * s.v_dim, s.v_dim, block + (kCacheBlock * s.head_dim + slot * s.v_dim) * size, 1);
   }
 }
 
@@ -72,14 +72,14 @@ IH_INLINE void score_blocks(const Queries& rows, const Tiles<typename Kv::T>& ti
   }
   for (int64_t d = 0; d < head_dim; ++d) {
     V k[B];
-    for (int b = 0; b < B; ++b) k[b] = Kv::get(tiles.k[first + b] + d * kBlock);
+    for (int b = 0; b < B; ++b) k[b] = Kv::get(tiles.k[first + b] + d * kCacheBlock);
     for (int r = 0; r < R; ++r) {
       const V q = set1(rows.q[r][d]);
       for (int b = 0; b < B; ++b) sums[r][b] = fma(q, k[b], sums[r][b]);
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) store(scores + r * kPartition + (first + b) * kBlock, sums[r][b]);
+    for (int b = 0; b < B; ++b) store(scores + r * kPartition + (first + b) * kCacheBlock, sums[r][b]);
   }
 }
 
@@ -94,29 +94,29 @@ void score(const Queries& rows, const Tiles<typename Kv::T>& tiles, int first, i
 
 // Scores of one row to weights e^(score - maximum), zero outside [low, high); gives the maximum and the sum.
 void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, float* maximum, float* total) {
-  const int first = rows.low[r] / kBlock, last = (rows.high[r] + kBlock - 1) / kBlock;
+  const int first = rows.low[r] / kCacheBlock, last = (rows.high[r] + kCacheBlock - 1) / kCacheBlock;
   const V low = set1(static_cast<float>(rows.low[r])), high = set1(static_cast<float>(rows.high[r]));
   const V scale = set1(s.scale), cap = set1(s.softcap), none = set1(-__builtin_inff());
   const V slope = set1(s.slopes == nullptr ? 0.0f : -s.slopes[rows.head[r]]);
   const V here = set1(static_cast<float>(rows.here[r]));
   V top = none;
   for (int b = first; b < last; ++b) {
-    const V at = add(iota(), set1(static_cast<float>(b * kBlock)));
-    V x = mul(load(scores + b * kBlock), scale);
+    const V at = add(iota(), set1(static_cast<float>(b * kCacheBlock)));
+    V x = mul(load(scores + b * kCacheBlock), scale);
     if (s.softcap != 0.0f) x = mul(cap, tanh(div(x, cap)));
     if (s.slopes != nullptr) x = fma(slope, abs(sub(at, here)), x);
     x = select(both(less_equal(low, at), less(at, high)), x, none);
-    store(scores + b * kBlock, x);
+    store(scores + b * kCacheBlock, x);
     top = max(x, top);
   }
   *maximum = reduce_max(top);
   const V shift = set1(*maximum);
   V sums = zero();
   for (int b = first; b < last; ++b) {
-    const V at = add(iota(), set1(static_cast<float>(b * kBlock)));
-    const V inside = exp(sub(load(scores + b * kBlock), shift));
+    const V at = add(iota(), set1(static_cast<float>(b * kCacheBlock)));
+    const V inside = exp(sub(load(scores + b * kCacheBlock), shift));
     const V weight = select(both(less_equal(low, at), less(at, high)), inside, zero());
-    store(scores + b * kBlock, weight);
+    store(scores + b * kCacheBlock, weight);
     sums = add(sums, weight);
   }
   *total = reduce_add(sums);
@@ -132,7 +132,7 @@ IH_INLINE void weigh_columns(const Tiles<typename Kv::T>& tiles, int low, int hi
     for (int j = 0; j < C; ++j) acc[r][j] = load(sums + r * pitch + c + 16 * j);
   }
   for (int p = low; p < high; ++p) {
-    const typename Kv::T* row = tiles.v[p / kBlock] + (p % kBlock) * v_dim + c;
+    const typename Kv::T* row = tiles.v[p / kCacheBlock] + (p % kCacheBlock) * v_dim + c;
     V v[C];
     for (int j = 0; j < C; ++j) v[j] = Kv::get(row + 16 * j);
     for (int r = 0; r < R; ++r) {
@@ -170,7 +170,7 @@ void partial_rows(const AttentionShape& s, const Queries& rows, const Tiles<type
     low = rows.low[r] > low ? rows.low[r] : low;
     high = rows.high[r] < high ? rows.high[r] : high;
   }
-  score<R, Kv>(rows, tiles, first / kBlock, (last + kBlock - 1) / kBlock, s.head_dim, scores);
+  score<R, Kv>(rows, tiles, first / kCacheBlock, (last + kCacheBlock - 1) / kCacheBlock, s.head_dim, scores);
   for (int r = 0; r < R; ++r) {
     for (int64_t c = 0; c < end; c += 16) store(partial + r * pitch + c, zero());
     soften(s, rows, r, scores + r * kPartition, partial + r * pitch + end, partial + r * pitch + end + 1);
@@ -238,10 +238,10 @@ Tiles<typename Kv::T> tiles_of(const AttentionTask& task, int partition) {
   const int32_t low = s.window > 0 && task.position >= s.window ? task.position - s.window + 1 : 0;
   for (int b = 0; b < kPartitionBlocks; ++b) {
     const int32_t column = partition * kPartitionBlocks + b;
-    if (column < low / kBlock || column * kBlock >= task.length) continue;
+    if (column < low / kCacheBlock || column * kCacheBlock >= task.length) continue;
     const uint8_t* at = task.blocks + task.table[column] * task.block_stride + task.kv_head * s.head_bytes;
     tiles.k[b] = reinterpret_cast<const T*>(at);
-    tiles.v[b] = tiles.k[b] + kBlock * s.head_dim;
+    tiles.v[b] = tiles.k[b] + kCacheBlock * s.head_dim;
   }
   return tiles;
 }
@@ -250,13 +250,13 @@ Tiles<typename Kv::T> tiles_of(const AttentionTask& task, int partition) {
 template <class Kv>
 Tiles<float> widen(const AttentionTask& task, const Tiles<typename Kv::T>& tiles, float* out) {
   const AttentionShape& s = *task.shape;
-  const int64_t elements = kBlock * (static_cast<int64_t>(s.head_dim) + s.v_dim);
+  const int64_t elements = kCacheBlock * (static_cast<int64_t>(s.head_dim) + s.v_dim);
   Tiles<float> wide = {};
   for (int b = 0; b < kPartitionBlocks; ++b, out += elements) {
     if (tiles.k[b] == nullptr) continue;
     for (int64_t i = 0; i < elements; i += 16) store(out + i, Kv::get(tiles.k[b] + i));
     wide.k[b] = out;
-    wide.v[b] = out + kBlock * s.head_dim;
+    wide.v[b] = out + kCacheBlock * s.head_dim;
   }
   return wide;
 }
@@ -375,17 +375,23 @@ void attend_partition_as(const AttentionTask& task, int partition, float* memory
 
 void attend(const AttentionTask& task, float* scratch) {
   switch (task.shape->kv_type) {
-    case kKvF32: return attend_as<F32Kv>(task, scratch);
-    case kKvF16: return attend_as<F16Kv>(task, scratch);
-    default: return attend_as<BF16Kv>(task, scratch);
+    case kKvF32:
+      return attend_as<F32Kv>(task, scratch);
+    case kKvF16:
+      return attend_as<F16Kv>(task, scratch);
+    default:
+      return attend_as<BF16Kv>(task, scratch);
   }
 }
 
 void attend_partition(const AttentionTask& task, int partition, float* scratch, float* partial) {
   switch (task.shape->kv_type) {
-    case kKvF32: return attend_partition_as<F32Kv>(task, partition, scratch, partial);
-    case kKvF16: return attend_partition_as<F16Kv>(task, partition, scratch, partial);
-    default: return attend_partition_as<BF16Kv>(task, partition, scratch, partial);
+    case kKvF32:
+      return attend_partition_as<F32Kv>(task, partition, scratch, partial);
+    case kKvF16:
+      return attend_partition_as<F16Kv>(task, partition, scratch, partial);
+    default:
+      return attend_partition_as<BF16Kv>(task, partition, scratch, partial);
   }
 }
 

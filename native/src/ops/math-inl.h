@@ -16,8 +16,8 @@ IH_INLINE V scale_by_power(V p, VI n) {
 IH_INLINE V exp(V x) {
   const V clamped = max(set1(-104.0f), min(set1(89.0f), x));
   const V n = round_even(mul(clamped, set1(1.44269504088896341f)));
-  V r = fma(n, set1(-0.693145751953125f), clamped);    // first 15 bits of ln 2: n times it is exact
-  r = fma(n, set1(-1.42860682030941723e-6f), r);       // the rest
+  V r = fma(n, set1(-0.693145751953125f), clamped);  // first 15 bits of ln 2: n times it is exact
+  r = fma(n, set1(-1.42860682030941723e-6f), r);     // the rest
   V p = fma(set1(0.0001989098087f), r, set1(0.001393364103f));
   p = fma(p, r, set1(0.008333310934f));
   p = fma(p, r, set1(0.04166646501f));

@@ -63,13 +63,20 @@ void activation_of(const float* x, int64_t n, float* y) {
 
 void activation(int act, const float* x, int64_t n, float* y) {
   switch (act) {
-    case kSilu: return activation_of<kSilu>(x, n, y);
-    case kGelu: return activation_of<kGelu>(x, n, y);
-    case kGeluTanh: return activation_of<kGeluTanh>(x, n, y);
-    case kRelu: return activation_of<kRelu>(x, n, y);
-    case kQuickGelu: return activation_of<kQuickGelu>(x, n, y);
-    case kTanh: return activation_of<kTanh>(x, n, y);
-    default: return activation_of<kSigmoid>(x, n, y);
+    case kSilu:
+      return activation_of<kSilu>(x, n, y);
+    case kGelu:
+      return activation_of<kGelu>(x, n, y);
+    case kGeluTanh:
+      return activation_of<kGeluTanh>(x, n, y);
+    case kRelu:
+      return activation_of<kRelu>(x, n, y);
+    case kQuickGelu:
+      return activation_of<kQuickGelu>(x, n, y);
+    case kTanh:
+      return activation_of<kTanh>(x, n, y);
+    default:
+      return activation_of<kSigmoid>(x, n, y);
   }
 }
 
@@ -80,13 +87,20 @@ void glu_of(const float* gate, const float* up, int64_t n, float* y) {
 
 void glu(int act, const float* gate, const float* up, int64_t n, float* y) {
   switch (act) {
-    case kSilu: return glu_of<kSilu>(gate, up, n, y);
-    case kGelu: return glu_of<kGelu>(gate, up, n, y);
-    case kGeluTanh: return glu_of<kGeluTanh>(gate, up, n, y);
-    case kRelu: return glu_of<kRelu>(gate, up, n, y);
-    case kQuickGelu: return glu_of<kQuickGelu>(gate, up, n, y);
-    case kTanh: return glu_of<kTanh>(gate, up, n, y);
-    default: return glu_of<kSigmoid>(gate, up, n, y);
+    case kSilu:
+      return glu_of<kSilu>(gate, up, n, y);
+    case kGelu:
+      return glu_of<kGelu>(gate, up, n, y);
+    case kGeluTanh:
+      return glu_of<kGeluTanh>(gate, up, n, y);
+    case kRelu:
+      return glu_of<kRelu>(gate, up, n, y);
+    case kQuickGelu:
+      return glu_of<kQuickGelu>(gate, up, n, y);
+    case kTanh:
+      return glu_of<kTanh>(gate, up, n, y);
+    default:
+      return glu_of<kSigmoid>(gate, up, n, y);
   }
 }
 

@@ -1,8 +1,11 @@
 // Every body at one level, and the table that exports them. Included by isa/*.cc after the level's vocabulary.
+// clang-format off: each needs the ones before it.
 #include "ops/math-inl.h"
 #include "ops/rows-inl.h"
 #include "ops/attention-inl.h"
+#include "ops/sample-inl.h"
 #include "ops/plain-inl.h"
+// clang-format on
 
 namespace inhouse::IH_ISA {
 namespace {
@@ -31,6 +34,8 @@ const Kernels kTable = {
     .store_kv = store_kv,
     .attend = attend,
     .attend_partition = attend_partition,
+    .block_max = block_max,
+    .exp_weights = exp_weights,
     .attend_merge = attend_merge,
 };
 

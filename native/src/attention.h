@@ -1,0 +1,47 @@
+// How an attention op is cut into tasks. Knows rows and partitions; the arithmetic is in ops/attention-inl.h.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "kernels.h"
+#include "program.h"
+
+namespace inhouse {
+
+constexpr int64_t kPiecePairs = 64;  // (row, query head) pairs of a task
+constexpr int64_t kSplitPairs = 16;  // at most so many share a task that is split by partition
+
+inline int64_t group_of(const AttentionShape& s) { return s.heads / s.kv_heads; }
+
+// Rows of a task.
+inline int64_t piece_rows(const AttentionShape& s) { return std::max<int64_t>(1, kPiecePairs / group_of(s)); }
+
+// Tasks are split by partition when there are fewer than this.
+constexpr int64_t split_below(int threads) { return 2 * int64_t{threads}; }
+
+constexpr int64_t partitions_in(int64_t positions) { return (positions + kPartition - 1) / kPartition; }
+
+inline int64_t most_split_pieces(int64_t context, int threads) { return split_below(threads) * partitions_in(context); }
+
+inline int64_t most_partial_floats(const AttentionShape& s, int64_t context, int threads) {
+  const int64_t pairs = std::max(kSplitPairs, group_of(s));
+  return most_split_pieces(context, threads) * pairs * partial_pitch(s.v_dim);
+}
+
+// The shape of an attention op; slopes and sinks are left null.
+inline AttentionShape attention_shape(const Op& op, KvType kv_type, int64_t head_bytes) {
+  AttentionShape s = {};
+  s.heads = static_cast<int32_t>(op.integer(2));
+  s.kv_heads = static_cast<int32_t>(op.integer(3));
+  s.head_dim = static_cast<int32_t>(op.integer(4));
+  s.v_dim = static_cast<int32_t>(op.integer(5));
+  s.scale = op.real(6);
+  s.softcap = op.real(7);
+  s.window = static_cast<int32_t>(op.integer(8));
+  s.causal = op.integer(9) != 0;
+  s.kv_type = kv_type;
+  s.head_bytes = head_bytes;
+  return s;
+}
+
+}  // namespace inhouse

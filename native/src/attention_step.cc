@@ -1,0 +1,145 @@
+// The attention op of a step: rows to tasks, tasks to the pool.
+#include <algorithm>
+
+#include "attention.h"
+#include "step.h"
+
+namespace inhouse {
+
+namespace {
+
+constexpr int64_t kSerialProducts = 32768;  // multiply-adds of a whole op that are not worth waking anyone for
+
+// Partitions that rows [position, position + rows) see; the same rule as the body's.
+void partitions_seen(const AttentionShape& s, int64_t position, int64_t rows, int64_t length, Piece* piece) {
+  const int64_t last = position + rows - 1;
+  const int64_t low = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
+  int64_t high = last + 1;
+  if (!s.causal) high = s.window > 0 ? std::min<int64_t>(length, last + s.window) : length;
+  piece->first = static_cast<int32_t>(low / kPartition);
+  piece->last = static_cast<int32_t>(partitions_in(high));
+}
+
+}  // namespace
+
+void Runner::find_spans() {
+  std::vector<Span>& spans = model_.attention_.spans;
+  spans.clear();
+  for (int32_t r = 0; r < step_.rows; ++r) {
+    const int32_t sequence = step_.sequence_of[r];
+    if (spans.empty() || spans.back().sequence != sequence) spans.push_back({sequence, r, r});
+    spans.back().end = r + 1;
+  }
+}
+
+void Runner::attention(const Op& op) {
+  const int group = static_cast<int>(op.integer(0));
+  AttentionShape shape = attention_shape(op, model_.state_->kv_type(), model_.state_->head_bytes(group));
+  shape.slopes = vector(op, 0);
+  shape.sinks = vector(op, 1);
+  store_kv(op, shape);
+  cut(shape);
+  AttentionMemory& memory = model_.attention_;
+  int64_t products = 0;
+  for (const Piece& p : memory.pieces) products += p.rows * (p.last - p.first) * kPartition;
+  const bool serial = products * group_of(shape) * (shape.head_dim + shape.v_dim) < kSerialProducts;
+  const int64_t whole = static_cast<int64_t>(memory.pieces.size());
+  const bool apart = !serial && pool_.threads() > 1 && whole < split_below(pool_.threads());
+  if (apart) split();
+  const auto one = [&](int64_t i, int worker) {
+    const Piece& piece = memory.pieces[i];
+    float* scratch = memory.scratch.get() + worker * memory.scratch_floats;
+    if (piece.partition < 0) return kernels_.attend(task_of(op, shape, piece), scratch);
+    kernels_.attend_partition(
+        task_of(op, shape, piece), piece.partition, scratch,
+        memory.partials + piece.partials + (piece.partition - piece.first) * piece.partition_floats);
+  };
+  const int64_t tasks = static_cast<int64_t>(memory.pieces.size());
+  if (serial) {
+    for (int64_t i = 0; i < tasks; ++i) one(i, 0);
+    return;
+  }
+  pool_.run(tasks, one);
+  if (!apart) return;
+  pool_.run(tasks, [&](int64_t i, int) {
+    const Piece& piece = memory.pieces[i];
+    if (piece.partition != piece.first) return;
+    kernels_.attend_merge(task_of(op, shape, piece), piece.first, piece.last, memory.partials + piece.partials,
+                          piece.partition_floats);
+  });
+}
+
+// Every row's K and V into its block; a barrier later they are read back from there, the step's own included.
+void Runner::store_kv(const Op& op, const AttentionShape& shape) {
+  const int group = static_cast<int>(op.integer(0));
+  uint8_t* layer = model_.state_->layer(group, op.integer(1));
+  const int64_t stride = model_.state_->block_bytes(group), width = step_.table_widths[group];
+  each_row(step_.rows, 4 * (value(op.inputs[1]).width + value(op.inputs[2]).width), [&](int64_t r) {
+    const int32_t position = step_.positions[r];
+    const int32_t block = step_.tables[group][step_.sequence_of[r] * width + position / kCacheBlock];
+    kernels_.store_kv(shape, row(op.inputs[1], r), row(op.inputs[2], r), layer + block * stride,
+                      position % kCacheBlock);
+  });
+}
+
+// Tasks of whole rows. The longest come first, so that none starts last.
+void Runner::cut(const AttentionShape& shape) {
+  std::vector<Piece>& pieces = model_.attention_.pieces;
+  pieces.clear();
+  const int32_t step = static_cast<int32_t>(piece_rows(shape));
+  int64_t floats = 0;
+  for (const Span& span : model_.attention_.spans) {
+    const int32_t count = (span.end - span.begin + step - 1) / step;
+    for (int32_t i = count - 1; i >= 0; --i) {
+      Piece piece = {};
+      piece.sequence = span.sequence;
+      piece.begin = span.begin + i * step;
+      piece.rows = std::min(step, span.end - piece.begin);
+      piece.partition = -1;
+      piece.partition_floats = piece.rows * group_of(shape) * partial_pitch(shape.v_dim);
+      partitions_seen(shape, step_.positions[piece.begin], piece.rows, step_.lengths[span.sequence], &piece);
+      for (piece.kv_head = 0; piece.kv_head < shape.kv_heads; ++piece.kv_head) {
+        piece.partials = floats;
+        floats += piece.partition_floats * (piece.last - piece.first);
+        pieces.push_back(piece);
+      }
+    }
+  }
+}
+
+// Too few tasks for the threads: each partition becomes one, if the partial results have room.
+void Runner::split() {
+  AttentionMemory& memory = model_.attention_;
+  const size_t whole = memory.pieces.size();
+  if (whole == 0) return;
+  const Piece& last = memory.pieces.back();
+  if (last.partials + last.partition_floats * (last.last - last.first) > memory.partial_floats) return;
+  for (size_t i = 0; i < whole; ++i) {
+    const Piece piece = memory.pieces[i];
+    memory.pieces[i].partition = piece.first;
+    for (int32_t p = piece.first + 1; p < piece.last; ++p) {
+      memory.pieces.push_back(piece);
+      memory.pieces.back().partition = p;
+    }
+  }
+}
+
+AttentionTask Runner::task_of(const Op& op, const AttentionShape& shape, const Piece& piece) {
+  const int group = static_cast<int>(op.integer(0));
+  AttentionTask task = {};
+  task.shape = &shape;
+  task.ldq = value(op.inputs[0]).width;
+  task.q = row(op.inputs[0], piece.begin);
+  task.ldy = value(op.outputs[0]).width;
+  task.y = row(op.outputs[0], piece.begin);
+  task.table = step_.tables[group] + piece.sequence * step_.table_widths[group];
+  task.blocks = model_.state_->layer(group, op.integer(1));
+  task.block_stride = model_.state_->block_bytes(group);
+  task.position = step_.positions[piece.begin];
+  task.length = step_.lengths[piece.sequence];
+  task.rows = piece.rows;
+  task.kv_head = piece.kv_head;
+  return task;
+}
+
+}  // namespace inhouse

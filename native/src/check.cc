@@ -1,0 +1,237 @@
+// The shape rules of every op, on the native side: a program that passes cannot make a body leave its buffers.
+#include <string>
+
+#include "program.h"
+
+namespace inhouse {
+
+namespace {
+
+// What one op's rule sees; the first unmet need is kept.
+class Rule {
+ public:
+  Rule(const ProgramSet& set, const Program& program, const Op& op, const std::vector<Weight>& weights)
+      : set_(set), program_(program), op_(op), weights_(weights) {}
+
+  void need(bool condition, const char* what) {
+    if (!condition && fault_ == nullptr) fault_ = what;
+  }
+  const char* fault() const { return fault_; }
+
+  const Op& op() const { return op_; }
+  const ProgramSet& set() const { return set_; }
+  const Value& in(int i) const { return program_.values[op_.inputs[i]]; }
+  const Value& out(int i) const { return program_.values[op_.outputs[i]]; }
+  const Weight* weight(size_t i) const {
+    return i < op_.weights.size() && op_.weights[i] >= 0 ? &weights_[op_.weights[i]] : nullptr;
+  }
+  bool arity(size_t inputs, size_t weights_low, size_t weights_high, size_t outputs) {
+    need(op_.inputs.size() == inputs, "wrong number of inputs");
+    need(op_.weights.size() >= weights_low && op_.weights.size() <= weights_high, "wrong number of weights");
+    need(op_.outputs.size() == outputs, "wrong number of outputs");
+    return fault_ == nullptr;
+  }
+  void floats() {
+    for (int32_t v : op_.inputs) need(program_.values[v].dtype == DType::kF32, "inputs must be f32");
+    for (int32_t v : op_.outputs) need(program_.values[v].dtype == DType::kF32, "outputs must be f32");
+  }
+  void alike(const Value& a, const Value& b) { need(a.axis == b.axis && a.width == b.width, "values differ in shape"); }
+  void vector(size_t i, int64_t length, bool optional) {
+    const Weight* w = weight(i);
+    if (w == nullptr) return need(optional, "a vector is missing");
+    need(w->format < 0 && w->out == 1 && w->in == length, "a vector has the wrong length");
+  }
+  void integer(int i, int64_t low, int64_t high) {
+    need(op_.integer(i) >= low && op_.integer(i) <= high, "an attribute is out of range");
+  }
+
+ private:
+  const ProgramSet& set_;
+  const Program& program_;
+  const Op& op_;
+  const std::vector<Weight>& weights_;
+  const char* fault_ = nullptr;
+};
+
+void check_embed(Rule& r) {
+  if (!r.arity(0, 1, 1, 1)) return;
+  r.floats();
+  r.integer(0, 0, 2);
+  r.integer(1, 0, INT32_MAX);
+  const Weight* table = r.weight(0);
+  if (table == nullptr) return r.need(false, "no table");
+  const int64_t sizes[] = {r.set().vocab_size, r.set().context_length, 1};
+  if (r.fault() != nullptr) return;
+  r.need(r.out(0).axis == Axis::kTokens && r.out(0).width == table->in, "output does not fit the table");
+  r.need(sizes[r.op().integer(0)] + r.op().integer(1) <= table->out, "the table has too few rows");
+}
+
+void check_rms_norm(Rule& r) {
+  if (!r.arity(1, 1, 1, 1)) return;
+  r.floats();
+  r.alike(r.in(0), r.out(0));
+  r.integer(1, 1, r.in(0).width);
+  if (r.fault() != nullptr) return;
+  r.need(r.in(0).width % r.op().integer(1) == 0, "width is no multiple of heads");
+  r.vector(0, r.in(0).width / r.op().integer(1), false);
+}
+
+void check_layer_norm(Rule& r) {
+  if (!r.arity(1, 1, 2, 1)) return;
+  r.floats();
+  r.alike(r.in(0), r.out(0));
+  r.vector(0, r.in(0).width, false);
+  r.vector(1, r.in(0).width, true);
+}
+
+void check_quantize_rows(Rule& r) {
+  if (!r.arity(1, 0, 0, 1)) return;
+  r.alike(r.in(0), r.out(0));
+  r.need(r.in(0).dtype == DType::kF32 && r.out(0).dtype == DType::kI8, "must turn f32 into i8");
+  r.need(r.out(0).group == r.op().integer(0), "group differs from the value's");
+  r.need(r.out(0).group % kQuantGroup == 0 || r.out(0).group == r.in(0).width, "group must be a multiple of 32");
+}
+
+void check_linears(Rule& r) {
+  const size_t count = r.op().outputs.size();
+  r.need(count > 0, "no outputs");
+  if (!r.arity(1, 2 * count, 2 * count, count)) return;
+  for (size_t i = 0; i < count; ++i) {
+    const Weight* w = r.weight(i);
+    const Value& y = r.out(static_cast<int>(i));
+    if (w == nullptr) return r.need(false, "a weight is missing");
+    r.need(w->in == r.in(0).width, "a weight takes another width");
+    r.need(y.axis == r.in(0).axis && y.width == w->out && y.dtype == DType::kF32, "an output does not fit its weight");
+    r.vector(count + i, w->out, true);
+  }
+}
+
+void check_rotary(Rule& r) {
+  if (!r.arity(0, 1, 1, 1)) return;
+  r.floats();
+  r.need(r.out(0).axis == Axis::kTokens && r.out(0).width % 2 == 0, "output must be [T, even]");
+  r.vector(0, r.out(0).width / 2, false);
+}
+
+void check_rope(Rule& r) {
+  if (!r.arity(2, 0, 0, 1)) return;
+  r.floats();
+  r.alike(r.in(0), r.out(0));
+  r.integer(0, 1, r.in(0).width);
+  if (r.fault() != nullptr) return;
+  r.need(r.in(0).axis == r.in(1).axis, "axes differ");
+  r.need(r.in(0).width % r.op().integer(0) == 0, "width is no multiple of head_dim");
+  r.need(r.in(1).width <= r.op().integer(0) && r.in(1).width % 2 == 0, "rotary width beyond head_dim");
+}
+
+void check_attention(Rule& r) {
+  if (!r.arity(3, 0, 2, 1)) return;
+  r.floats();
+  r.integer(0, 0, static_cast<int64_t>(r.set().groups.size()) - 1);
+  for (int i = 2; i < 6; ++i) r.integer(i, 1, 1 << 16);
+  r.integer(8, 0, INT32_MAX);
+  r.integer(9, 0, 1);
+  if (r.fault() != nullptr) return;
+  const Group& group = r.set().groups[r.op().integer(0)];
+  const int64_t heads = r.op().integer(2), kv = r.op().integer(3), dim = r.op().integer(4), v_dim = r.op().integer(5);
+  r.integer(1, 0, group.layers - 1);
+  r.need(group.kv_heads == kv && group.head_dim == dim && group.v_dim == v_dim, "its state group has other heads");
+  r.need(group.window == 0 || (r.op().integer(8) > 0 && r.op().integer(8) <= group.window),
+         "it sees more positions than its state group keeps");
+  r.need(heads % kv == 0, "heads is no multiple of kv_heads");
+  for (int i = 0; i < 3; ++i) r.need(r.in(i).axis == Axis::kTokens, "inputs must be over tokens");
+  r.need(r.out(0).axis == Axis::kTokens && r.out(0).width == heads * v_dim, "output must be heads * v_dim wide");
+  r.need(r.in(0).width == heads * dim, "q must be heads * head_dim wide");
+  r.need(r.in(1).width == kv * dim && r.in(2).width == kv * v_dim, "k or v has the wrong width");
+  r.vector(0, heads, true);
+  r.vector(1, heads, true);
+}
+
+void check_map(Rule& r, size_t inputs) {
+  if (!r.arity(inputs, 0, 0, 1)) return;
+  r.floats();
+  for (size_t i = 0; i < inputs; ++i) r.alike(r.in(static_cast<int>(i)), r.out(0));
+  const OpKind kind = r.op().kind;
+  if (kind == OpKind::kAct || kind == OpKind::kGlu) r.integer(0, 0, kActivations - 1);
+}
+
+void check_select_rows(Rule& r) {
+  if (!r.arity(1, 0, 0, 1)) return;
+  r.floats();
+  r.need(r.in(0).axis == Axis::kTokens && r.out(0).axis == Axis::kSampled, "must turn [T, W] into [S, W]");
+  r.need(r.in(0).width == r.out(0).width, "widths differ");
+}
+
+void check_pool(Rule& r) {
+  if (!r.arity(1, 0, 0, 1)) return;
+  r.floats();
+  r.need(r.in(0).axis == Axis::kTokens && r.out(0).axis == Axis::kSequences, "must turn [T, W] into [N, W]");
+  r.need(r.in(0).width == r.out(0).width, "widths differ");
+  r.integer(0, 0, 3);
+}
+
+void check_op(Rule& r) {
+  switch (r.op().kind) {
+    case OpKind::kEmbed:
+      return check_embed(r);
+    case OpKind::kRmsNorm:
+      return check_rms_norm(r);
+    case OpKind::kLayerNorm:
+      return check_layer_norm(r);
+    case OpKind::kQuantizeRows:
+      return check_quantize_rows(r);
+    case OpKind::kLinears:
+      return check_linears(r);
+    case OpKind::kRotary:
+      return check_rotary(r);
+    case OpKind::kRope:
+      return check_rope(r);
+    case OpKind::kAttention:
+      return check_attention(r);
+    case OpKind::kGlu:
+    case OpKind::kAdd:
+    case OpKind::kMul:
+      return check_map(r, 2);
+    case OpKind::kSelectRows:
+      return check_select_rows(r);
+    case OpKind::kPool:
+      return check_pool(r);
+    default:
+      return check_map(r, 1);
+  }
+}
+
+Status check_program(const ProgramSet& set, const Program& program, const std::vector<Weight>& weights) {
+  std::vector<bool> made(program.values.size(), false);
+  for (size_t i = 0; i < program.ops.size(); ++i) {
+    const Op& op = program.ops[i];
+    Rule rule(set, program, op, weights);
+    for (int32_t v : op.inputs) rule.need(made[v], "it reads a value before it is made");
+    if (rule.fault() == nullptr) check_op(rule);
+    for (int32_t v : op.outputs) {
+      rule.need(!made[v], "it makes a value again");
+      made[v] = true;
+    }
+    if (rule.fault() != nullptr) {
+      return Status::usage("ill-formed program: op " + std::to_string(i) + " (" + op_name(op.kind) +
+                           "): " + rule.fault());
+    }
+  }
+  for (int32_t v : program.outputs) {
+    if (!made[v]) return Status::usage("ill-formed program: output %" + std::to_string(v) + " is not made");
+    if (program.values[v].dtype != DType::kF32) return Status::usage("ill-formed program: an output is not f32");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status check_programs(const ProgramSet& set, const std::vector<Weight>& weights) {
+  for (const Program& program : set.programs) {
+    Status status = check_program(set, program, weights);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace inhouse

@@ -1,0 +1,145 @@
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <new>
+#include <string>
+
+#include "attention.h"
+#include "dispatch.h"
+#include "formats.h"
+#include "guard.h"
+#include "step.h"
+#include "threads.h"
+
+namespace inhouse {
+
+namespace {
+
+constexpr int64_t kGuardedBytes = 4096;  // smaller weights lie in memory of our own
+constexpr int64_t kMaxElements = int64_t{1} << 40;
+
+Status fault(int64_t i, const char* what) { return Status::usage("weight " + std::to_string(i) + ": " + what); }
+
+Status check_weight(int64_t i, const ih_weight& w) {
+  if (w.data == nullptr) return fault(i, "no data");
+  if (w.format < -1 || w.format >= kFormatCount) return fault(i, "unknown format");
+  if (w.out < 1 || w.in < 1 || w.out > INT32_MAX || w.in > INT32_MAX || w.out > kMaxElements / w.in) {
+    return fault(i, "impossible shape");
+  }
+  if (w.format == -1) {
+    if (reinterpret_cast<uintptr_t>(w.data) % 4 != 0) return fault(i, "floats are not aligned");
+    return w.bytes >= w.out * w.in * 4 ? Status{} : fault(i, "fewer bytes than its shape needs");
+  }
+  const Format& format = kFormats[w.format];
+  if (!layout_of(format, w.in).valid) return fault(i, "its width does not fit its format");
+  if (reinterpret_cast<uintptr_t>(w.data) % 64 != 0) return fault(i, "data are not aligned to 64 bytes");
+  return w.bytes >= packed_bytes(format, w.out, w.in) ? Status{} : fault(i, "fewer bytes than its shape needs");
+}
+
+}  // namespace
+
+Status Model::create(const int64_t* flat, int64_t length, const ih_weight* weights, int64_t count,
+                     const ModelOptions& options, std::unique_ptr<Model>* out) {
+  std::unique_ptr<Model> model(new Model);
+  Status status = choose_kernels(options.isa, &model->kernels_);
+  if (status.ok()) status = read_programs(flat, length, count, &model->set_);
+  if (status.ok()) status = model->take_weights(weights, count);
+  if (status.ok()) status = check_programs(model->set_, model->weights_);
+  if (!status.ok()) return status;
+  if (options.threads < 0 || options.threads > kMaxThreads) {
+    return Status::usage(std::to_string(options.threads) + " threads; allowed 1.." + std::to_string(kMaxThreads));
+  }
+  model->threads_ = options.threads > 0 ? options.threads : default_threads();
+  std::vector<Plan> plans;
+  for (const Program& program : model->set_.programs) plans.push_back(plan_program(program));
+  model->arena_ = std::make_unique<Arena>(std::move(plans));
+  model->state_ = std::make_unique<State>(model->set_.groups, options.kv_type);
+  model->size_attention();
+  status = model->guard_weights();
+  if (status.ok()) *out = std::move(model);
+  return status;
+}
+
+Model::~Model() {
+  for (int64_t guard : guards_) guard_remove(guard);
+}
+
+AttentionMemory::~AttentionMemory() {
+  if (partials != nullptr) munmap(partials, static_cast<size_t>(partial_floats) * sizeof(float));
+}
+
+Status Model::take_weights(const ih_weight* weights, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const Status status = check_weight(i, weights[i]);
+    if (!status.ok()) return status;
+    weights_.push_back({weights[i].format, weights[i].out, weights[i].in, static_cast<const uint8_t*>(weights[i].data),
+                        static_cast<size_t>(weights[i].bytes)});
+  }
+  return {};
+}
+
+Status Model::guard_weights() {
+  for (const Weight& weight : weights_) {
+    if (static_cast<int64_t>(weight.bytes) < kGuardedBytes) continue;
+    const int64_t guard = guard_add(weight.data, weight.bytes);
+    if (guard < 0) return Status::capacity("no room to guard another mapping");
+    guards_.push_back(guard);
+  }
+  return {};
+}
+
+bool Model::damaged() {
+  for (int64_t guard : guards_) damaged_ = damaged_ || guard_damaged(guard);
+  return damaged_;
+}
+
+void Model::size_attention() {
+  for (const Program& program : set_.programs) {
+    for (const Op& op : program.ops) {
+      if (op.kind != OpKind::kAttention) continue;
+      const AttentionShape shape = attention_shape(op, KvType::kKvF32, 0);
+      const int64_t scratch = attention_scratch(shape, piece_rows(shape));
+      attention_.scratch_floats = std::max(attention_.scratch_floats, scratch);
+      attention_.partial_floats =
+          std::max(attention_.partial_floats, most_partial_floats(shape, set_.context_length, threads_));
+      kv_heads_ = std::max(kv_heads_, int64_t{shape.kv_heads});
+    }
+  }
+  if (attention_.scratch_floats == 0) return;
+  attention_.scratch = std::make_unique<float[]>(static_cast<size_t>(attention_.scratch_floats * threads_));
+  const size_t bytes = static_cast<size_t>(attention_.partial_floats) * sizeof(float);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (memory == MAP_FAILED) throw std::bad_alloc();
+  attention_.partials = static_cast<float*>(memory);
+}
+
+void Model::reserve(const Rows& rows) {
+  arena_->reserve(rows);
+  const size_t sequences = static_cast<size_t>(rows[Axis::kSequences]);
+  const size_t split = static_cast<size_t>(most_split_pieces(set_.context_length, threads_));
+  const size_t whole = static_cast<size_t>(rows[Axis::kTokens] * kv_heads_);
+  attention_.spans.reserve(sequences);
+  attention_.pieces.reserve(std::max(split, whole));
+}
+
+Status Model::run(int32_t program, const ih_step& step, ih_output* outputs) {
+  if (program < 0 || program >= static_cast<int32_t>(set_.programs.size())) {
+    return Status::usage("no program " + std::to_string(program));
+  }
+  if (damaged_) return Status::failed("a mapped weight was lost in an earlier step");
+  const Rows rows = {{step.rows, step.sampled, step.sequences}};
+  reserve(rows);
+  Runner(*this, program, step, rows).run();
+  if (damaged()) return Status::failed("the file behind a mapped weight was cut short or could not be read");
+  const Program& which = set_.programs[program];
+  for (size_t i = 0; i < which.outputs.size(); ++i) {
+    const Value& value = which.values[which.outputs[i]];
+    const void* data = arena_->at(program, which.outputs[i]);
+    outputs[i] = {static_cast<const float*>(data), rows[value.axis], value.width};
+  }
+  return {};
+}
+
+}  // namespace inhouse

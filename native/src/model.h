@@ -1,0 +1,84 @@
+// A model ready to run: programs proven, buffers planned, state kept, weights guarded.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "inhouse.h"
+#include "plan.h"
+#include "program.h"
+#include "state.h"
+
+namespace inhouse {
+
+// Rows [begin, end) of the step that belong to `sequence`; every sequence with rows has one.
+struct Span {
+  int32_t sequence, begin, end;
+};
+
+// Rows [begin, begin + rows) of one sequence against one kv head: all partitions, or one.
+struct Piece {
+  int32_t sequence, begin, rows, kv_head;
+  int32_t partition;         // -1: all, merged at once
+  int32_t first, last;       // partitions that the rows see, [first, last)
+  int64_t partials;          // floats from the start of the partials to those of partition `first`
+  int64_t partition_floats;  // from one partition's partials to the next
+};
+
+// Working memory of attention, made once for the largest step.
+struct AttentionMemory {
+  int64_t scratch_floats = 0;  // for each thread
+  int64_t partial_floats = 0;
+  std::unique_ptr<float[]> scratch;
+  float* partials = nullptr;  // mapped, so that only what is used takes memory
+  std::vector<Span> spans;
+  std::vector<Piece> pieces;
+
+  AttentionMemory() = default;
+  ~AttentionMemory();
+  AttentionMemory(const AttentionMemory&) = delete;
+  AttentionMemory& operator=(const AttentionMemory&) = delete;
+};
+
+struct ModelOptions {
+  const char* isa;
+  int threads;  // 0: default_threads()
+  KvType kv_type;
+};
+
+class Model {
+ public:
+  static Status create(const int64_t* flat, int64_t length, const ih_weight* weights, int64_t count,
+                       const ModelOptions& options, std::unique_ptr<Model>* model);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  // Room for a step of that many rows. Throws std::bad_alloc.
+  void reserve(const Rows& rows);
+  // One step; outputs point into the arena until the next one. Throws std::bad_alloc.
+  Status run(int32_t program, const ih_step& step, ih_output* outputs);
+
+  State& state() { return *state_; }
+  int64_t bytes() const { return arena_->bytes() + state_->bytes(); }
+
+ private:
+  friend class Runner;
+  Model() = default;
+  Status take_weights(const ih_weight* weights, int64_t count);
+  Status guard_weights();
+  void size_attention();
+  bool damaged();
+
+  ProgramSet set_;
+  std::vector<Weight> weights_;
+  std::vector<int64_t> guards_;
+  std::unique_ptr<Arena> arena_;
+  std::unique_ptr<State> state_;
+  const Kernels* kernels_ = nullptr;
+  int threads_ = 1;
+  int64_t kv_heads_ = 0;  // most of any group
+  AttentionMemory attention_;
+  bool damaged_ = false;
+};
+
+}  // namespace inhouse

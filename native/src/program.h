@@ -1,0 +1,89 @@
+// The compiled form of a ProgramSet, and the proof that it is well formed. Knows shapes; knows no buffers.
+//
+// Flat layout, int64 throughout (floats as the bits of a double), written by runtime/native_flat.py:
+//   kMagic, kFlatVersion, vocab_size, context_length, groups, programs
+//   a group:   kind (0 paged, 1 window), kv_heads, head_dim, v_dim, window, layers
+//   a program: values, ops, outputs; values x (axis, width, dtype, group); the ops; outputs x value
+//   an op:     kind, inputs, weights, outputs, attributes, then each of them (weights: index or -1)
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "error.h"
+#include "kernels.h"
+
+namespace inhouse {
+
+constexpr int64_t kMagic = 0x31575048494eLL;
+constexpr int64_t kFlatVersion = 1;
+
+enum class Axis : int32_t { kTokens, kSampled, kSequences, kCount };
+enum class DType : int32_t { kF32, kI8, kCount };
+
+enum class OpKind : int32_t {
+  kEmbed,         // source (0 tokens, 1 positions, 2 types), offset, scale
+  kRmsNorm,       // eps, heads, offset
+  kLayerNorm,     // eps
+  kQuantizeRows,  // group (never 0)
+  kLinears,       //
+  kRotary,        // factor
+  kRope,          // head_dim, interleaved
+  kAttention,     // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, causal
+  kAct,           // act
+  kGlu,           // act
+  kAdd,           //
+  kMul,           //
+  kScale,         // by
+  kSoftCap,       // cap
+  kSelectRows,    //
+  kPool,          // mode (0 cls, 1 mean, 2 last, 3 max), normalize
+  kCount
+};
+
+struct Value {
+  Axis axis;
+  int64_t width;
+  DType dtype;
+  int64_t group;  // kI8: elements that share a scale
+};
+
+struct Op {
+  OpKind kind;
+  std::vector<int32_t> inputs, weights, outputs;  // weights: -1 where absent
+  std::vector<int64_t> attrs;
+
+  int64_t integer(int i) const { return attrs[i]; }
+  float real(int i) const { return static_cast<float>(__builtin_bit_cast(double, attrs[i])); }
+};
+
+struct Program {
+  std::vector<Value> values;
+  std::vector<Op> ops;
+  std::vector<int32_t> outputs;
+};
+
+struct Group {
+  bool windowed;
+  int64_t kv_heads, head_dim, v_dim, window, layers;
+};
+
+struct ProgramSet {
+  int64_t vocab_size, context_length;
+  std::vector<Group> groups;
+  std::vector<Program> programs;
+};
+
+// Reads the flat form; every count, index and size is bounded before use.
+Status read_programs(const int64_t* flat, int64_t length, int64_t weight_count, ProgramSet* set);
+
+// Proves each op's shapes against its values, weights and groups (the rules of runtime/ops.py, and what the bodies
+// need beyond them).
+Status check_programs(const ProgramSet& set, const std::vector<Weight>& weights);
+
+const char* op_name(OpKind kind);
+
+// Bytes between rows of int8 codes, and scales of a row.
+constexpr int64_t code_stride(int64_t width) { return (width + 31) / 32 * 32; }
+constexpr int64_t scale_count(const Value& v) { return (v.width + v.group - 1) / v.group; }
+
+}  // namespace inhouse

@@ -1,0 +1,206 @@
+#include "step.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu.h"
+
+namespace inhouse {
+
+namespace {
+
+constexpr int64_t kTileProducts = 65536;  // multiply-adds of a linear that are
+constexpr int64_t kTilesPerThread = 4;
+
+}  // namespace
+
+Runner::Runner(Model& model, int32_t program, const ih_step& step, const Rows& rows)
+    : model_(model),
+      index_(program),
+      program_(model.set_.programs[program]),
+      step_(step),
+      rows_(rows),
+      kernels_(*model.kernels_),
+      pool_(Pool::process(), model.threads_) {}
+
+void Runner::run() {
+  const FlushScope flush;
+  find_spans();
+  for (const Op& op : program_.ops) run_op(op);
+}
+
+void Runner::run_op(const Op& op) {
+  switch (op.kind) {
+    case OpKind::kEmbed:
+      return embed(op);
+    case OpKind::kRmsNorm:
+      return rms_norm(op);
+    case OpKind::kLayerNorm:
+      return layer_norm(op);
+    case OpKind::kQuantizeRows:
+      return quantize_rows(op);
+    case OpKind::kLinears:
+      return linears(op);
+    case OpKind::kRotary:
+      return rotary(op);
+    case OpKind::kRope:
+      return rope(op);
+    case OpKind::kAttention:
+      return attention(op);
+    case OpKind::kSelectRows:
+      return select_rows(op);
+    case OpKind::kPool:
+      return pool(op);
+    default:
+      return map(op);
+  }
+}
+
+QuantRows Runner::codes(int32_t v) {
+  const Value& q = value(v);
+  const int64_t capacity = model_.arena_->capacity(q.axis);
+  QuantRows rows = {};
+  rows.width = q.width;
+  rows.stride = code_stride(q.width);
+  rows.group = q.group;
+  rows.groups = scale_count(q);
+  uint8_t* base = model_.arena_->at(index_, v);
+  rows.codes = reinterpret_cast<const int8_t*>(base);
+  rows.scales = reinterpret_cast<const float*>(base + capacity * rows.stride);
+  rows.sums = reinterpret_cast<const int32_t*>(rows.scales + capacity * rows.groups);
+  return rows;
+}
+
+void Runner::embed(const Op& op) {
+  const Weight& table = *weight(op, 0);
+  const int64_t source = op.integer(0), offset = op.integer(1), width = table.in;
+  const float scale = op.real(2);
+  const int32_t* ids = source == 0 ? step_.tokens : step_.positions;
+  each_row(step_.rows, width, [&](int64_t r) {
+    float* y = row(op.outputs[0], r);
+    kernels_.unpack_row(table, (source == 2 ? 0 : ids[r]) + offset, y);
+    if (scale != 1.0f) kernels_.scale(y, scale, width, y);
+  });
+}
+
+void Runner::rms_norm(const Op& op) {
+  const int64_t width = value(op.inputs[0]).width, heads = op.integer(1);
+  each_row(rows_of(op.inputs[0]), width, [&](int64_t r) {
+    kernels_.rms_norm(row(op.inputs[0], r), vector(op, 0), op.real(0), op.real(2), heads, width / heads,
+                      row(op.outputs[0], r));
+  });
+}
+
+void Runner::layer_norm(const Op& op) {
+  const int64_t width = value(op.inputs[0]).width;
+  each_row(rows_of(op.inputs[0]), 2 * width, [&](int64_t r) {
+    kernels_.layer_norm(row(op.inputs[0], r), vector(op, 0), vector(op, 1), op.real(0), width, row(op.outputs[0], r));
+  });
+}
+
+void Runner::quantize_rows(const Op& op) {
+  const QuantRows q = codes(op.outputs[0]);
+  each_row(rows_of(op.inputs[0]), q.width, [&](int64_t r) {
+    kernels_.quantize_row(row(op.inputs[0], r), q.width, q.stride, q.group, const_cast<int8_t*>(q.codes) + r * q.stride,
+                          const_cast<float*>(q.scales) + r * q.groups,
+                          const_cast<int32_t*>(q.sums) + r * (q.stride / 16));
+  });
+}
+
+// All the op's matrices in one job: chunks of weight tiles, counted through the matrices.
+void Runner::linears(const Op& op) {
+  const int64_t rows = rows_of(op.inputs[0]), width = value(op.inputs[0]).width;
+  if (rows == 0) return;
+  const size_t count = op.outputs.size();
+  const bool quantized = value(op.inputs[0]).dtype == DType::kI8;
+  const QuantRows x = quantized ? codes(op.inputs[0]) : QuantRows{};
+  int64_t tiles = 0;
+  for (size_t i = 0; i < count; ++i) tiles += (weight(op, i)->out + kTileRows - 1) / kTileRows;
+  const int64_t worth = std::max<int64_t>(1, kTileProducts / (rows * width * kTileRows));
+  const int64_t fair = std::max<int64_t>(1, tiles / (pool_.threads() * kTilesPerThread));
+  const int64_t chunk = std::max(worth, fair);
+  pool_.run((tiles + chunk - 1) / chunk, [&](int64_t task, int) {
+    int64_t begin = task * chunk, end = std::min(tiles, begin + chunk);
+    for (size_t i = 0; i < count && end > 0; ++i) {
+      const Weight& w = *weight(op, i);
+      const int64_t here = (w.out + kTileRows - 1) / kTileRows, last = std::min(end, here);
+      const float* bias = vector(op, count + i);
+      float* y = floats(op.outputs[i]);
+      if (begin < last && quantized) {
+        kernels_.linear_i8(w, x, static_cast<int>(rows), begin, last, bias, y, w.out);
+      } else if (begin < last) {
+        kernels_.linear_f32(w, floats(op.inputs[0]), width, static_cast<int>(rows), begin, last, bias, y, w.out);
+      }
+      begin = std::max<int64_t>(0, begin - here);
+      end -= here;
+    }
+  });
+}
+
+void Runner::rotary(const Op& op) {
+  const int64_t half = value(op.outputs[0]).width / 2;
+  each_row(step_.rows, 64 * half, [&](int64_t r) {
+    kernels_.rotary(step_.positions[r], vector(op, 0), op.real(0), half, row(op.outputs[0], r));
+  });
+}
+
+void Runner::rope(const Op& op) {
+  const int64_t width = value(op.inputs[0]).width, head_dim = op.integer(0), turned = value(op.inputs[1]).width;
+  each_row(rows_of(op.inputs[0]), width, [&](int64_t r) {
+    kernels_.rope(row(op.inputs[0], r), row(op.inputs[1], r), width / head_dim, head_dim, turned, op.integer(1) != 0,
+                  row(op.outputs[0], r));
+  });
+}
+
+// The element-wise ops: rows do not matter, so the whole value is one run of elements, cut at multiples of a tile.
+void Runner::map(const Op& op) {
+  const int64_t count = rows_of(op.inputs[0]) * value(op.inputs[0]).width;
+  const float* a = floats(op.inputs[0]);
+  const float* b = op.inputs.size() > 1 ? floats(op.inputs[1]) : nullptr;
+  float* y = floats(op.outputs[0]);
+  pool_.run((count + kTileElements - 1) / kTileElements, [&](int64_t tile, int) {
+    const int64_t at = tile * kTileElements, n = std::min(kTileElements, count - at);
+    switch (op.kind) {
+      case OpKind::kAct:
+        return kernels_.activation(static_cast<int>(op.integer(0)), a + at, n, y + at);
+      case OpKind::kGlu:
+        return kernels_.glu(static_cast<int>(op.integer(0)), a + at, b + at, n, y + at);
+      case OpKind::kAdd:
+        return kernels_.add(a + at, b + at, n, y + at);
+      case OpKind::kMul:
+        return kernels_.mul(a + at, b + at, n, y + at);
+      case OpKind::kScale:
+        return kernels_.scale(a + at, op.real(0), n, y + at);
+      default:
+        return kernels_.soft_cap(a + at, op.real(0), n, y + at);
+    }
+  });
+}
+
+void Runner::select_rows(const Op& op) {
+  const int64_t width = value(op.inputs[0]).width;
+  each_row(step_.sampled, width, [&](int64_t r) {
+    std::memcpy(row(op.outputs[0], r), row(op.inputs[0], step_.sampled_rows[r]), static_cast<size_t>(width) * 4);
+  });
+}
+
+void Runner::pool(const Op& op) {
+  const int64_t width = value(op.inputs[0]).width;
+  std::memset(floats(op.outputs[0]), 0, static_cast<size_t>(step_.sequences * width) * 4);
+  const std::vector<Span>& spans = model_.attention_.spans;
+  pool_.run(static_cast<int64_t>(spans.size()), [&](int64_t i, int) { pool_one(op, spans[i]); });
+}
+
+void Runner::pool_one(const Op& op, const Span& span) {
+  const int64_t width = value(op.inputs[0]).width, mode = op.integer(0);
+  float* y = row(op.outputs[0], span.sequence);
+  const int32_t start = mode == 2 ? span.end - 1 : span.begin;
+  std::memcpy(y, row(op.inputs[0], start), static_cast<size_t>(width) * 4);
+  for (int32_t r = span.begin + 1; (mode == 1 || mode == 3) && r < span.end; ++r) {
+    (mode == 1 ? kernels_.add : kernels_.max)(y, row(op.inputs[0], r), width, y);
+  }
+  if (mode == 1) kernels_.scale(y, 1.0f / static_cast<float>(span.end - span.begin), width, y);
+  if (op.integer(1) != 0) kernels_.normalize(y, width, y);
+}
+
+}  // namespace inhouse

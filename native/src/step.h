@@ -1,0 +1,72 @@
+// Runs one program over one step: an op after the other, a barrier between them.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+
+#include "inhouse.h"
+#include "model.h"
+#include "threads.h"
+
+namespace inhouse {
+
+constexpr int64_t kTileElements = 16384;  // row-wise elements that are worth a tile of their own
+
+class Runner {
+ public:
+  Runner(Model& model, int32_t program, const ih_step& step, const Rows& rows);
+  void run();
+
+ private:
+  void run_op(const Op& op);
+  void embed(const Op& op);
+  void rms_norm(const Op& op);
+  void layer_norm(const Op& op);
+  void quantize_rows(const Op& op);
+  void linears(const Op& op);
+  void rotary(const Op& op);
+  void rope(const Op& op);
+  void map(const Op& op);
+  void select_rows(const Op& op);
+  void pool(const Op& op);
+  void pool_one(const Op& op, const Span& span);
+
+  // attention_step.cc
+  void attention(const Op& op);
+  void find_spans();
+  void store_kv(const Op& op, const AttentionShape& shape);
+  void cut(const AttentionShape& shape);
+  void split();
+  AttentionTask task_of(const Op& op, const AttentionShape& shape, const Piece& piece);
+
+  const Value& value(int32_t v) const { return program_.values[v]; }
+  int64_t rows_of(int32_t v) const { return rows_[value(v).axis]; }
+  float* floats(int32_t v) { return reinterpret_cast<float*>(model_.arena_->at(index_, v)); }
+  float* row(int32_t v, int64_t r) { return floats(v) + r * value(v).width; }
+  QuantRows codes(int32_t v);
+  const Weight* weight(const Op& op, size_t i) const {
+    return i < op.weights.size() && op.weights[i] >= 0 ? &model_.weights_[op.weights[i]] : nullptr;
+  }
+  const float* vector(const Op& op, size_t i) const {
+    const Weight* w = weight(op, i);
+    return w == nullptr ? nullptr : reinterpret_cast<const float*>(w->data);
+  }
+  // f(r) for each row r of `rows`, in tiles worth a thread's while; `cost` is about the elements of a row.
+  template <class F>
+  void each_row(int64_t rows, int64_t cost, F f) {
+    const int64_t chunk = std::max<int64_t>(1, kTileElements / std::max<int64_t>(1, cost));
+    pool_.run((rows + chunk - 1) / chunk, [&](int64_t tile, int) {
+      const int64_t end = std::min(rows, (tile + 1) * chunk);
+      for (int64_t r = tile * chunk; r < end; ++r) f(r);
+    });
+  }
+
+  Model& model_;
+  const int32_t index_;
+  const Program& program_;
+  const ih_step& step_;
+  const Rows rows_;
+  const Kernels& kernels_;
+  Pool::Step pool_;
+};
+
+}  // namespace inhouse

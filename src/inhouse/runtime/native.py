@@ -1,0 +1,211 @@
+"""The native executor: a ProgramSet and its weights handed to libinhouse, one call a step. Knows pointers and
+lifetimes; knows no kernels and no model files."""
+
+import ctypes
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
+from inhouse.runtime.library import last_error
+from inhouse.runtime.native_flat import flatten
+from inhouse.runtime.native_library import COutput, CStep, CWeight, check, library
+from inhouse.runtime.packed import FORMATS, Packed
+from inhouse.runtime.program import ProgramSet
+from inhouse.runtime.step import I32, Step, check_step
+
+_KV_NUMBERS = {"f32": 0, "f16": 1, "bf16": 2}
+assert set(_KV_NUMBERS) == set(KV_DTYPES)
+
+
+def _pointer(array: npt.NDArray[np.generic]) -> int:
+    return array.ctypes.data
+
+
+def _c_weight(name: str, weight: Weight) -> CWeight:
+    if isinstance(weight, Packed):
+        number, data = FORMATS[weight.format].id, weight.data
+        out, width = weight.shape
+    else:
+        if weight.dtype != np.float32 or weight.ndim != 1 or not weight.flags.c_contiguous:
+            raise UsageError(f"weight {name!r} must be packed or a contiguous float32 vector", param=name)
+        number, data = -1, weight.view(np.uint8)
+        out, width = 1, weight.size
+    return CWeight(number, 0, out, width, _pointer(data), data.nbytes)
+
+
+class NativeExecutor:
+    """Executor (runtime.executor) on the CPU, by libinhouse.
+
+    Args:
+        programs: what to run; an op, mask or state that the library lacks raises UnsupportedError naming it.
+        weights: every canonical weight, packed, vectors as float32; kept by reference.
+        threads: threads of a step; None: $INHOUSE_THREADS, else the CPUs that this process may use.
+        kv_dtype: element type of cached K and V.
+        isa: instruction set level; None: $INHOUSE_ISA, else the highest of this machine.
+
+    Raises UnavailableError where the library is missing, UsageError for a weight that does not fit its spec.
+    """
+
+    def __init__(
+        self,
+        programs: ProgramSet,
+        weights: Mapping[str, Weight],
+        *,
+        threads: int | None = None,
+        kv_dtype: str = "f16",
+        isa: str | None = None,
+    ) -> None:
+        if kv_dtype not in _KV_NUMBERS:
+            raise UnsupportedError(f"unknown KV dtype {kv_dtype!r}", remedy=f"Known: {', '.join(KV_DTYPES)}")
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads; at least 1 is needed", param="threads")
+        self._handle: int | None = None
+        self._lib = library()
+        self._programs, self._kv_dtype = programs, kv_dtype
+        self._kept = self._gather(programs, weights)
+        self._numbers = {name: i for i, name in enumerate(programs.programs)}
+        self._groups = {group.name: i for i, group in enumerate(programs.groups)}
+        self._blocks = dict.fromkeys(self._groups, 0)
+        level = isa.encode() if isa else None
+        name = self._lib.ih_isa_name(level)
+        if name is None:
+            raise UnsupportedError(last_error(self._lib), remedy="Leave INHOUSE_ISA unset to take the best level")
+        self._name = f"native/{name.decode()}"
+        self._handle = self._create(level, threads or 0)
+        self.allocate(self._blocks)
+
+    @staticmethod
+    def _gather(programs: ProgramSet, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+        """Weights and constants by name, each proven to fit its spec."""
+        for name, spec in programs.weights.items():
+            if name not in weights:
+                raise UsageError(f"the weight {name!r} is missing", param=name)
+            if tuple(weights[name].shape) != tuple(spec.shape):
+                raise UsageError(f"weight {name!r} has shape {weights[name].shape}, needs {spec.shape}", param=name)
+        kept: dict[str, Weight] = {name: weights[name] for name in programs.weights}
+        for name, array in programs.constants.items():
+            kept[name] = np.ascontiguousarray(array, np.float32)
+        return kept
+
+    def _create(self, isa: bytes | None, threads: int) -> int:
+        flat = flatten(self._programs, list(self._kept))
+        entries = [_c_weight(name, weight) for name, weight in self._kept.items()]
+        array = (CWeight * len(entries))(*entries)
+        status = ctypes.c_int32()
+        kv = _KV_NUMBERS[self._kv_dtype]
+        handle = self._lib.ih_model_create(
+            _pointer(flat), flat.size, array, len(entries), isa, threads, kv, ctypes.byref(status)
+        )
+        check(self._lib, status.value)
+        return int(handle)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def programs(self) -> ProgramSet:
+        return self._programs
+
+    @property
+    def kv_dtype(self) -> str:
+        return self._kv_dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of buffers and state that the executor holds now, weights apart."""
+        return int(self._lib.ih_model_bytes(self._open()))
+
+    def _open(self) -> int:
+        if self._handle is None:
+            raise UsageError("the executor is closed")
+        return self._handle
+
+    def _group(self, group: str) -> int:
+        self._programs.group(group)
+        return self._groups[group]
+
+    def allocate(self, blocks: Mapping[str, int]) -> None:
+        """See Executor.allocate."""
+        counts = {name: int(blocks.get(name, 0)) for name in self._groups}
+        array = (ctypes.c_int64 * max(len(counts), 1))(*counts.values())
+        self._blocks = dict.fromkeys(self._groups, 0)
+        check(self._lib, self._lib.ih_state_allocate(self._open(), array))
+        self._blocks = counts
+
+    def reserve(self, rows: int, sampled: int, sequences: int) -> None:
+        """Makes room for steps of that many rows, so that no later step allocates."""
+        check(self._lib, self._lib.ih_reserve(self._open(), rows, sampled, sequences))
+
+    def run(self, program: str, step: Step) -> Mapping[str, F32]:
+        """See Executor.run."""
+        require(self._programs, program)
+        check_step(self._programs, step, self._blocks)
+        if step.adapters.any():
+            raise UnsupportedError("the native executor has no LoRA adapters loaded", param="adapters")
+        if step.encoder_tokens.size:
+            raise UnsupportedError("the native executor runs no encoder rows", param="encoder_tokens")
+        which = self._programs.programs[program]
+        c_step, kept = self._c_step(step)
+        outputs = (COutput * max(len(which.outputs), 1))()
+        status = self._lib.ih_run(self._open(), self._numbers[program], ctypes.byref(c_step), outputs)
+        del kept
+        check(self._lib, status)
+        return {role: _view(output) for role, output in zip(which.outputs, outputs, strict=False)}
+
+    def _c_step(self, step: Step) -> tuple[CStep, object]:
+        """The step's pointers, and what must live as long as they are used."""
+        count = max(len(self._groups), 1)
+        tables = [step.tables[name] for name in self._groups]
+        pointers = (ctypes.c_void_p * count)(*[_pointer(t) for t in tables])
+        widths = (ctypes.c_int64 * count)(*[t.shape[1] for t in tables])
+        arrays = (step.tokens, step.positions, step.sequences, step.lengths, step.sampled)
+        c_step = CStep(step.tokens.size, step.lengths.size, step.sampled.size, *map(_pointer, arrays), pointers, widths)
+        return c_step, (pointers, widths)
+
+    def copy_blocks(self, group: str, source: I32, target: I32) -> None:
+        """See Executor.copy_blocks."""
+        source, target = np.ascontiguousarray(source, np.int32), np.ascontiguousarray(target, np.int32)
+        if source.shape != target.shape or source.ndim != 1:
+            raise UsageError(f"{source.shape} source blocks for {target.shape} targets")
+        number = self._group(group)
+        status = self._lib.ih_copy_blocks(self._open(), number, _pointer(source), _pointer(target), source.size)
+        check(self._lib, status)
+
+    def read_blocks(self, group: str, blocks: I32) -> npt.NDArray[np.uint8]:
+        """See Executor.read_blocks."""
+        number, blocks = self._group(group), np.ascontiguousarray(blocks, np.int32)
+        size = self._lib.ih_block_bytes(self._open(), number)
+        data = np.empty((blocks.size, size), np.uint8)
+        status = self._lib.ih_read_blocks(self._open(), number, _pointer(blocks), blocks.size, _pointer(data))
+        check(self._lib, status)
+        return data
+
+    def write_blocks(self, group: str, blocks: I32, data: npt.NDArray[np.uint8]) -> None:
+        """See Executor.write_blocks."""
+        number, blocks = self._group(group), np.ascontiguousarray(blocks, np.int32)
+        size = self._lib.ih_block_bytes(self._open(), number)
+        data = np.ascontiguousarray(data, np.uint8)
+        if data.shape != (blocks.size, size):
+            raise UsageError(f"blocks need data of shape {(blocks.size, size)}, got {data.shape}")
+        status = self._lib.ih_write_blocks(self._open(), number, _pointer(blocks), blocks.size, _pointer(data))
+        check(self._lib, status)
+
+    def close(self) -> None:
+        """See Executor.close; closing twice is allowed."""
+        if self._handle is not None:
+            self._lib.ih_model_destroy(self._handle)
+            self._handle = None
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _view(output: COutput) -> F32:
+    """The library's buffer as an array, float32 [rows, width]."""
+    if output.rows == 0:
+        return np.zeros((0, output.width), np.float32)
+    return np.ctypeslib.as_array(output.data, (output.rows, output.width))
