@@ -47,7 +47,8 @@ from inhouse.engine.sequence import Clock, Sequence
 from inhouse.plan import memory
 from inhouse.runtime.executor import Executor, require
 from inhouse.runtime.program import StateKind
-from inhouse.runtime.sampling import Sampler, load_sampler
+from inhouse.runtime.sampling import Sampler
+from inhouse.runtime.sampling_native import NativeSampler
 
 SCHEDULED = (StateKind.PAGED, StateKind.WINDOW, StateKind.LATENT)  # kinds of state that grow in blocks
 MAX_FAILURES = 3  # steps that fail one after another before the executor counts as damaged for good
@@ -130,7 +131,7 @@ class Engine:
         self._blocks = Blocks(programs.groups, counts)
         self.capacity = self._blocks.capacity(self.config.step_tokens)  # tokens that one sequence can hold
         self._scheduler = Scheduler(self._blocks, self.config, time.monotonic)
-        self._runner = Runner(executor, sampler or load_sampler())
+        self._runner = Runner(executor, sampler or NativeSampler())
         self._on_step = on_step
         self._sinks: dict[str, Sink] = {}  # living requests
         self._mail = _Mail()

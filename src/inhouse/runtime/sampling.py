@@ -77,7 +77,7 @@ class Sampler(Protocol):
         """Natural-log probabilities under softmax(logits[logit_rows[r]]), untouched by any sampling parameter.
 
         Returns: logprob of targets[r] [R], its rank (1 + number of likelier tokens) [R], the `top` likeliest ids
-        [R, top] (descending, ties by id), their logprobs [R, top], status [R].
+        [R, top] (descending, ties by id; -1 where logits of -inf leave fewer), their logprobs [R, top], status [R].
         """
 
 
@@ -135,7 +135,8 @@ class ReferenceSampler:
             x -= np.log(np.exp(x).sum())
             order = np.argsort(-x, kind="stable")[:top]
             logprob[r], rank[r] = x[target], 1 + np.count_nonzero(x > x[target])
-            ids[r], values[r] = order, x[order]
+            there = np.isfinite(x[order])
+            ids[r], values[r] = np.where(there, order, -1), x[order]
         return logprob, rank, ids, values, status
 
 
@@ -197,8 +198,3 @@ def _draw(p: F64, u: float) -> int:
     cumulative = np.cumsum(p[survivors])
     index = np.searchsorted(cumulative, u * cumulative[-1], side="right")
     return int(survivors[min(int(index), survivors.size - 1)])
-
-
-def load_sampler() -> Sampler:
-    """The native library's sampler; raises UnavailableError if the library is not installed."""
-    return ReferenceSampler()
