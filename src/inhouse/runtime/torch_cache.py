@@ -1,6 +1,7 @@
 """Paged K and V in torch, and the rows of a step over them. Engines name blocks; only this file knows their bytes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -65,6 +66,23 @@ class GroupCache:
             cache[:, blocks] = part.reshape(shape).movedim(1, 0)
 
 
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What n sequences with Q rows each attend: m blocks of keys."""
+
+    rows: Tensor  # int64 [n, Q] rows of the step
+    blocks: Tensor  # int64 [n, m]
+    valid: Tensor  # bool [n, m * BLOCK_SIZE]: written, by this sequence
+    seen: Tensor  # bool [n, Q, m * BLOCK_SIZE]
+    positions: tuple[Tensor, Tensor]  # int64 of queries [n, Q] and keys [n, m * BLOCK_SIZE]
+
+
+def _lent(group: str, blocks: I32) -> I32:
+    if blocks.size and blocks.min() < 0:
+        raise UsageError(f"the step lends no block of {group} where it stores")
+    return blocks
+
+
 class StepRows:
     """The rows of one step; implements `torch_program.Rows`. All index arithmetic is numpy, on the host."""
 
@@ -74,6 +92,8 @@ class StepRows:
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])[:-1]  # first row of each sequence
         self._encoded = np.bincount(step.encoder_sequences, minlength=step.lengths.size)
         self._encoded_starts = np.concatenate([[0], np.cumsum(self._encoded)])[:-1]
+        self._stored: dict[str, tuple[Tensor, Tensor]] = {}
+        self._planned: dict[tuple[str, int, str, bool], list[_Plan]] = {}
 
     def ids(self, source: str, axis: Axis) -> Tensor:
         if axis is Axis.ENCODER:
@@ -95,13 +115,16 @@ class StepRows:
     def attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
         if op.inputs[0].axis is Axis.ENCODER:
             return self._encoder_attention(op, inputs, weights)
+        cache = self._caches[str(op.attrs["group"])]
         if not op.attrs["cross"]:
-            self._store(op, inputs[1], inputs[2])
-        out = inputs[0].new_empty(inputs[0].shape[0], int(op.attrs["heads"]) * int(op.attrs["v_dim"]))
-        for count in np.unique(self._counts[self._counts > 0]).tolist():  # sequences with as many rows go together
-            which = np.flatnonzero(self._counts == count)
-            rows = self._starts[which][:, None] + np.arange(count)
-            out[self._to(rows)] = self._attend(op, inputs[0], which, rows, weights)
+            cache.write(op.layer, *self._slots(cache.group.name), inputs[1], inputs[2])
+        q, heads = inputs[0], int(op.attrs["heads"])
+        out = q.new_empty(q.shape[0], heads * int(op.attrs["v_dim"]))
+        for plan in self._plans(op, cache):
+            k, v = cache.read(op.layer, plan.blocks, plan.valid)
+            mine = q[plan.rows].reshape(*plan.rows.shape, heads, -1).transpose(1, 2)
+            y = attend_op(op, mine, k, v, plan.seen, plan.positions, weights)
+            out[plan.rows] = y.transpose(1, 2).flatten(2)
         return out
 
     def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
@@ -109,42 +132,43 @@ class StepRows:
         sequences = self._step.encoder_sequences
         positions = np.arange(sequences.size) - self._encoded_starts[sequences]
         table = self._step.tables[cache.group.name]
-        self._put(cache, op.layer, table[sequences, positions // BLOCK_SIZE], positions % BLOCK_SIZE, k, v)
+        blocks = _lent(cache.group.name, table[sequences, positions // BLOCK_SIZE])
+        cache.write(op.layer, self._to(blocks), self._to(positions % BLOCK_SIZE), k, v)
         for n in np.flatnonzero(self._encoded).tolist():
             cache.encoded[int(table[n, 0])] = int(self._encoded[n])
 
-    def _store(self, op: Op, k: Tensor, v: Tensor) -> None:
-        cache = self._caches[str(op.attrs["group"])]
-        positions = self._step.positions
-        blocks = self._step.tables[cache.group.name][self._step.sequences, positions // BLOCK_SIZE]
-        self._put(cache, op.layer, blocks, positions % BLOCK_SIZE, k, v)
+    def _slots(self, group: str) -> tuple[Tensor, Tensor]:
+        """(block, slot) [T] of each row of the step; the same for every layer of a group."""
+        if group not in self._stored:
+            positions = self._step.positions
+            blocks = _lent(group, self._step.tables[group][self._step.sequences, positions // BLOCK_SIZE])
+            self._stored[group] = self._to(blocks), self._to(positions % BLOCK_SIZE)
+        return self._stored[group]
 
-    def _put(
-        self, cache: GroupCache, layer: int, blocks: I32, slots: npt.NDArray[np.integer], k: Tensor, v: Tensor
-    ) -> None:
-        if blocks.size and blocks.min() < 0:
-            raise UsageError(f"the step lends no block of {cache.group.name} where it stores")
-        cache.write(layer, self._to(blocks), self._to(slots), k, v)
+    def _plans(self, op: Op, cache: GroupCache) -> list[_Plan]:
+        """Sequences with as many rows go together; the same for every layer of a group and mask."""
+        window, mask, cross = int(op.attrs["window"]), str(op.attrs["mask"]), bool(op.attrs["cross"])
+        key = (cache.group.name, window, mask, cross)
+        if key not in self._planned:
+            counts = np.unique(self._counts[self._counts > 0]).tolist()
+            self._planned[key] = [self._plan(cache, count, window, mask, cross) for count in counts]
+        return self._planned[key]
 
-    def _attend(self, op: Op, q: Tensor, which: I64, rows: I64, weights: Sequence[Tensor | None]) -> Tensor:
-        """Sequences `which` [n], each with its `rows` [n, Q] of q -> [n, Q, heads * v_dim]."""
-        cache = self._caches[str(op.attrs["group"])]
+    def _plan(self, cache: GroupCache, count: int, window: int, mask: str, cross: bool) -> _Plan:
+        which = np.flatnonzero(self._counts == count)
+        rows = self._starts[which][:, None] + np.arange(count)
         positions = self._step.positions[rows]
-        lengths = self._key_lengths(op, cache, which)
-        blocks, keys = self._key_blocks(cache, which, positions[:, 0], lengths, int(op.attrs["window"]))
-        valid = keys < lengths[:, None]
+        lengths = self._key_lengths(cache, which, cross)
+        blocks, keys = self._key_blocks(cache, which, positions[:, 0], lengths, window)
+        valid = self._to(keys < lengths[:, None])
         at = (self._to(positions), self._to(keys))
-        seen = self._to(valid)[:, None, :]
-        if not op.attrs["cross"]:
-            seen = seen & visible(*at, mask=str(op.attrs["mask"]), window=int(op.attrs["window"]))
-        else:
-            seen = seen.expand(-1, rows.shape[1], -1)
-        k, v = cache.read(op.layer, self._to(blocks), self._to(valid))
-        heads = q[self._to(rows)].reshape(*rows.shape, int(op.attrs["heads"]), -1).transpose(1, 2)
-        return attend_op(op, heads, k, v, seen, at, weights).transpose(1, 2).flatten(2)
+        seen = valid[:, None, :].expand(-1, count, -1)
+        if not cross:
+            seen = seen & visible(*at, mask=mask, window=window)
+        return _Plan(self._to(rows), self._to(blocks), valid, seen, at)
 
-    def _key_lengths(self, op: Op, cache: GroupCache, which: I64) -> npt.NDArray[np.int32]:
-        if not op.attrs["cross"]:
+    def _key_lengths(self, cache: GroupCache, which: I64, cross: bool) -> npt.NDArray[np.int32]:
+        if not cross:
             return self._step.lengths[which]
         firsts = self._step.tables[cache.group.name][which, 0]
         missing = [int(n) for n, first in zip(which, firsts, strict=True) if int(first) not in cache.encoded]

@@ -1,5 +1,6 @@
 """What the families of plain decoders share: their common keys, the keys that change nothing, and tensor names."""
 
+import math
 from collections.abc import Mapping
 
 from inhouse.model.families.family import Tensors
@@ -151,7 +152,12 @@ def from_gguf(fields: Fields, tensors: Tensors, family: str, *, qk_norm: bool = 
     kv_heads = _uniform(fields, "attention.head_count_kv", heads)
     head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
     fields.expect("attention.value_length", (head_dim,))
-    fields.expect("attention.scale", (head_dim**-0.5,))
+    if (
+        fields.has("attention.scale")
+        and head_dim > 0
+        and not math.isclose(fields.number("attention.scale"), head_dim**-0.5, rel_tol=1e-6)
+    ):
+        raise fields.unsupported("attention.scale", fields.raw("attention.scale"))
     trained = fields.integer("context_length")
     rope = rope_from_gguf(fields, head_dim, trained, tensors)
     window = fields.integer("attention.sliding_window", 0)

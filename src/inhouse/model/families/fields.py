@@ -1,13 +1,15 @@
 """Typed reading of a config that somebody else wrote: every key is asked for, or refused at the end."""
 
 import fnmatch
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
+
+import numpy as np
 
 from inhouse.core.errors import FormatError, UnsupportedError
 
 _REQUIRED = object()
+LARGEST = 1 << 63  # of any number that a config may hold
 
 
 class Fields:
@@ -17,16 +19,20 @@ class Fields:
         config: key -> value, from JSON or a GGUF table.
         what: how messages call it (`config.json`, `the GGUF metadata`).
         prefix: put before every key (`llama.`).
+        single: fractions were stored as float32; they are read as the shortest decimal that rounds to it (1e-05, not
+            9.99999974e-06), which is what the author wrote.
     """
 
-    def __init__(self, config: Mapping[str, Any], what: str, prefix: str = "") -> None:
-        self._config, self._what, self._prefix = config, what, prefix
+    def __init__(self, config: Mapping[str, Any], what: str, prefix: str = "", single: bool = False) -> None:
+        self._config, self._what, self._prefix, self._single = config, what, prefix, single
         self._read: set[str] = set()
 
     def raw(self, key: str, default: Any = None) -> Any:
         """The value as it stands; `default` where it is absent or null."""
         self._read.add(key)
         value = self._config.get(self._prefix + key)
+        if isinstance(value, np.ndarray):
+            value = value.tolist()
         return default if value is None else value
 
     def has(self, key: str) -> bool:
@@ -38,16 +44,16 @@ class Fields:
         value = self._required(key, default)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise self._wrong(key, value, "a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or abs(value) >= LARGEST:
+            raise self._wrong(key, value, "a whole number below 2^63")
         return value
 
     def number(self, key: str, default: Any = _REQUIRED) -> float:
-        """A finite number."""
+        """A number below 2^63."""
         value = self._required(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self._wrong(key, value, "a finite number")
-        return float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:  # NaN too
+            raise self._wrong(key, value, "a number below 2^63")
+        return float(str(np.float32(value))) if self._single else float(value)
 
     def flag(self, key: str, default: Any = _REQUIRED) -> bool:
         """true or false."""

@@ -11,18 +11,19 @@ _STRETCHED = ("linear", "dynamic", "yarn")  # scalings whose factor says how far
 def rope_from_hf(fields: Fields, head_dim: int, trained: int) -> RopeSpec:
     """RopeSpec of a Hugging Face config; `trained` is its max_position_embeddings. Raises UnsupportedError for a rope
     type or key that is not known."""
-    theta, partial = fields.number("rope_theta", 10000.0), fields.number("partial_rotary_factor", 1.0)
+    theta = fields.number("rope_theta", 10000.0)
+    fields.expect("partial_rotary_factor", (1, 1.0))  # the original ignores it for some rope types and not for others
     outer_original = fields.raw("original_max_position_embeddings")
     scaling = fields.nested("rope_parameters") or fields.nested("rope_scaling")
     fields.raw("rope_scaling")  # the older key says the same where both are there
     if scaling is None:
-        return RopeSpec(dim=int(head_dim * partial), theta=theta)
+        return RopeSpec(dim=head_dim, theta=theta)
     theta = scaling.number("rope_theta", theta)
-    dim = int(head_dim * scaling.number("partial_rotary_factor", partial))
+    scaling.expect("partial_rotary_factor", (1, 1.0))
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     scaling.raw("type")
     original = scaling.integer("original_max_position_embeddings", outer_original or trained)
-    rope = _hf_kinds(scaling, kind, RopeSpec(dim=dim, theta=theta), original, trained)
+    rope = _hf_kinds(scaling, kind, RopeSpec(dim=head_dim, theta=theta), original, trained)
     scaling.refuse_rest(("finetuned",))
     return rope
 
@@ -51,6 +52,8 @@ def _hf_yarn(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> R
     factor = scaling.number("factor", trained / max(original, 1))
     mscale, all_dim = scaling.number("mscale", 0.0), scaling.number("mscale_all_dim", 0.0)
     attention = yarn_attention_factor(factor)
+    if min(mscale, all_dim) < 0.0:
+        raise scaling.unsupported("mscale", min(mscale, all_dim))
     if mscale and all_dim:
         attention = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
     return RopeSpec(

@@ -49,8 +49,10 @@ def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[ModelSpe
             tokens = config.get("tokenizer.ggml.tokens")
             full = dict(config)
             if tokens is not None:
+                if not isinstance(tokens, Sequence) or isinstance(tokens, str):
+                    raise FormatError("tokenizer.ggml.tokens of the GGUF metadata is not a list of tokens")
                 full.setdefault(f"{name}.vocab_size", len(tokens))
-            return family.from_gguf(Fields(full, "the GGUF metadata", f"{name}."), tensors), family
+            return family.from_gguf(Fields(full, "the GGUF metadata", f"{name}.", single=True), tensors), family
     raise _unknown(str(name), [known for family in FAMILIES for known in family.gguf])
 
 
