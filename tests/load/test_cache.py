@@ -1,0 +1,133 @@
+"""The pack cache: what is mapped equals what was packed; damage, staleness and lack of room only cost time."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inhouse.core.errors import CapacityError, FormatError, NotFoundError
+from inhouse.load import cache
+from inhouse.load.bind import Plan, bind, plan_binding
+from inhouse.load.cache import Pack, PackKey, make_room, open_pack, pack_size, write_pack
+from inhouse.load.describe import Described, describe
+from inhouse.model.build import build
+from inhouse.runtime.packed import Packed
+
+pytestmark = [pytest.mark.null, pytest.mark.realdata]
+KEY = PackKey("identity", "q4")
+
+
+@pytest.fixture
+def model(stories: Path) -> tuple[Described, Plan]:
+    described = describe(stories / "hf")
+    return described, plan_binding(described.source, described.spec, described.family, build(described.spec), "q4")
+
+
+@pytest.fixture
+def pack(model: tuple[Described, Plan], tmp_path: Path) -> Path:
+    described, plan = model
+    write_pack(tmp_path, KEY, "digest", bind(described.source, plan), pack_size(plan.parts))
+    return tmp_path / KEY.file_name
+
+
+def reopen(pack: Path, model: tuple[Described, Plan]) -> Pack:
+    return open_pack(pack.parent, KEY, model[1].parts)
+
+
+def test_mapped_weights_equal_packed_ones(model: tuple[Described, Plan], pack: Path) -> None:
+    opened = reopen(pack, model)
+    assert opened.digest == "digest"
+    for part, made in bind(model[0].source, model[1]):
+        mapped = opened.weights[part.spec.name]
+        if isinstance(made, Packed):
+            assert isinstance(mapped, Packed)
+            assert (mapped.format, mapped.shape) == (made.format, made.shape)
+            assert np.array_equal(mapped.data, made.data)
+            assert mapped.data.ctypes.data % 64 == 0
+            assert not mapped.data.flags.writeable
+        else:
+            assert np.array_equal(mapped, made)  # type: ignore[arg-type]
+    start, size = opened.mapping.address_ranges()[0]
+    assert size == pack.stat().st_size
+    assert all(start <= w.data.ctypes.data < start + size for w in opened.weights.values() if isinstance(w, Packed))
+
+
+def test_every_flipped_bit_is_seen(model: tuple[Described, Plan], pack: Path) -> None:
+    whole = pack.read_bytes()
+    used = [spot for spot in range(0, len(whole), 809) if whole[spot]]  # padding between tensors is not checked
+    assert len(used) > 200
+    for spot in used:
+        damaged = bytearray(whole)
+        damaged[spot] ^= 1 << (spot % 8)
+        pack.write_bytes(damaged)
+        with pytest.raises(FormatError):
+            reopen(pack, model)
+
+
+@pytest.mark.parametrize("length", [0, 10, 4095, 5000, -1])
+def test_a_cut_pack_is_refused(model: tuple[Described, Plan], pack: Path, length: int) -> None:
+    os.truncate(pack, length if length >= 0 else pack.stat().st_size - 1)
+    with pytest.raises(FormatError):
+        reopen(pack, model)
+
+
+def test_a_pack_of_other_weights_is_refused(model: tuple[Described, Plan], pack: Path, stories: Path) -> None:
+    shutil.copyfile(pack, pack.parent / PackKey("other", "q4").file_name)
+    with pytest.raises(FormatError, match="something else"):
+        open_pack(pack.parent, PackKey("other", "q4"), model[1].parts)
+    with pytest.raises(NotFoundError):
+        open_pack(pack.parent, PackKey("third", ""), model[1].parts)
+    with pytest.raises(FormatError, match="47 weights"):
+        open_pack(pack.parent, KEY, model[1].parts[:-1])
+    described = describe(stories / "stories260K-F32.gguf")
+    other = plan_binding(described.source, described.spec, described.family, build(described.spec))
+    with pytest.raises(FormatError):
+        open_pack(pack.parent, KEY, other.parts)
+
+
+def test_a_failed_write_leaves_nothing(model: tuple[Described, Plan], tmp_path: Path) -> None:
+    described, plan = model
+
+    def stops() -> object:
+        for index, item in enumerate(bind(described.source, plan)):
+            if index == 5:
+                raise FormatError("a weight cannot be packed")
+            yield item
+
+    with pytest.raises(FormatError):
+        write_pack(tmp_path, KEY, "digest", stops(), 10)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_said_before_anything_is_written(model: tuple[Described, Plan], tmp_path: Path) -> None:
+    with pytest.raises(CapacityError, match="do not fit"):
+        write_pack(tmp_path, KEY, "digest", iter(()), 1 << 60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_longest_unused_go_first(tmp_path: Path) -> None:
+    for age, name in enumerate(("new", "old", "oldest")):
+        path = tmp_path / f"{name}.pack"
+        path.write_bytes(bytes(100))
+        os.utime(path, (1_000_000 - age, 5))
+    leftover = tmp_path / ".x.pack.123.tmp"
+    leftover.write_bytes(b"")
+    os.utime(leftover, (5, 5))
+    assert make_room(tmp_path, 250) == ["oldest.pack", leftover.name]
+    assert make_room(tmp_path, 100) == ["old.pack"]
+    assert [path.name for path in tmp_path.iterdir()] == ["new.pack"]
+
+
+def test_opening_marks_as_used_and_keeps_the_identity(model: tuple[Described, Plan], pack: Path) -> None:
+    os.utime(pack, (5, 7))
+    opened = reopen(pack, model)
+    assert pack.stat().st_atime > 1e9
+    assert pack.stat().st_mtime == 7
+    opened.mapping.check_unchanged()
+
+
+def test_size_is_known_before_packing(model: tuple[Described, Plan], pack: Path) -> None:
+    footer = pack.stat().st_size - pack_size(model[1].parts)
+    assert 0 < footer < cache.PAGE + 10_000
