@@ -48,7 +48,8 @@ def human_seconds(seconds: float) -> str:
 class ProgressBar:
     """A bar with an estimate of the time left; call it as a `core.progress.Progress`.
 
-    Draws on a terminal only; elsewhere it writes one line a stage, so that logs stay readable.
+    Draws on a terminal only; elsewhere it writes one line for a stage that lasts over a second, so that logs stay
+    readable.
     """
 
     def __init__(self, stream: TextIO | None = None, *, unit: str = "bytes", width: int = 28) -> None:
@@ -63,9 +64,12 @@ class ProgressBar:
         if stage != self._stage:
             self.finish()
             self._stage, self._began, self._drawn = stage, now, 0.0
-            if not self._live:
-                print(stage, file=self._stream, flush=True)
-        if self._live and (now - self._drawn >= 0.1 or done >= total):
+        if not self._live:
+            if not self._drawn and now - self._began > 1.0:
+                self._drawn = now
+                print(self._line(done, total, now - self._began), file=self._stream, flush=True)
+            return
+        if now - self._drawn >= 0.1 or done >= total:
             self._drawn, self._open = now, True
             self._stream.write("\r\x1b[K" + self._line(done, total, now - self._began))
             self._stream.flush()

@@ -75,11 +75,14 @@ class Session:
     def chat_ids(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
     ) -> list[int]:
-        """The prompt of a chat: the model's template rendered, special tokens read as such, nothing added."""
+        """The prompt of a chat: the model's template rendered, special tokens read as such.
+
+        A template of the model's own writes its BOS itself; before our default one the tokenizer's is put.
+        """
         text = self.model.chat_template.render(
             list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs
         )
-        return self.tokenizer.encode(text, add_special=False)
+        return self.tokenizer.encode(text, add_special=self.model.chat_template.is_default)
 
     def prompt_ids(self, text: str, *, add_special: bool = True) -> list[int]:
         """The ids of a plain prompt."""
@@ -101,7 +104,7 @@ class Session:
         name = f"local-{uuid.uuid4().hex}"
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         assembler = TextAssembler(
-            self.tokenizer, stops, skip_special=skip_special,
+            self.tokenizer, prompt, stops, skip_special=skip_special,
             stop_choice=lambda choice: self.engine.stop_choice(name, choice),
         )  # fmt: skip
         self.engine.submit(make_request(name, prompt, params or self.defaults, max_tokens), events.put)

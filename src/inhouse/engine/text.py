@@ -71,6 +71,7 @@ class TextAssembler:
 
     Args:
         tokenizer: of the model that answers.
+        prompt: the request's, so that the text continues it exactly.
         stops: stop strings; the answer ends before the first that appears.
         skip_special: leave special tokens out of the text.
         include_stop: give the stop string as part of the answer.
@@ -80,13 +81,15 @@ class TextAssembler:
     def __init__(
         self,
         tokenizer: Tokenizer,
+        prompt: Sequence[int],
         stops: Sequence[str] = (),
         *,
         skip_special: bool = True,
         include_stop: bool = False,
         stop_choice: Callable[[int], None] | None = None,
     ) -> None:
-        self._tokenizer, self._stops, self._skip_special = tokenizer, list(stops), skip_special
+        self._tokenizer, self._prompt = tokenizer, prompt
+        self._stops, self._skip_special = list(stops), skip_special
         self._include_stop, self._stop_choice = include_stop, stop_choice
         self._choices: dict[int, _Choice] = {}
 
@@ -106,7 +109,7 @@ class TextAssembler:
 
     def _choice(self, index: int) -> _Choice:
         if index not in self._choices:
-            detokenizer = Detokenizer(self._tokenizer, skip_special=self._skip_special)
+            detokenizer = Detokenizer(self._tokenizer, self._skip_special, self._prompt)
             self._choices[index] = _Choice(detokenizer, StopStrings(self._stops))
         return self._choices[index]
 

@@ -43,6 +43,7 @@ class Call:
         self._assemblers = [
             TextAssembler(
                 session.tokenizer,
+                request.prompt,
                 stops,
                 skip_special=skip_special,
                 include_stop=include_stop,

@@ -7,7 +7,7 @@ import difflib
 import time
 from collections.abc import Mapping
 
-from inhouse.core.errors import NotFoundError, UnavailableError
+from inhouse.core.errors import ConflictError, NotFoundError, UnavailableError
 from inhouse.core.settings import Settings
 from inhouse.engine.session import Session
 
@@ -26,10 +26,17 @@ class Pool:
         self.draining = False
 
     def load(self, reference: str) -> Session:
-        """Opens a model and adds it. Raises what opening raises; a name that is loaded already is kept."""
-        if reference not in self._sessions:
-            self.add(reference, Session.open(reference, self._settings))
-        return self._sessions[reference]
+        """Opens a model and adds it: under the name as given, or, opened from a path, under the model's own.
+
+        Raises what opening raises, ConflictError if the name is taken.
+        """
+        session = Session.open(reference, self._settings)
+        name = reference if session.model.version else session.name
+        if name in self._sessions:
+            session.close()
+            raise ConflictError(f"two models would answer to {name!r}", remedy="Import one under another name")
+        self.add(name, session)
+        return session
 
     def add(self, name: str, session: Session) -> None:
         """Adds an open session under a name."""
