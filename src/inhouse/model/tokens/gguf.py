@@ -13,7 +13,7 @@ import tokenizers
 from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.model.tokens import checks, spm
 from inhouse.model.tokens.files import byte_level_bpe, read_merges, wordpiece
-from inhouse.model.tokens.library import guarded
+from inhouse.model.tokens.library import LibraryCodec, guarded
 from inhouse.model.tokens.patterns import PreTokenizer, pre_tokenizer
 from inhouse.model.tokens.pieces import SPACE, PieceRule
 from inhouse.model.tokens.spm import Piece, PieceType, Spm
@@ -64,6 +64,8 @@ class Vocabulary:
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.raw(name)
+        if value is not None and str(value) not in ("True", "False", "0", "1"):
+            raise FormatError(f"{KEY}{name} is {str(value)[:40]}, true or false was expected")
         return default if value is None else bool(value)
 
     def number(self, *names: str) -> int | None:
@@ -120,14 +122,14 @@ class Vocabulary:
         if len(found) != len(self.tokens):
             raise FormatError(f"{KEY}token_type has {len(found)} entries, the vocabulary {len(self.tokens)}")
         kinds = {int(kind): kind for kind in PieceType} | {0: PieceType.UNUSED}
-        unknown = {value for value in found if value not in kinds}
+        unknown = [value for value in found if not isinstance(value, int) or value not in kinds]
         if unknown:
-            raise FormatError(f"{KEY}token_type holds {sorted(map(str, unknown))[:5]}, 0 to 6 are defined")
+            raise FormatError(f"{KEY}token_type holds {str(unknown[0])[:40]}, 0 to 6 are defined")
         return [kinds[value] for value in found]
 
 
-def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, PieceRule, Specials]:
-    """The library tokenizer, decoding rule and special tokens of a GGUF file.
+def build(metadata: Mapping[str, Any]) -> tuple[LibraryCodec, PieceRule, Specials]:
+    """The codec, decoding rule and special tokens of a GGUF file.
 
     Raises:
         FormatError: a key is missing, of the wrong type, or contradicts another.
@@ -151,7 +153,7 @@ def build(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, PieceRule,
             )
 
 
-def _spm(vocab: Vocabulary, metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, PieceRule, Specials]:
+def _spm(vocab: Vocabulary, metadata: Mapping[str, Any]) -> tuple[LibraryCodec, PieceRule, Specials]:
     """SentencePiece BPE. Control tokens are matched in the raw text; each text after one gets a space of its own."""
     model = Spm(
         _pieces(vocab),
@@ -166,10 +168,10 @@ def _spm(vocab: Vocabulary, metadata: Mapping[str, Any]) -> tuple[tokenizers.Tok
     bos, eos = vocab.number("bos_token_id"), vocab.number("eos_token_id")
     prefix = (bos,) if bos is not None and vocab.flag("add_bos_token", True) else ()
     suffix = (eos,) if eos is not None and vocab.flag("add_eos_token", False) else ()
-    return tokenizer, spm.rule_of(model), _specials(vocab, prefix, suffix)
+    return LibraryCodec(tokenizer, len(vocab.tokens)), spm.rule_of(model), _specials(vocab, prefix, suffix)
 
 
-def _unigram(vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, PieceRule, Specials]:
+def _unigram(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:
     charsmap = vocab.sequence("precompiled_charsmap") or ()
     model = Spm(
         _pieces(vocab),
@@ -183,10 +185,10 @@ def _unigram(vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, PieceRule, Specia
     bos, eos = vocab.number("bos_token_id"), vocab.number("eos_token_id")
     prefix = (bos,) if bos is not None and vocab.flag("add_bos_token", False) else ()
     suffix = (eos,) if eos is not None and vocab.flag("add_eos_token", True) else ()
-    return tokenizer, spm.rule_of(model), _specials(vocab, prefix, suffix)
+    return LibraryCodec(tokenizer, len(vocab.tokens)), spm.rule_of(model), _specials(vocab, prefix, suffix)
 
 
-def _bpe(vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, PieceRule, Specials]:
+def _bpe(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:
     row = pre_tokenizer(vocab.text("pre", "default"))
     merges = vocab.sequence("merges")
     if merges is None:
@@ -199,7 +201,8 @@ def _bpe(vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, PieceRule, Specials]:
             if kind in (PieceType.CONTROL, PieceType.USER_DEFINED) or (kind == PieceType.UNKNOWN and number):
                 added = tokenizers.AddedToken(token, special=kind != PieceType.USER_DEFINED, normalized=False)
                 (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
-    return tokenizer, PieceRule("byte_level"), _specials(vocab, *_bpe_affixes(vocab, row))
+    codec = LibraryCodec(tokenizer, len(vocab.tokens))
+    return codec, PieceRule("byte_level"), _specials(vocab, *_bpe_affixes(vocab, row))
 
 
 def _bpe_affixes(vocab: Vocabulary, row: PreTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -215,7 +218,7 @@ def _bpe_affixes(vocab: Vocabulary, row: PreTokenizer) -> tuple[tuple[int, ...],
     return ((bos,) if bos is not None and vocab.flag("add_bos_token", row.add_bos) else ()), suffix
 
 
-def _wordpiece(vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, PieceRule, Specials]:
+def _wordpiece(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:
     """WordPiece; newer files mark the beginning of a word by U+2581 instead of its continuation by ##."""
     marked = any(token.startswith(SPACE) for token in vocab.tokens)
     position: dict[str, int] = {}
@@ -234,7 +237,8 @@ def _wordpiece(vocab: Vocabulary) -> tuple[tokenizers.Tokenizer, PieceRule, Spec
     last = vocab.number("seperator_token_id", "separator_token_id", "eos_token_id")
     prefix = (first,) if first is not None and vocab.flag("add_bos_token", True) else ()
     suffix = (last,) if last is not None and vocab.flag("add_sep_token", True) else ()
-    return tokenizer, PieceRule("wordpiece", strip_first=True, tidy=True), _specials(vocab, prefix, suffix)
+    codec = LibraryCodec(tokenizer, len(vocab.tokens))
+    return codec, PieceRule("wordpiece", strip_first=True, tidy=True), _specials(vocab, prefix, suffix)
 
 
 def _pieces(vocab: Vocabulary) -> tuple[Piece, ...]:

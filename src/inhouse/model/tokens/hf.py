@@ -14,7 +14,7 @@ import tokenizers
 
 from inhouse.core.errors import FormatError
 from inhouse.model.tokens import checks
-from inhouse.model.tokens.library import Codec, guarded, parse
+from inhouse.model.tokens.library import Codec, LibraryCodec, guarded, parse
 from inhouse.model.tokens.pieces import PieceRule, rule_of_decoder
 from inhouse.model.tokens.tokenizer import Specials
 
@@ -30,7 +30,7 @@ CONFIG_FILES: Final = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_EXTRA_TEMPLATES: Final = "additional_chat_templates"
+EXTRA_TEMPLATES: Final = "additional_chat_templates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ def read_configs(folder: Path) -> Configs:
     )
 
 
-def from_tokenizer_json(data: bytes, configs: Configs) -> tuple[tokenizers.Tokenizer, PieceRule]:
-    """The library tokenizer and decoding rule of a tokenizer.json, with tokenizer_config.json's added tokens."""
+def from_tokenizer_json(data: bytes, configs: Configs) -> tuple[LibraryCodec, PieceRule]:
+    """The codec and decoding rule of a tokenizer.json, with tokenizer_config.json's added tokens."""
     content = checks.tokenizer_json(data)
-    rule = rule_of_decoder(content.get("decoder"))
     tokenizer = parse(checks.text_of(data, "tokenizer.json"))
+    rule = rule_of_decoder(content.get("decoder"))
     wanted = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     if any(tokenizer.token_to_id(text) != i for text, i in wanted.items()):
         # The library numbers added tokens on from the vocabulary's size; ids with gaps have to stand in the model.
@@ -76,7 +76,9 @@ def from_tokenizer_json(data: bytes, configs: Configs) -> tuple[tokenizers.Token
         content["model"]["vocab"] = checks.vocabulary(wanted | vocab | wanted, "tokenizer.json with its added tokens")
         tokenizer = parse(json.dumps(content, ensure_ascii=False))
     add_declared(tokenizer, configs)
-    return tokenizer, rule
+    vocab = content["model"]["vocab"]
+    highest = max(vocab.values(), default=-1) if isinstance(vocab, dict) else len(vocab) - 1
+    return LibraryCodec(tokenizer, highest + 1), rule
 
 
 def add_declared(tokenizer: tokenizers.Tokenizer, configs: Configs) -> None:
@@ -144,16 +146,18 @@ def specials_of(codec: Codec, configs: Configs, affixes: tuple[tuple[int, ...], 
     bos = _id_of(codec, names.get("bos_token"))
     eos = _id_of(codec, names.get("eos_token"))
     if bos is None:
-        bos = next(
-            iter(_ids(codec, configs.generation, "bos_token_id") or _ids(codec, configs.model, "bos_token_id")), None
-        )
-    ends = _ids(codec, configs.generation, "eos_token_id") or _ids(codec, configs.model, "eos_token_id")
+        bos = next(iter(_ids(configs.generation, "bos_token_id") or _ids(configs.model, "bos_token_id")), None)
+    if bos is not None and bos >= codec.size:
+        raise FormatError(f"bos_token_id is {bos}, the vocabulary has {codec.size} tokens")
+    ends = _ids(configs.generation, "eos_token_id") or _ids(configs.model, "eos_token_id")
     prefix, suffix = affixes
     add_bos, add_eos = configs.tokenizer.get("add_bos_token"), configs.tokenizer.get("add_eos_token")
     if isinstance(add_bos, bool) and bos is not None and (prefix[:1] == (bos,)) != add_bos:
         prefix = (bos, *prefix) if add_bos else prefix[1:]
     if isinstance(add_eos, bool) and eos is not None and (suffix[-1:] == (eos,)) != add_eos:
         suffix = (*suffix, eos) if add_eos else suffix[:-1]
+    if beyond := [i for i in (*prefix, *suffix) if i >= codec.size]:
+        raise FormatError(f"the post-processor adds the id {beyond[0]}, the vocabulary has {codec.size} tokens")
     all_ends = frozenset(ends) | (frozenset() if eos is None else {eos})
     return Specials(bos, all_ends, prefix, suffix, names, configs.templates)
 
@@ -174,8 +178,8 @@ def _id_of(codec: Codec, name: str | list[str] | None) -> int | None:
     return codec.id_of(name) if isinstance(name, str) else None
 
 
-def _ids(codec: Codec, config: Mapping[str, Any], key: str) -> list[int]:
-    """One id or a list of ids of a configuration; those that the vocabulary lacks are refused."""
+def _ids(config: Mapping[str, Any], key: str) -> list[int]:
+    """One id or a list of ids of a configuration; -1 stands for none."""
     value = config.get(key)
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [checks.token_id(number, key) for number in values if number != -1]
@@ -204,7 +208,7 @@ def _templates(folder: Path, inline: Any) -> dict[str, str]:
     legacy = checks.optional_object(folder, "chat_template.json").get("chat_template")
     if isinstance(legacy, str):
         templates["default"] = legacy
-    for path in [folder / "chat_template.jinja", *sorted((folder / _EXTRA_TEMPLATES).glob("*.jinja"))]:
+    for path in [folder / "chat_template.jinja", *sorted((folder / EXTRA_TEMPLATES).glob("*.jinja"))]:
         if path.is_file():
             name = "default" if path.parent == folder else path.stem
             templates[name] = checks.text_of(checks.read_bytes(path), path.name)

@@ -71,20 +71,25 @@ def settled(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
 
 
 class LibraryCodec:
-    """The library's tokenizer. Thread-safe: nothing is changed after it was built."""
+    """The library's tokenizer. Thread-safe: nothing is changed after it was built.
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        self._full = tokenizer
+    Args:
+        library: the tokenizer.
+        size: one more than its highest id, where the caller knows it; else the whole vocabulary is looked through.
+    """
+
+    def __init__(self, library: tokenizers.Tokenizer, size: int | None = None) -> None:
+        self.library = library
         self._plain: tokenizers.Tokenizer | None = None
         self._lock = Lock()
         with guarded("reading the vocabulary"):
-            decoder = tokenizer.get_added_tokens_decoder()
+            decoder = library.get_added_tokens_decoder()
             self.added: Mapping[int, bool] = {i: token.special for i, token in decoder.items()}
-            self.size: int = max([tokenizer.get_vocab_size(True), *(i + 1 for i in decoder)])
-            self.size = max(self.size, _highest_id(tokenizer) + 1)
+            ids = library.get_vocab(True).values() if size is None else [size - 1, *decoder]
+            self.size: int = max(ids, default=-1) + 1
 
     def encode(self, text: str, parse_special: bool) -> list[int]:
-        tokenizer = self._full if parse_special else self._without_special()
+        tokenizer = self.library if parse_special else self._without_special()
         with guarded("encoding failed"):
             if len(text) < LONG_TEXT:
                 return list(tokenizer.encode(text, add_special_tokens=False).ids)
@@ -93,28 +98,20 @@ class LibraryCodec:
     def token_of(self, token_id: int) -> str | None:
         if not 0 <= token_id < self.size:
             return None
-        token: str | None = self._full.id_to_token(token_id)
+        token: str | None = self.library.id_to_token(token_id)
         return token
 
     def id_of(self, token: str) -> int | None:
         with guarded("looking up a token"):
-            token_id: int | None = self._full.token_to_id(token)
+            token_id: int | None = self.library.token_to_id(token)
             return token_id
 
     def _without_special(self) -> tokenizers.Tokenizer:
         with self._lock:
             if self._plain is None:
                 with guarded("building the encoder of plain text"):
-                    self._plain = plain_twin(self._full)
+                    self._plain = plain_twin(self.library)
             return self._plain
-
-
-def _highest_id(tokenizer: tokenizers.Tokenizer) -> int:
-    """The model's highest id: only a vocabulary with holes has one above its size, so a full one costs one look."""
-    size = tokenizer.get_vocab_size(False)
-    if size == 0 or tokenizer.id_to_token(size - 1) is not None:
-        return int(size) - 1
-    return max(tokenizer.get_vocab(False).values())
 
 
 def plain_twin(full: tokenizers.Tokenizer) -> tokenizers.Tokenizer:

@@ -3,14 +3,16 @@
 Knows which files win over which. Does not know what is inside them.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 import tokenizers
 
 from inhouse.core.errors import FormatError, NotFoundError
-from inhouse.model.tokens import checks, files, gguf, hf, spm
+from inhouse.model.tokens import checks, compiled, files, gguf, hf, spm
 from inhouse.model.tokens.hf import Configs
 from inhouse.model.tokens.library import LibraryCodec, guarded
 from inhouse.model.tokens.pieces import PieceRule
@@ -27,35 +29,93 @@ VOCABULARIES: Final = (
 )
 """Names looked for, first come first served; then any *.tiktoken, then any other *.model."""
 
-_Built = tuple[tokenizers.Tokenizer, PieceRule, Specials]
+_Built = tuple[LibraryCodec, PieceRule, Specials]
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
+def load_tokenizer(folder: Path, cache: Path | None = None, key: str | None = None) -> Tokenizer:
     """The tokenizer of a model folder, or of one vocabulary file with the configuration files beside it.
+
+    Args:
+        folder: the folder or file.
+        cache: where the compiled form is kept; None: nothing is read or written there.
+        key: names the content, where the caller knows a digest; else the files are hashed.
 
     Raises:
         NotFoundError: no vocabulary file there.
         FormatError: a file is damaged or hostile; the message names it.
         UnsupportedError: a form that would give wrong ids if we guessed.
     """
-    return assemble(build_folder(find_vocabulary(folder)))
+    vocabulary = find_vocabulary(folder)
+    if cache is None:
+        return assemble(build_folder(vocabulary))
+    return _cached(cache, key or _folder_key(vocabulary), lambda: build_folder(vocabulary))
 
 
-def from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
+def from_gguf(metadata: Mapping[str, Any], cache: Path | None = None, key: str | None = None) -> Tokenizer:
     """The tokenizer inside a GGUF file.
 
     Args:
         metadata: the file's key-value table; arrays may be lists or numpy arrays, strings `str` or UTF-8 `bytes`.
+        cache, key: as `load_tokenizer`.
 
     Raises:
         FormatError, UnsupportedError: as `load_tokenizer`.
     """
-    return assemble(gguf.build(metadata))
+    if cache is None:
+        return assemble(gguf.build(metadata))
+    return _cached(cache, key or _metadata_key(metadata), lambda: gguf.build(metadata))
+
+
+def open_compiled(cache: Path, key: str) -> Tokenizer | None:
+    """The compiled tokenizer of a key, the model's files unseen; None where there is none (or a damaged one)."""
+    path = compiled.cache_path(cache, key)
+    try:
+        return compiled.load(path)
+    except (OSError, FormatError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _cached(cache: Path, key: str, build: Callable[[], _Built]) -> Tokenizer:
+    """From the cache where it is there, else built, and kept where the folder can be written."""
+    found = open_compiled(cache, key)
+    if found is not None:
+        return found
+    built = build()
+    with suppress(OSError):
+        compiled.save(compiled.cache_path(cache, key), *built)
+    return assemble(built)
+
+
+def _folder_key(vocabulary: Path) -> str:
+    """A digest of every file that the tokenizer depends on."""
+    digest = hashlib.sha256()
+    templates = sorted((vocabulary.parent / hf.EXTRA_TEMPLATES).glob("*.jinja"))
+    for path in [
+        vocabulary,
+        vocabulary.with_name("merges.txt"),
+        *map(vocabulary.with_name, hf.CONFIG_FILES),
+        *templates,
+    ]:
+        if path.is_file():
+            data = checks.read_bytes(path)
+            digest.update(f"{path.name}\0{len(data)}\0".encode())
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _metadata_key(metadata: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(metadata):
+        if name.startswith("tokenizer.") or name == "general.name":
+            value = metadata[name]
+            digest.update(
+                f"{name}\0{value.tolist() if hasattr(value, 'tolist') else value!r}\0".encode("utf-8", "replace")
+            )
+    return digest.hexdigest()
 
 
 def assemble(built: _Built) -> Tokenizer:
-    tokenizer, rule, specials = built
-    return Tokenizer(LibraryCodec(tokenizer), rule, specials)
+    return Tokenizer(*built)
 
 
 def find_vocabulary(folder: Path) -> Path:
@@ -84,8 +144,8 @@ def build_folder(vocabulary: Path) -> _Built:
         return _vocab_and_merges(vocabulary, data, configs)
     if name == "vocab.txt":
         return _vocab_txt(data, configs)
-    tokenizer, rule = hf.from_tokenizer_json(data, configs)
-    return tokenizer, rule, hf.specials_of(LibraryCodec(tokenizer), configs, hf.affixes_of(tokenizer))
+    codec, rule = hf.from_tokenizer_json(data, configs)
+    return codec, rule, hf.specials_of(codec, configs, hf.affixes_of(codec.library))
 
 
 def _vocab_and_merges(path: Path, data: bytes, configs: Configs) -> _Built:
@@ -102,7 +162,7 @@ def _vocab_and_merges(path: Path, data: bytes, configs: Configs) -> _Built:
     if cls in files.PAIR_CLASSES:
         first, last = codec.id_of("<s>"), codec.id_of("</s>")
         affixes = (() if first is None else (first,), () if last is None else (last,))
-    return tokenizer, PieceRule("byte_level"), hf.specials_of(codec, configs, affixes)
+    return codec, PieceRule("byte_level"), hf.specials_of(codec, configs, affixes)
 
 
 def _vocab_txt(data: bytes, configs: Configs) -> _Built:
@@ -113,7 +173,7 @@ def _vocab_txt(data: bytes, configs: Configs) -> _Built:
     first, last = codec.id_of("[CLS]"), codec.id_of("[SEP]")
     affixes = (() if first is None else (first,), () if last is None else (last,))
     rule = PieceRule("wordpiece", strip_first=True, tidy=True)
-    return tokenizer, rule, hf.specials_of(codec, configs, affixes)
+    return codec, rule, hf.specials_of(codec, configs, affixes)
 
 
 def _tiktoken(data: bytes, name: str, configs: Configs) -> _Built:
@@ -125,7 +185,7 @@ def _tiktoken(data: bytes, name: str, configs: Configs) -> _Built:
     end_ids = found.eos_ids or frozenset(i for text in ends if (i := codec.id_of(text)) is not None)
     prefix = (bos_id,) if bos and bos_id is not None else ()
     specials = Specials(bos_id, end_ids, prefix, found.suffix, names, found.templates)
-    return tokenizer, PieceRule("byte_level"), specials
+    return codec, PieceRule("byte_level"), specials
 
 
 def _sentencepiece(data: bytes, configs: Configs) -> _Built:
@@ -147,7 +207,7 @@ def _sentencepiece(data: bytes, configs: Configs) -> _Built:
     # SentencePiece's own files do not say: BPE models begin with BOS (Llama), Unigram models end with EOS (T5).
     prefix = (model.bos_id,) if model.model == "bpe" and model.bos_id in control else ()
     suffix = (model.eos_id,) if model.model == "unigram" and model.eos_id in control else ()
-    return tokenizer, spm.rule_of(model), hf.specials_of(codec, merged, (prefix, suffix))
+    return codec, spm.rule_of(model), hf.specials_of(codec, merged, (prefix, suffix))
 
 
 def _mark_special(tokenizer: tokenizers.Tokenizer, names: Mapping[str, str | list[str]]) -> None:
