@@ -71,7 +71,7 @@ def test_greedy_ids_agree_over_thirty_tokens(model: Tiny) -> None:
     assert ours == theirs[0, len(PROMPT) :].tolist()
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 26])
+@pytest.mark.parametrize("chunk", [1, 7, 16])
 def test_chunks_change_nothing(model: Tiny, chunk: int) -> None:
     executor = model.executor()
     whole = executor.run("step", step_of(model.programs, [(PROMPT, 0)]))["logits"]

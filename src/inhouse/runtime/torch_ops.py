@@ -49,7 +49,7 @@ def embed(ids: Tensor, table: Tensor, *, offset: int = 0, scale: float = 1.0) ->
 
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, heads: int = 1, offset: float = 0.0) -> Tensor:
     """x [rows, width], weight [width / heads] -> the same shape, normalised over each head apart."""
-    y = x.float().reshape(x.shape[0], heads, -1)
+    y = x.float().reshape(len(x), heads, x.shape[1] // heads)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     gain = weight.float() if offset == 0.0 else weight.float() + offset
     return (y * gain).reshape(x.shape).to(x.dtype)
@@ -65,16 +65,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) ->
 def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
     """int8 rows with a scale for each `group` elements (0: the row), bit for bit as
     `packed_quantize.quantize_rows_reference` defines them: codes = round-half-even(x * (127 / max|x|))."""
-    rows, width = x.shape
+    width = x.shape[1]
     size = group or width
-    padded = F.pad(x.float(), (0, -width % size)).reshape(rows, -1, size)
+    padded = F.pad(x.float(), (0, -width % size)).reshape(len(x), -(-width // size), size)
     most = padded.abs().amax(-1)
     finite = torch.isfinite(most)
     usable = finite & (most >= float(TINY))
     safe = torch.where(usable, most, torch.ones_like(most))
     codes = torch.round(torch.where(usable[..., None], padded, 0.0) * (127.0 / safe)[..., None]).to(torch.int8)
     scales = torch.where(usable, most / 127.0, torch.zeros_like(most)).masked_fill(~finite, torch.nan)
-    return QuantRows(codes.reshape(rows, -1)[:, :width], scales, size)
+    return QuantRows(codes.flatten(1)[:, :width], scales, size)
 
 
 def linears(x: Tensor | QuantRows, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
@@ -106,7 +106,7 @@ def rotary(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0) -> Tenso
 
 def rope(x: Tensor, table: Tensor, *, head_dim: int, interleaved: bool = False) -> Tensor:
     """x [rows, heads * head_dim], table [rows, D] of `rotary` -> x with the first D of each head rotated."""
-    heads = x.reshape(x.shape[0], -1, head_dim)
+    heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
     half = table.shape[1] // 2
     cos, sin = table[:, None, :half], table[:, None, half:]  # float32, so the product is
     turned, rest = heads[..., : 2 * half], heads[..., 2 * half :]
@@ -133,6 +133,8 @@ def soft_cap(x: Tensor, cap: float) -> Tensor:
 
 def pool(x: Tensor, sequences: Tensor, count: int, *, mode: str, normalize: bool = False) -> Tensor:
     """x [rows, width], sequences [rows] ascending -> [count, width], one row a sequence; empty ones are zero."""
+    if not len(x):
+        return x.new_zeros(count, x.shape[1])
     lengths = torch.bincount(sequences, minlength=count)
     ends = lengths.cumsum(0)
     full = (lengths > 0)[:, None]
