@@ -7,7 +7,7 @@ import difflib
 import time
 from collections.abc import Mapping
 
-from inhouse.core.errors import ConflictError, NotFoundError, UnavailableError
+from inhouse.core.errors import ConflictError, NotFoundError, UnavailableError, UsageError
 from inhouse.core.settings import Settings
 from inhouse.engine.session import Session
 
@@ -51,13 +51,16 @@ class Pool:
         """Name to session, in order of loading."""
         return dict(self._sessions)
 
-    def get(self, name: str) -> Session:
-        """The session that answers to `name`: as given at start, or the model's own name or name:version.
+    def get(self, name: str | None) -> Session:
+        """The session that answers to `name`: as given at start, or the model's own name or name:version; None means
+        the only one.
 
         Raises NotFoundError with the nearest name, UnavailableError while draining.
         """
         if self.draining:
             raise UnavailableError("the server is shutting down", remedy="Try again on another server, or later")
+        if name is None:
+            return self._only()
         session = self._sessions.get(name)
         if session is not None:
             return session
@@ -67,6 +70,12 @@ class Pool:
         near = difflib.get_close_matches(name, self._sessions, 1)
         remedy = f"Did you mean {near[0]}?" if near else f"This server holds: {', '.join(self._sessions) or 'none'}"
         raise NotFoundError(f"the model {name!r} does not exist here", remedy=remedy, param="model")
+
+    def _only(self) -> Session:
+        if len(self._sessions) != 1:
+            names = ", ".join(self._sessions)
+            raise UsageError("the field 'model' is missing", remedy=f"This server holds: {names}", param="model")
+        return next(iter(self._sessions.values()))
 
     def close(self) -> None:
         """Closes every session; running requests end with an error event."""

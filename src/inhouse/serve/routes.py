@@ -106,7 +106,7 @@ def _reply(
 ) -> Reply:
     return Reply(
         id=requests[0].id,
-        model=body.model,
+        model=body.model or session.name,
         fingerprint=session.fingerprint,
         tokenizer=session.tokenizer,
         chat=chat,

@@ -104,9 +104,9 @@ class Message(_Strict):
         return self
 
     def text(self) -> str:
-        """The content as one string; parts are joined without anything between them."""
+        """The content as one string; parts stand on lines of their own, as vLLM and llama.cpp have it."""
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "\n".join(part.text for part in self.content)
         return self.content or ""
 
 
@@ -118,7 +118,9 @@ Bias = Annotated[float, Field(ge=-100, le=100)]
 class SamplingFields(_Strict):
     """What chat and completion requests share. None means: not given, the model's or the server's default."""
 
-    model: str = Field(description="name, name:version or alias of a model that this server holds")
+    model: str | None = Field(
+        None, description="name, name:version or alias of a model that this server holds; left out: the only one"
+    )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="0: greedy")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
