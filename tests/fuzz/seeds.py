@@ -31,15 +31,30 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 512,
     "rms_norm_eps": 1e-5,
     "rope_theta": 10000.0,
-    "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
     "tie_word_embeddings": True,
     "vocab_size": 512,
     "hidden_act": "silu",
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
     "torch_dtype": "float32",
-    "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128},
 }
+LLAMA = CONFIG | {
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    }
+}
+MISTRAL = CONFIG | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 128}
+QWEN3 = CONFIG | {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 16,
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+}
+CONFIGS = (LLAMA, MISTRAL, QWEN3)
 INDEX: dict[str, Any] = {
     "metadata": {"total_size": 36},
     "weight_map": {"a": "m-1.safetensors", "b": "m-1.safetensors", "c": "m-2.safetensors"},
@@ -84,6 +99,15 @@ def gguf_files() -> list[bytes]:
         "general.architecture": "llama",
         "general.alignment": np.uint32(64),
         "llama.context_length": 512,
+        "llama.embedding_length": 64,
+        "llama.block_count": 5,
+        "llama.feed_forward_length": 172,
+        "llama.attention.head_count": 8,
+        "llama.attention.head_count_kv": 4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.dimension_count": 8,
+        "llama.rope.freq_base": 10000.0,
+        "llama.vocab_size": 512,
         "flag": True,
         "f64": np.float64(0.5),
         "i64": np.int64(-5),
@@ -157,4 +181,4 @@ def torch_files() -> list[bytes]:
 
 
 def config_files() -> list[bytes]:
-    return [json.dumps(CONFIG).encode(), json.dumps(INDEX).encode()]
+    return [json.dumps(config).encode() for config in CONFIGS]

@@ -16,6 +16,8 @@ import numpy as np
 
 from inhouse.core.errors import FormatError, InhouseError
 from inhouse.core.tensors import TensorSource
+from inhouse.model.build import build
+from inhouse.model.families.table import resolve
 from inhouse.store.gguf_values import Cursor, Strings
 from inhouse.store.safetensors import open_sharded
 from inhouse.store.source import check_finite, open_source, read_json
@@ -73,7 +75,7 @@ def _mutate_index(base: Sequence[bytes], rng: Random) -> bytes:
 
 
 def _mutate_config(base: Sequence[bytes], rng: Random) -> bytes:
-    return damage(rng.choice(base), rng, base) if rng.random() < 0.3 else damage_json(seeds.CONFIG, rng)
+    return damage(rng.choice(base), rng, base) if rng.random() < 0.3 else damage_json(rng.choice(seeds.CONFIGS), rng)
 
 
 class _FieldRecorder(Cursor):
@@ -195,7 +197,11 @@ def _accept_index(path: Path) -> None:
 
 
 def _accept_config(path: Path) -> None:
-    json.dumps(read_json(path)).encode("utf-8")
+    config = read_json(path)
+    json.dumps(config).encode("utf-8")
+    spec, _ = resolve(config)
+    programs = build(spec)
+    assert len(str(programs)) > 0
 
 
 def _read_all(source: TensorSource) -> None:
@@ -216,6 +222,11 @@ def _read_all(source: TensorSource) -> None:
     for key, value in source.metadata.items():
         assert isinstance(key, str)
         _read_value(value)
+    if source.format == "gguf":
+        try:
+            build(resolve(source.metadata, names)[0])
+        except InhouseError:
+            pass
 
 
 def _read_value(value: Any) -> None:
