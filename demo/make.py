@@ -5,18 +5,31 @@ Stages, each kept in the work folder and not repeated: data (tokenizer and data 
 texts whose character counts choose the vocabulary): --realdata, else $INHOUSE_REALDATA, else ../shared/realdata.
 """
 
+import argparse
 import gzip
+import itertools
 import json
+import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer
+
+from demo.answer import Greedy
+from demo.card import Run, write_card
 from demo.corpus import Corpus, read_stories
 from demo.encode import SPECIALS, VOCABULARY, Encoder, build_dataset, build_tokenizer
-from inhouse.core.errors import NotFoundError
+from demo.export import F32, export, load_weights
+from demo.grade import Score, grade_all, overlap
+from demo.questions import DATA, read_tsv
+from inhouse.core.errors import InhouseError, NotFoundError
 from inhouse.model.build import build
 from inhouse.model.spec import ModelSpec, RopeSpec
 from inhouse.runtime.program import ProgramSet
+from inhouse.runtime.torch_executor import TorchExecutor
 from inhouse.store.writing import atomic_file
 from inhouse.train.data import load_dataset
 from inhouse.train.loop import StepReport, TrainConfig, Trainer, initial_weights
@@ -25,6 +38,7 @@ ROOT = Path(__file__).parent.parent
 CONTEXT = 1024
 TOKENIZER_SEED, DATA_SEED, TRAIN_SEED = 1, 2, 3
 SAMPLES = 170_000
+STEPS = 2400
 MODERN_CHINESE = ("rag/xquad.zh.json.gz", "instruct/glaive_toolcall_zh_demo.json.gz")
 STORIES = "text/tinystories_sample_2MiB.txt.gz"
 SPEC = ModelSpec(
@@ -98,3 +112,87 @@ def train(work: Path, steps: int, device: str, minutes: float, as_json: bool) ->
     trainer = Trainer(programs(), first, data, config(steps), work, device)
     done = trainer.run(Screen(as_json), minutes=minutes)
     return trainer if done else None
+
+
+def as_arrays(trainer: Trainer) -> dict[str, F32]:
+    """The trained weights as float32 arrays."""
+    return {name: weight.detach().float().cpu().numpy() for name, weight in trainer.weights.items()}
+
+
+def open_answerer(folder: Path) -> Greedy:
+    """Greedy answers of the model folder that was written, on the torch executor."""
+    ready = programs()
+    weights = load_weights(folder, {name: spec.shape for name, spec in ready.weights.items()})
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Greedy(TorchExecutor(ready, weights), tokenizer)
+
+
+def training_questions(corpus: Corpus, samples: int) -> Iterator[str]:
+    """Every question of the training set."""
+    for conversation in itertools.islice(corpus.stream(DATA_SEED), samples):
+        for exchange in conversation.exchanges:
+            yield exchange.question
+
+
+def held_out_questions() -> list[str]:
+    """The questions that were written by hand."""
+    files = ("heldout_independent.tsv", "heldout_out_of_scope.tsv")
+    return [question for name in files for _, question in read_tsv(DATA / name)]
+
+
+def grade(folder: Path, corpus: Corpus, trainer: Trainer, samples: int) -> dict[str, Score]:
+    """Grades the folder and writes its MODEL_CARD.md."""
+    scores = grade_all(corpus, open_answerer(folder).answer)
+    shared = overlap(held_out_questions(), training_questions(corpus, samples))
+    progress = trainer.progress
+    last = progress.losses[-50:]
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "MODEL_CARD.md") / 1e6
+    run = Run(SPEC.parameters, size, samples, progress.tokens, progress.step, sum(last) / len(last))
+    write_card(folder / "MODEL_CARD.md", run, scores, shared, corpus.poems)
+    return scores
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m demo.make", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--realdata", help="folder of real texts")
+    parser.add_argument("--work", type=Path, default=ROOT / ".demo-build", help="work folder (checkpoint, data set)")
+    parser.add_argument("--out", type=Path, help="model folder to write (default: WORK/model)")
+    parser.add_argument("--device", default="cpu", help="torch device, cpu or cuda")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop training after this time; run again to go on"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    return parser.parse_args()
+
+
+def make(args: argparse.Namespace) -> int:
+    """All stages; 0 once the model is written, 1 if the time was up before."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    realdata, folder = find_realdata(args.realdata), args.out or args.work / "model"
+    args.work.mkdir(parents=True, exist_ok=True)
+    make_data(realdata, args.work, args.samples)
+    trainer = train(args.work, args.steps, args.device, args.minutes, args.json)
+    if trainer is None:
+        print("time is up; run the same command again to go on", file=sys.stderr)
+        return 1
+    export(as_arrays(trainer), SPEC, Tokenizer.from_file(str(args.work / "tokenizer.json")), folder)
+    scores = grade(folder, load_corpus(realdata), trainer, args.samples)
+    shares = {name: score.share for name, score in scores.items()}
+    print(json.dumps(shares) if args.json else "\n".join(f"{name}: {share:.1%}" for name, share in shares.items()))
+    return 0
+
+
+def main() -> None:
+    try:
+        sys.exit(make(arguments()))
+    except InhouseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The command that makes the model, as far as it goes in seconds: data, a first checkpoint, resumption, bad input."""
+
+import argparse
+import math
+from pathlib import Path
+
+import pytest
+from demo.make import CONTEXT, Screen, config, find_realdata, make, programs
+
+from inhouse.core.errors import NotFoundError
+from inhouse.train.data import load_dataset
+from inhouse.train.loop import StepReport
+
+pytestmark = pytest.mark.torch
+
+
+def options(realdata: Path, work: Path, minutes: float) -> argparse.Namespace:
+    return argparse.Namespace(
+        realdata=str(realdata), work=work, out=None, device="cpu", threads=0, steps=2, samples=400, minutes=minutes, json=True
+    )  # fmt: skip
+
+
+@pytest.mark.realdata
+def test_it_stops_when_time_is_up_and_keeps_what_it_has(
+    realdata: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert make(options(realdata, tmp_path / "a", 0.0)) == 1
+    assert "again to go on" in capsys.readouterr().err
+    assert (tmp_path / "a" / "checkpoint.pt").exists()
+    before = load_dataset(tmp_path / "a" / "data.npz")
+    assert len(before) == 400
+    assert before.lengths.max() <= CONTEXT
+    assert before.ids.max() < 6000
+    assert make(options(realdata, tmp_path / "b", 0.0)) == 1
+    assert load_dataset(tmp_path / "b" / "data.npz").digest() == before.digest()
+    assert (tmp_path / "b" / "tokenizer.json").read_bytes() == (tmp_path / "a" / "tokenizer.json").read_bytes()
+
+
+def test_missing_texts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError, match="tinystories"):
+        find_realdata(str(tmp_path))
+
+
+def test_the_model_has_the_size_that_the_card_says() -> None:
+    parameters = sum(math.prod(spec.shape) for spec in programs().weights.values())
+    assert 4_000_000 <= parameters <= 5_500_000
+    assert config(10).noise_vocab < 6000
+
+
+def test_the_screen_shows_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    Screen(as_json=False)(StepReport(100, 200, 1.5, 1e-3, 5000, 60.0, 61.0))
+    assert "100/200" in (shown := capsys.readouterr().err)
+    assert "left 1:01" in shown
+    Screen(as_json=True)(StepReport(1, 2, 1.5, 1e-3, 5000, 60.0, 61.0))
+    assert '"eta_s": 61.0' in capsys.readouterr().out
