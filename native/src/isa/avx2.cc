@@ -1,4 +1,4 @@
-// The op bodies at the level avx2: a thin frame, no code of its own.
+// The row and attention bodies at the level avx2: a thin frame, no code of its own.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
 #include "simd/avx2.h"
@@ -6,5 +6,12 @@
 // clang-format on
 
 namespace inhouse {
-const Kernels* kernels_avx2() { return &avx2::kTable; }
+
+void add_linears_avx2(Kernels& kernels);  // avx2_linear.cc
+
+const Kernels* kernels_avx2() {
+  static const Kernels table = avx2::table(add_linears_avx2);
+  return &table;
+}
+
 }  // namespace inhouse

@@ -1,4 +1,4 @@
-// The op bodies at the level avx512: a thin frame, no code of its own.
+// The row and attention bodies at the level avx512: a thin frame, no code of its own.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
 #include "simd/avx512.h"
@@ -6,5 +6,12 @@
 // clang-format on
 
 namespace inhouse {
-const Kernels* kernels_avx512() { return &avx512::kTable; }
+
+void add_linears_avx512(Kernels& kernels);  // avx512_linear.cc
+
+const Kernels* kernels_avx512() {
+  static const Kernels table = avx512::table(add_linears_avx512);
+  return &table;
+}
+
 }  // namespace inhouse

@@ -1,4 +1,4 @@
-// The op bodies at the level neon: a thin frame, no code of its own.
+// The row and attention bodies at the level neon: a thin frame, no code of its own.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
 #include "simd/neon.h"
@@ -6,5 +6,12 @@
 // clang-format on
 
 namespace inhouse {
-const Kernels* kernels_neon() { return &neon::kTable; }
+
+void add_linears_neon(Kernels& kernels);  // neon_linear.cc
+
+const Kernels* kernels_neon() {
+  static const Kernels table = neon::table(add_linears_neon);
+  return &table;
+}
+
 }  // namespace inhouse

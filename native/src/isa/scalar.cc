@@ -1,4 +1,4 @@
-// The op bodies at the level scalar: a thin frame, no code of its own.
+// The row and attention bodies at the level scalar: a thin frame, no code of its own.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
 #include "simd/scalar.h"
@@ -6,5 +6,12 @@
 // clang-format on
 
 namespace inhouse {
-const Kernels* kernels_scalar() { return &scalar::kTable; }
+
+void add_linears_scalar(Kernels& kernels);  // scalar_linear.cc
+
+const Kernels* kernels_scalar() {
+  static const Kernels table = scalar::table(add_linears_scalar);
+  return &table;
+}
+
 }  // namespace inhouse

@@ -1,0 +1,18 @@
+// The packed bodies at the level avx512, apart from the others because they take long to compile.
+// clang-format off: the bodies need the vocabulary.
+#include "kernels.h"
+#include "simd/avx512.h"
+#include "simd/avx512_bytes.h"
+#include "ops/linear-inl.h"
+// clang-format on
+
+namespace inhouse {
+
+void add_linears_avx512(Kernels& kernels) {
+  kernels.linear_f32 = avx512::linear_f32;
+  kernels.linear_i8 = avx512::linear_i8;
+  kernels.unpack_row = avx512::unpack_row;
+  kernels.quantize_row = avx512::quantize_row;
+}
+
+}  // namespace inhouse

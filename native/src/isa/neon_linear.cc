@@ -1,0 +1,18 @@
+// The packed bodies at the level neon, apart from the others because they take long to compile.
+// clang-format off: the bodies need the vocabulary.
+#include "kernels.h"
+#include "simd/neon.h"
+#include "simd/neon_bytes.h"
+#include "ops/linear-inl.h"
+// clang-format on
+
+namespace inhouse {
+
+void add_linears_neon(Kernels& kernels) {
+  kernels.linear_f32 = neon::linear_f32;
+  kernels.linear_i8 = neon::linear_i8;
+  kernels.unpack_row = neon::unpack_row;
+  kernels.quantize_row = neon::quantize_row;
+}
+
+}  // namespace inhouse

@@ -1,0 +1,18 @@
+// The packed bodies at the level scalar, apart from the others because they take long to compile.
+// clang-format off: the bodies need the vocabulary.
+#include "kernels.h"
+#include "simd/scalar.h"
+#include "simd/scalar_bytes.h"
+#include "ops/linear-inl.h"
+// clang-format on
+
+namespace inhouse {
+
+void add_linears_scalar(Kernels& kernels) {
+  kernels.linear_f32 = scalar::linear_f32;
+  kernels.linear_i8 = scalar::linear_i8;
+  kernels.unpack_row = scalar::unpack_row;
+  kernels.quantize_row = scalar::quantize_row;
+}
+
+}  // namespace inhouse
