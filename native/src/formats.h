@@ -17,21 +17,21 @@ struct Format {
 };
 
 constexpr Format kFormats[] = {
-    {"f32", 0, 0, 0, 0, kF32, false, false},      {"f16", 0, 0, 0, 0, kF16, false, false},
-    {"bf16", 0, 0, 0, 0, kBF16, false, false},    {"q8_0", 8, 0, 128, 32, kF16, false, false},
-    {"q4_0", 4, 0, 8, 32, kF16, false, false},    {"q4_1", 4, 0, 0, 32, kF16, true, false},
-    {"q5_0", 4, 1, 16, 32, kF16, false, false},   {"q5_1", 4, 1, 0, 32, kF16, true, false},
-    {"q2_k", 2, 0, 0, 16, kF16, true, true},      {"q3_k", 2, 1, 4, 16, kF16, false, true},
-    {"q4_k", 4, 0, 0, 32, kF16, true, true},      {"q5_k", 4, 1, 0, 32, kF16, true, true},
-    {"q6_k", 4, 2, 32, 16, kF16, false, true},    {"u4_g32", 4, 0, 0, 32, kF32, true, false},
-    {"u4_g64", 4, 0, 0, 64, kF32, true, false},   {"u4_g128", 4, 0, 0, 128, kF32, true, false},
-    {"u4_row", 4, 0, 0, 0, kF32, true, false},    {"u8_g32", 8, 0, 0, 32, kF32, true, false},
-    {"u8_g64", 8, 0, 0, 64, kF32, true, false},   {"u8_g128", 8, 0, 0, 128, kF32, true, false},
+    {"f32", 0, 0, 0, 0, kF32, false, false},    {"f16", 0, 0, 0, 0, kF16, false, false},
+    {"bf16", 0, 0, 0, 0, kBF16, false, false},  {"q8_0", 8, 0, 128, 32, kF16, false, false},
+    {"q4_0", 4, 0, 8, 32, kF16, false, false},  {"q4_1", 4, 0, 0, 32, kF16, true, false},
+    {"q5_0", 4, 1, 16, 32, kF16, false, false}, {"q5_1", 4, 1, 0, 32, kF16, true, false},
+    {"q2_k", 2, 0, 0, 16, kF16, true, true},    {"q3_k", 2, 1, 4, 16, kF16, false, true},
+    {"q4_k", 4, 0, 0, 32, kF16, true, true},    {"q5_k", 4, 1, 0, 32, kF16, true, true},
+    {"q6_k", 4, 2, 32, 16, kF16, false, true},  {"u4_g32", 4, 0, 0, 32, kF32, true, false},
+    {"u4_g64", 4, 0, 0, 64, kF32, true, false}, {"u4_g128", 4, 0, 0, 128, kF32, true, false},
+    {"u4_row", 4, 0, 0, 0, kF32, true, false},  {"u8_g32", 8, 0, 0, 32, kF32, true, false},
+    {"u8_g64", 8, 0, 0, 64, kF32, true, false}, {"u8_g128", 8, 0, 0, 128, kF32, true, false},
     {"u8_row", 8, 0, 0, 0, kF32, true, false},
 };
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 
-constexpr int kBlock = 32;  // inputs of a code block
+constexpr int kBlock = 32;   // inputs of a code block
 constexpr int kSuper = 256;  // inputs of a two-level super-block
 
 // Offsets from the start of a tile, in bytes; 0 for a section that the format lacks (only the first can be at 0).

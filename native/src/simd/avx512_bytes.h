@@ -34,9 +34,7 @@ IH_INLINE VI byte_of(B codes) {
 IH_INLINE V load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
 }
-IH_INLINE void store_i8(int8_t* p, VI v) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
-}
+IH_INLINE void store_i8(int8_t* p, VI v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 IH_INLINE VI magnitude_bits(V v) { return _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fffffff)); }
 IH_INLINE VI max_int(VI a, VI b) { return _mm512_max_epi32(a, b); }
 IH_INLINE int32_t reduce_max_int(VI a) { return _mm512_reduce_max_epi32(a); }

@@ -1,11 +1,14 @@
 // Byte vocabulary in plain C++: B is 64 bytes, [16 rows][4 inputs]. Included after simd/scalar.h.
 #pragma once
 
+// Called, not inlined: this level is for any CPU, not for speed, and inlining these loops everywhere takes minutes.
+#define IH_CALLED inline __attribute__((noinline))
+
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kIntRows = 4;    // rows of activations that linear_i8 works on at once
-constexpr int kFloatRows = 2;  // the same for linear_f32, which keeps two sums a row
+constexpr int kIntRows = 1;    // rows of activations that linear_i8 works on at once
+constexpr int kFloatRows = 1;  // the same for linear_f32
 
 struct B {
   uint8_t v[64];
@@ -17,23 +20,23 @@ IH_INLINE B each_byte(F f) {
   for (int i = 0; i < 64; ++i) r.v[i] = static_cast<uint8_t>(f(i));
   return r;
 }
-IH_INLINE B load_bytes(const uint8_t* p) {
+IH_CALLED B load_bytes(const uint8_t* p) {
   return each_byte([=](int i) { return p[i]; });
 }
-IH_INLINE B or_bytes(B a, B b) {
+IH_CALLED B or_bytes(B a, B b) {
   return each_byte([&](int i) { return a.v[i] | b.v[i]; });
 }
-IH_INLINE B and_bytes(B a, uint8_t mask) {
+IH_CALLED B and_bytes(B a, uint8_t mask) {
   return each_byte([&](int i) { return a.v[i] & mask; });
 }
 // Bits of all bytes N places up (down if negative); other levels let bits of neighbours in, so a mask must follow.
 template <int N>
-IH_INLINE B shift_bytes(B a) {
+IH_CALLED B shift_bytes(B a) {
   return each_byte([&](int i) { return N >= 0 ? a.v[i] << (N < 0 ? 0 : N) : a.v[i] >> (N < 0 ? -N : 0); });
 }
 
 // acc[row] += codes[row][0..3] . activations[0..3], exact.
-IH_INLINE VI dot(VI acc, B codes, int32_t activations) {
+IH_CALLED VI dot(VI acc, B codes, int32_t activations) {
   const uint32_t bits = static_cast<uint32_t>(activations);
   for (int k = 0; k < 4; ++k) {
     const int32_t x = static_cast<int8_t>(bits >> (8 * k));
@@ -47,7 +50,7 @@ IH_INLINE VI dot_wide(VI acc, B codes, int32_t activations) { return dot(acc, co
 
 // Byte I of each row as an integer.
 template <int I>
-IH_INLINE VI byte_of(B codes) {
+IH_CALLED VI byte_of(B codes) {
   return each_int([&](int i) { return codes.v[4 * i + I]; });
 }
 IH_INLINE V load_i8(const int8_t* p) {

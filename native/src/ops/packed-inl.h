@@ -1,0 +1,146 @@
+// Reading a packed tile (formats.h, runtime/packed_layout.py): quads of codes out of the bit planes, scales and
+// minimums of sixteen rows. Included before the bodies that use it.
+namespace inhouse::IH_ISA {
+namespace {
+
+template <int N>
+struct Int {
+  static constexpr int value = N;
+};
+
+// f(Int<0>), f(Int<1>), ... f(Int<N - 1>), unrolled.
+template <int N, int I = 0, class F>
+IH_INLINE void repeat(F f) {
+  if constexpr (I < N) {
+    f(Int<I>{});
+    repeat<N, I + 1>(f);
+  }
+}
+
+IH_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }  // to the second level
+
+// f(Int<ID>) with the format's number, where formats that differ only in the group count as the first of them.
+template <class F>
+IH_INLINE void with_codes_of(int32_t format, F f) {
+  switch (format) {
+    case 3:
+      return f(Int<3>{});
+    case 4:
+      return f(Int<4>{});
+    case 5:
+      return f(Int<5>{});
+    case 6:
+      return f(Int<6>{});
+    case 7:
+      return f(Int<7>{});
+    case 8:
+      return f(Int<8>{});
+    case 9:
+      return f(Int<9>{});
+    case 10:
+      return f(Int<10>{});
+    case 11:
+      return f(Int<11>{});
+    case 12:
+      return f(Int<12>{});
+    case 13:
+    case 14:
+    case 15:
+    case 16:
+      return f(Int<13>{});
+    case 17:
+    case 18:
+    case 19:
+    case 20:
+      return f(Int<17>{});
+    default:
+      return;  // the loader admits no other number
+  }
+}
+
+// Quad Q (0..7) of a block: inputs 4Q..4Q+3 of sixteen rows; a plane's bits, moved up to bit AT of each byte.
+template <int BITS, int Q, int AT>
+IH_INLINE B plane_bits(const uint8_t* plane) {
+  if constexpr (BITS == 8) {
+    return load_bytes(plane + 64 * Q);
+  } else {
+    constexpr int vector = BITS == 4 ? Q % 4 : Q / (8 / BITS), slot = BITS == 4 ? Q / 4 : Q % (8 / BITS);
+    return and_bytes(shift_bytes<AT - slot * BITS>(load_bytes(plane + 64 * vector)), ((1 << BITS) - 1) << AT);
+  }
+}
+template <int ID, int Q>
+IH_INLINE B quad(const uint8_t* low, const uint8_t* high) {
+  constexpr Format f = kFormats[ID];
+  const B codes = plane_bits<f.low, Q, 0>(low);
+  if constexpr (f.high == 0) {
+    return codes;
+  } else {
+    return or_bytes(codes, plane_bits<f.high, Q, f.low>(high));
+  }
+}
+
+template <Scalar S>
+IH_INLINE V load_scalars(const uint8_t* p, int64_t entry) {
+  if constexpr (S == kF32) {
+    return load(reinterpret_cast<const float*>(p) + entry * 16);
+  } else if constexpr (S == kF16) {
+    return load_f16(reinterpret_cast<const uint16_t*>(p) + entry * 16);
+  } else {
+    return load_bf16(reinterpret_cast<const uint16_t*>(p) + entry * 16);
+  }
+}
+
+// A tile of format ID; `blocks_per_scale` is above 1 where groups are longer than a block.
+template <int ID>
+struct Tile {
+  static constexpr Format f = kFormats[ID];
+  static constexpr int halves = f.group == 16 ? 2 : 1;  // groups in a block, where groups are no longer than that
+  const uint8_t* data;
+  const Layout& l;
+  int64_t blocks_per_scale;
+
+  IH_INLINE const uint8_t* low(int64_t block) const { return data + l.low + block * f.low * 64; }
+  IH_INLINE const uint8_t* high(int64_t block) const { return data + l.high + block * f.high * 64; }
+  IH_INLINE int64_t entry(int64_t block, int half) const {
+    if constexpr (f.scale == kF32) {
+      return block / blocks_per_scale;
+    } else {
+      return block * halves + half;
+    }
+  }
+  IH_INLINE V two_level(int64_t section, int64_t sub, int64_t group) const {
+    const V d = load_scalars<f.scale>(data + section, group / (kSuper / (kBlock / halves)));
+    return mul(d, load_i8(reinterpret_cast<const int8_t*>(data + sub) + group * 16));
+  }
+  IH_INLINE V scale(int64_t block, int half) const {
+    if constexpr (f.two_level) {
+      return two_level(l.scale, l.sub_scale, entry(block, half));
+    } else {
+      return load_scalars<f.scale>(data + l.scale, entry(block, half));
+    }
+  }
+  // What is added to scale * code; of two-level formats, what is taken off.
+  IH_INLINE V minimum(int64_t block, int half) const {
+    if constexpr (f.two_level) {
+      return two_level(l.minimum, l.sub_minimum, entry(block, half));
+    } else {
+      return load_scalars<f.scale>(data + l.minimum, entry(block, half));
+    }
+  }
+};
+
+template <int ID>
+IH_INLINE Tile<ID> tile_of(const Weight& w, const Layout& l, int64_t tile) {
+  const int64_t group = kFormats[w.format].group;
+  return {w.data + tile * l.tile_bytes, l, group == 0 ? l.blocks : group <= kBlock ? 1 : group / kBlock};
+}
+
+// y[0..15] of a row's outputs of `tile`, cut at the matrix's end.
+IH_INLINE void store_outputs(const Weight& w, int64_t tile, const float* bias, V sums, float* y) {
+  const int64_t o = tile * kTileRows, n = w.out - o < kTileRows ? w.out - o : kTileRows;
+  if (bias != nullptr) sums = add(sums, load_n(bias + o, n));
+  store_n(y + o, n, sums);
+}
+
+}  // namespace
+}  // namespace inhouse::IH_ISA

@@ -1,0 +1,289 @@
+// The packed bodies at every level that this machine runs, on random tiles of every format, against a reference written
+// apart from them: the same bits where fma rounds once (all levels but scalar), within rounding elsewhere; the same
+// bits for any number of rows and any split of the tiles. Needs no library but this one.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "dispatch.h"
+#include "formats.h"
+#include "kernels.h"
+
+using namespace inhouse;
+
+namespace {
+
+int failures = 0;
+
+void check(bool ok, const std::string& what) {
+  if (ok) return;
+  if (++failures <= 20) std::printf("FAILED %s\n", what.c_str());
+}
+
+struct Aligned {  // 64-byte aligned bytes, exactly as many as asked for, so that a sanitizer sees every overrun
+  explicit Aligned(size_t n) : bytes(n), data(static_cast<uint8_t*>(std::aligned_alloc(64, (n + 63) / 64 * 64))) {}
+  ~Aligned() { std::free(data); }
+  Aligned(const Aligned&) = delete;
+  size_t bytes;
+  uint8_t* data;
+};
+
+float half_to_float(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 1023;
+  const float m = exponent ? std::ldexp(1024.0f + mantissa, exponent - 25) : std::ldexp(1.0f * mantissa, -24);
+  return h & 0x8000 ? -m : m;
+}
+
+// Random matrix of a format; scales are small finite numbers, codes any bytes.
+struct Matrix {
+  Matrix(int format, int64_t out, int64_t in, std::mt19937& rng)
+      : f(kFormats[format]), l(layout_of(f, in)), bytes(packed_bytes(f, out, in)) {
+    for (size_t i = 0; i < bytes.bytes; ++i) bytes.data[i] = static_cast<uint8_t>(rng());
+    const int64_t tiles = (out + 15) / 16, item = f.scale == kF32 ? 4 : 2;
+    for (int64_t t = 0; t < tiles; ++t) {
+      uint8_t* tile = bytes.data + t * l.tile_bytes;
+      const int64_t end = f.low == 0 ? l.tile_bytes : f.two_level ? l.sub_scale : l.low;
+      for (int64_t i = 0; i + item <= end; i += item) {
+        const float v = std::ldexp(1.0f * static_cast<int>(rng() % 2001) - 1000, -12);
+        const uint32_t bits = __builtin_bit_cast(uint32_t, v);
+        const uint16_t half = static_cast<uint16_t>((rng() & 0x83ff) | (rng() % 12 + 4) << 10);
+        const uint16_t brain = static_cast<uint16_t>(bits >> 16);
+        if (f.scale == kF32) std::memcpy(tile + i, &bits, 4);
+        if (f.scale == kF16) std::memcpy(tile + i, &half, 2);
+        if (f.scale == kBF16) std::memcpy(tile + i, &brain, 2);
+      }
+    }
+    weight = {format, out, in, bytes.data, bytes.bytes};
+  }
+
+  float parameter(const uint8_t* p, int64_t i) const {
+    float wide;
+    uint16_t half;
+    if (f.scale == kF32) return std::memcpy(&wide, p + 4 * i, 4), wide;
+    std::memcpy(&half, p + 2 * i, 2);
+    return f.scale == kF16 ? half_to_float(half) : __builtin_bit_cast(float, static_cast<uint32_t>(half) << 16);
+  }
+  const uint8_t* tile(int64_t o) const { return bytes.data + o / 16 * l.tile_bytes; }
+  int64_t group(int64_t k) const { return f.group ? k / f.group : 0; }
+  float section(int64_t o, int64_t k, int64_t at, int64_t sub) const {
+    const int64_t lane = o % 16;
+    if (!f.two_level) return parameter(tile(o) + at, group(k) * 16 + lane);
+    const int8_t times = static_cast<int8_t>(tile(o)[sub + group(k) * 16 + lane]);
+    return parameter(tile(o) + at, k / 256 * 16 + lane) * times;
+  }
+  float scale(int64_t o, int64_t k) const { return section(o, k, l.scale, l.sub_scale); }
+  float minimum(int64_t o, int64_t k) const {
+    const float m = f.minimum ? section(o, k, l.minimum, l.sub_minimum) : 0.0f;
+    return f.two_level ? -m : m;
+  }
+  int plane(int64_t o, int64_t k, int64_t at, int bits) const {  // the layout's prose, spelled out
+    if (bits == 0) return 0;
+    const int64_t block = k / 32, q = k % 32 / 4, byte = o % 16 * 4 + k % 4;
+    const uint8_t* p = tile(o) + at + block * bits * 64;
+    if (bits == 8) return p[q * 64 + byte];
+    if (bits == 4) return q < 4 ? p[q * 64 + byte] & 15 : p[(q - 4) * 64 + byte] >> 4;
+    if (bits == 2) return p[q / 4 * 64 + byte] >> (2 * (q % 4)) & 3;
+    return p[byte] >> q & 1;
+  }
+  int code(int64_t o, int64_t k) const {
+    return (plane(o, k, l.low, f.low) | plane(o, k, l.high, f.high) << f.low) - f.zero;
+  }
+  float value(int64_t o, int64_t k) const {
+    if (f.low == 0) return parameter(tile(o), k * 16 + o % 16);
+    const float product = static_cast<float>(code(o, k)) * scale(o, k);
+    return f.minimum ? product + minimum(o, k) : product;
+  }
+
+  Format f;
+  Layout l;
+  Aligned bytes;
+  Weight weight;
+};
+
+struct Rows {  // activations, and their quantised form by the kernel itself
+  Rows(const Kernels& k, int rows, int64_t width, int64_t group, std::mt19937& rng)
+      : x(rows * width),
+        stride((width + 31) / 32 * 32),
+        groups((width + group - 1) / group),
+        codes(rows * stride),
+        scales(rows * groups),
+        sums(rows * stride / 16) {
+    std::normal_distribution<float> normal;
+    for (float& v : x) v = normal(rng);
+    for (int r = 0; r < rows; ++r) {
+      k.quantize_row(&x[r * width], width, stride, group, &codes[r * stride], &scales[r * groups],
+                     &sums[r * stride / 16]);
+    }
+    q = {codes.data(), scales.data(), sums.data(), width, stride, group, groups};
+  }
+  std::vector<float> x;
+  int64_t stride, groups;
+  std::vector<int8_t> codes;
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  QuantRows q;
+};
+
+// Group by group, as linear_codes-inl.h promises.
+float expected_i8(const Matrix& m, const Rows& x, int r, int64_t o) {
+  const int64_t run = m.f.group == 16 ? 16 : 32;
+  float y = 0;
+  for (int64_t first = 0; first < m.l.width; first += run) {
+    int32_t dot = 0, sum = 0;
+    for (int64_t k = first; k < first + run; ++k) {
+      const int32_t a = x.codes[r * x.stride + k];
+      dot += m.code(o, k) * a;
+      sum += a;
+    }
+    const float s = x.scales[r * x.groups + (x.groups > 1 ? first / 32 : 0)];
+    y = std::fma(static_cast<float>(dot), m.scale(o, first) * s, y);
+    if (m.f.minimum) y = std::fma(m.minimum(o, first), static_cast<float>(sum) * s, y);
+  }
+  return y;
+}
+
+float expected_f32(const Matrix& m, const float* x, int64_t o) {
+  float even = 0, odd = 0;
+  for (int64_t k = 0; k < m.weight.in; ++k) {
+    float& y = k % 2 ? odd : even;
+    y = std::fma(m.value(o, k), x[k], y);
+  }
+  return even + odd;
+}
+
+bool agree(float a, float b, bool exact, float size) { return exact ? a == b : std::fabs(a - b) <= 1e-4f * size; }
+
+// All rows at once against the reference; then every count of rows and every split of tiles against all at once.
+template <class Run, class Expected>
+void check_linear(const std::string& name, const Matrix& m, int rows, bool exact, Run run, Expected expected) {
+  const int64_t out = m.weight.out, tiles = (out + 15) / 16;
+  std::vector<float> whole(rows * out, -1), part(rows * out);
+  run(rows, 0, tiles, whole.data());
+  float size = 0;
+  for (float v : whole) size = std::max(size, std::fabs(v));
+  for (int r = 0; r < rows; r += rows > 5 ? 5 : 1) {
+    for (int64_t o = 0; o < out; ++o) {
+      check(agree(whole[r * out + o], expected(r, o), exact, size), name + " value");
+    }
+  }
+  for (int n = 1; n <= rows; ++n) {
+    std::fill(part.begin(), part.end(), 0.0f);
+    for (int64_t t = 0; t < tiles; ++t) run(n, t, t + 1, part.data());
+    check(std::memcmp(part.data(), whole.data(), n * out * 4) == 0, name + " bits for " + std::to_string(n) + " rows");
+  }
+}
+
+void check_matrix(const Kernels& k, int format, int64_t out, int64_t in, int rows, std::mt19937& rng) {
+  const Matrix m(format, out, in, rng);
+  if (!m.l.valid) return;
+  const bool exact = std::string(k.isa) != "scalar";
+  const std::string name = std::string(k.isa) + " " + m.f.name + " " + std::to_string(out) + "x" + std::to_string(in);
+  std::vector<float> bias(out), row(in);
+  for (float& b : bias) b = static_cast<float>(rng() % 100);
+  for (int64_t o = 0; o < out; ++o) {
+    k.unpack_row(m.weight, o, row.data());
+    for (int64_t i = 0; i < in; ++i) check(row[i] == m.value(o, i), name + " unpack_row");
+  }
+  const Rows x(k, rows, in, 32, rng), whole(k, rows, in, in, rng);
+  check_linear(
+      name + " f32", m, rows, exact,
+      [&](int n, int64_t a, int64_t b, float* y) {
+        k.linear_f32(m.weight, x.x.data(), in, n, a, b, bias.data(), y, out);
+      },
+      [&](int r, int64_t o) { return expected_f32(m, &x.x[r * in], o) + bias[o]; });
+  if (m.f.low == 0) return;
+  check_linear(
+      name + " i8", m, rows, exact,
+      [&](int n, int64_t a, int64_t b, float* y) { k.linear_i8(m.weight, x.q, n, a, b, bias.data(), y, out); },
+      [&](int r, int64_t o) { return expected_i8(m, x, r, o) + bias[o]; });
+  check_linear(
+      name + " i8 row scales", m, std::min(rows, 2), exact,
+      [&](int n, int64_t a, int64_t b, float* y) { k.linear_i8(m.weight, whole.q, n, a, b, nullptr, y, out); },
+      [&](int r, int64_t o) { return expected_i8(m, whole, r, o); });
+}
+
+// The extremes: codes of all ones times activations of +-127 must not saturate anywhere.
+void check_extremes(const Kernels& k, int format, std::mt19937& rng) {
+  const int64_t in = 256;
+  Matrix m(format, 16, in, rng);
+  if (m.f.low == 0 || !m.l.valid) return;
+  for (const uint8_t fill : {0x00, 0xff, 0x80}) {
+    std::memset(m.bytes.data + m.l.low, fill, m.l.tile_bytes - m.l.low);
+    Rows x(k, 2, in, 32, rng);
+    for (int64_t i = 0; i < in; ++i) {
+      x.codes[i] = 127;
+      x.codes[x.stride + i] = -127;
+    }
+    for (int64_t i = 0; i < in / 16; ++i) {
+      x.sums[i] = 127 * 16;
+      x.sums[x.stride / 16 + i] = -127 * 16;
+    }
+    check_linear(
+        std::string(k.isa) + " " + m.f.name + " extremes", m, 2, std::string(k.isa) != "scalar",
+        [&](int n, int64_t a, int64_t b, float* y) { k.linear_i8(m.weight, x.q, n, a, b, nullptr, y, 16); },
+        [&](int r, int64_t o) { return expected_i8(m, x, r, o); });
+  }
+}
+
+void check_quantize(const Kernels& k, int64_t width, int64_t group, std::mt19937& rng) {
+  std::vector<float> x(width);
+  std::normal_distribution<float> normal;
+  for (float& v : x) v = normal(rng);
+  if (width > 40) std::fill(x.begin(), x.begin() + 32, 0.0f);
+  if (width > 70) x[64] = std::nanf("");
+  const int64_t stride = (width + 31) / 32 * 32, groups = (width + group - 1) / group;
+  std::vector<int8_t> codes(stride, 99);
+  std::vector<float> scales(groups, 99);
+  std::vector<int32_t> sums(stride / 16, 99);
+  k.quantize_row(x.data(), width, stride, group, codes.data(), scales.data(), sums.data());
+  const std::string name = std::string(k.isa) + " quantize_row " + std::to_string(width);
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t first = g * group, last = std::min(width, first + group);
+    float most = 0;
+    bool nan = false;
+    for (int64_t i = first; i < last; ++i) {
+      nan = nan || std::isnan(x[i]);
+      most = std::max(most, std::fabs(x[i]));
+    }
+    check(nan ? std::isnan(scales[g]) : scales[g] == most / 127.0f, name + " scale");
+    for (int64_t i = first; i < last; ++i) {
+      const float q = nan || most == 0 ? 0.0f : std::nearbyint(x[i] * (127.0f / most));
+      check(codes[i] == q, name + " code");
+    }
+  }
+  for (int64_t i = width; i < stride; ++i) check(codes[i] == 0, name + " padding");
+  for (int64_t i = 0; i < stride / 16; ++i) {
+    int32_t sum = 0;
+    for (int64_t j = 0; j < 16; ++j) sum += codes[i * 16 + j];
+    check(sums[i] == sum, name + " sum");
+  }
+}
+
+}  // namespace
+
+int main() {
+  std::mt19937 rng(7);
+  int levels = 0;
+  for (const Kernels* k; (k = available_kernels(levels)) != nullptr; ++levels) {
+    const int rows = std::string(k->isa) == "scalar" ? 5 : 33;
+    for (int format = 0; format < kFormatCount; ++format) {
+      check_matrix(*k, format, 37, 512, rows, rng);
+      check_matrix(*k, format, 16, 256, 3, rng);
+      check_matrix(*k, format, 5, 172, 9, rng);  // inputs that are no multiple of the block
+      check_matrix(*k, format, 1, 32, 1, rng);
+      check_extremes(*k, format, rng);
+    }
+    for (const int64_t width : {1, 15, 16, 31, 32, 33, 172, 512}) {
+      check_quantize(*k, width, 32, rng);
+      check_quantize(*k, width, width, rng);
+    }
+    std::printf("%s done\n", k->isa);
+  }
+  std::printf("%d levels, %d failures\n", levels, failures);
+  return failures != 0;
+}
