@@ -69,7 +69,7 @@ class SamplingParams:
         _between("top_p", self.top_p, 0, 1, open_low=True)
         _between("min_p", self.min_p, 0, 1)
         _between("typical_p", self.typical_p, 0, 1, open_low=True)
-        _between("repetition_penalty", self.repetition_penalty, 0, math.inf, open_low=True)
+        _between("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
         _between("n", self.n, 1, MAX_CHOICES)

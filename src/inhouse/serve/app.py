@@ -14,7 +14,7 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inhouse.core.errors import InhouseError, UsageError
@@ -24,6 +24,7 @@ from inhouse.serve.observe import observe_engine
 from inhouse.serve.openai import error_body
 from inhouse.serve.pool import Pool
 from inhouse.serve.routes import router
+from inhouse.serve.shapes import ModelCard, ModelList, Status, describe, errors
 
 MAX_BODY = 32 * 1024 * 1024  # bytes; 8 million tokens of text, far beyond any context
 OPEN_PATHS = ("/health", "/ready")  # probes need no key
@@ -45,6 +46,7 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     app.include_router(router)
     app.include_router(_status_routes(pool))
     _add_error_table(app)
+    app.openapi = lambda: describe(app)  # type: ignore[method-assign]
     app.add_middleware(_Gate, api_key=settings.api_key)
     if settings.cors_origins:
         origins = [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]
@@ -56,30 +58,30 @@ def _status_routes(pool: Pool) -> APIRouter:
     """Models, health, readiness and metrics."""
     status = APIRouter()
 
-    def describe(name: str, created: int) -> dict[str, Any]:
+    def card(name: str, created: int) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": created, "owned_by": "inhouse"} | pool.sessions()[
             name
         ].facts()
 
-    @status.get("/v1/models", tags=["models"])
+    @status.get("/v1/models", tags=["models"], response_model=ModelList, responses=errors(401))
     @status.get("/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
         """The models that this server holds."""
-        return {"object": "list", "data": [describe(name, created) for name, created in pool.names().items()]}
+        return {"object": "list", "data": [card(name, created) for name, created in pool.names().items()]}
 
-    @status.get("/v1/models/{name:path}", tags=["models"])
+    @status.get("/v1/models/{name:path}", tags=["models"], response_model=ModelCard, responses=errors(401, 404, 503))
     async def show_model(name: str) -> dict[str, Any]:
         """One model, by the name that requests use."""
-        pool.get(name)
-        known = pool.names()
-        return describe(name, known[name]) if name in known else describe(*next(iter(known.items())))
+        session = pool.get(name)
+        key = next(k for k, s in pool.sessions().items() if s is session)
+        return card(key, pool.names()[key])
 
-    @status.get("/health", tags=["status"])
+    @status.get("/health", tags=["status"], response_model=Status)
     async def health() -> dict[str, str]:
         """The process lives."""
         return {"status": "ok"}
 
-    @status.get("/ready", tags=["status"], responses={503: {"description": "starting, draining or damaged"}})
+    @status.get("/ready", tags=["status"], response_model=Status, responses={503: {"model": Status}})
     async def ready() -> Response:
         """Requests are served: 200; while starting or draining, or when an engine is damaged for good: 503."""
         damaged = [name for name, session in pool.sessions().items() if session.engine.error is not None]
@@ -95,7 +97,7 @@ def _status_routes(pool: Pool) -> APIRouter:
         )
         return JSONResponse({"status": state}, 200 if good else 503)
 
-    @status.get("/metrics", tags=["status"], response_class=Response)
+    @status.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses=errors(401))
     async def metrics(http: Request) -> Response:
         """Prometheus text."""
         for session in pool.sessions().values():

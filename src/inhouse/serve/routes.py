@@ -30,11 +30,12 @@ from inhouse.serve.openai import (
 )
 from inhouse.serve.pool import Pool
 from inhouse.serve.schema import MAX_CHOICES, ChatRequest, CompletionRequest, SamplingFields
+from inhouse.serve.shapes import ChatCompletion, TextCompletion, generates
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", tags=["generate"], response_model=None)
+@router.post("/v1/chat/completions", tags=["generate"], response_model=None, responses=generates(ChatCompletion))
 @router.post("/chat/completions", include_in_schema=False, response_model=None)
 async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answers a chat. `max_tokens` beyond the room that the prompt leaves is a 400 with both numbers."""
@@ -46,7 +47,7 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     return await _answer(http, session, body, requests, reply)
 
 
-@router.post("/v1/completions", tags=["generate"], response_model=None)
+@router.post("/v1/completions", tags=["generate"], response_model=None, responses=generates(TextCompletion))
 @router.post("/completions", include_in_schema=False, response_model=None)
 async def completions(body: CompletionRequest, http: Request) -> Response:
     """Continues one or several prompts. The context rule is that of the chat route."""

@@ -94,20 +94,14 @@ class Message(_Strict):
     """One message of a chat. `developer` is the newer name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
-
-    @model_validator(mode="after")
-    def _has_content(self) -> "Message":
-        if self.content is None:
-            raise ValueError(f"a message of role {self.role} must have content")
-        return self
 
     def text(self) -> str:
         """The content as one string; parts stand on lines of their own, as vLLM and llama.cpp have it."""
         if isinstance(self.content, list):
             return "\n".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content
 
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -140,7 +134,7 @@ class SamplingFields(_Strict):
     top_k: Annotated[int, Field(ge=-1)] | None = Field(None, description="0 or -1: off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
