@@ -201,14 +201,14 @@ def vocabulary(count: int) -> list[str]:
     return [f"▁token{index}é" if index % 3 else f"t{index}" for index in range(count)]
 
 
-def test_a_vocabulary_of_150_000_opens_within_100_ms(tmp_path: Path) -> None:
+def test_a_vocabulary_of_150_000_opens_within_100_ms_of_cpu(tmp_path: Path) -> None:
     tokens = vocabulary(150_000)
     write_gguf(tmp_path / "v.gguf", {"tokens": tokens, "merges": tokens, "scores": np.zeros(150_000, np.float32)}, [])
     seconds = []
     for _ in range(5):
-        began = time.perf_counter()
+        began = time.process_time()
         found = gguf_metadata(tmp_path / "v.gguf")["tokens"]
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert min(seconds) < 0.1
     assert list(found) == tokens
 
