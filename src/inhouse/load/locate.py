@@ -6,6 +6,7 @@ Knows the order of looking; does not read weights.
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from inhouse.store.source import model_files
 from inhouse.store.store import Store
 from inhouse.store.version import StoredFile, Version, files_digest
 
+_SPLIT_GGUF = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 
@@ -61,7 +63,7 @@ def locate(reference: str, home: Home | None = None) -> Located:
 def locate_path(path: Path, name: str | None = None) -> Located:
     """A model outside the store. Raises NotFoundError or FormatError."""
     files = model_files(path)
-    title = name or name_from(path.resolve().name.removesuffix(".gguf"))
+    title = name or name_from(_SPLIT_GGUF.sub("", path.resolve().name))
     seen = [(relative(file, path), *_stamp(file)) for file in files]
     identity = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
     return Located(title, 0, path, tuple(files), f"path-{identity}", None)

@@ -2,7 +2,8 @@
 
 Knows bytes, digests and durability; does not know models, names or formats.
 
-    put:    source -> tmp/RANDOM (hashed on the way) -> fsync -> rename to blobs/sha256-DIGEST -> fsync the folder
+    put:    source -> tmp/RANDOM (hashed on the way) -> fsync -> rename to blobs/sha256-DIGEST
+    flush:  fsync of the folder: names put before it survive a power cut; then the catalog may name them
     sweep:  whatever no version names, and whatever a killed process left in tmp
 
 A blob has its name only once all its bytes are on disk, so a kill at any moment leaves whole blobs and,
@@ -140,6 +141,10 @@ class Blobs:
         finally:
             temporary.unlink(missing_ok=True)
 
+    def flush(self) -> None:
+        """Makes the names of all contents put so far survive a power cut; to be called before they are recorded."""
+        sync_folder(self._folder)
+
     def verify(self, digest: str, *, size: int | None = None, progress: Progress = silent) -> None:
         """Reads a blob whole. Raises NotFoundError, or FormatError if it is not what its name says."""
         found = self.size(digest)
@@ -174,7 +179,7 @@ class Blobs:
             nbytes += leftover.stat(follow_symlinks=False).st_size
             _remove(Path(leftover.path))
             leftovers += 1
-        sync_folder(self._folder)
+        self.flush()
         return Swept(blobs, leftovers, nbytes)
 
     def check_space(self, needed: int) -> None:
@@ -215,7 +220,6 @@ class Blobs:
         final = self.path(digest)
         new = not final.exists()
         os.replace(temporary, final)
-        sync_folder(self._folder)
         return new
 
 

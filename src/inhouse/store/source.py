@@ -4,6 +4,7 @@ Knows the names that model folders use; does not know any format beyond its firs
 safetensors and pickles is read from its safetensors; any other choice between several is refused.
 """
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from inhouse.core.errors import FormatError, NotFoundError
@@ -86,6 +87,11 @@ def model_files(path: Path) -> list[Path]:
     if missing is not None:
         raise NotFoundError(f"{missing.name}, a part of the model, is missing", remedy="Fetch it again.")
     return files + _side_files(path) if path.is_dir() else files
+
+
+def is_side_file(path: str) -> bool:
+    """Whether a path inside a model folder is a file that `model_files` takes beside the weights."""
+    return path in _SIDE_NAMES or any(fnmatchcase(path, pattern) for pattern in _SIDE_PATTERNS if "/" not in path)
 
 
 def _side_files(folder: Path) -> list[Path]:

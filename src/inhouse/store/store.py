@@ -80,6 +80,7 @@ class Store:
                 for path, source in sources:
                     blob = self.blobs.put_file(source, how=how, progress=progress)
                     stored.append(StoredFile(path, blob.digest, blob.size))
+                self.blobs.flush()
                 if confirm is not None:
                     confirm()
                 version, fresh = self.catalog.add_version(replace(new, files=tuple(stored)))
