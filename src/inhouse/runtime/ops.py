@@ -87,7 +87,7 @@ def _layer_norm(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> 
 
 def _quantize_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
     """x [A, W] -> q [A, W] int8: s = max|x| / 127 over each `group` of a row (0: the whole row; the last group
-    may be short), q = round-half-even(x / s), s = 0 where the group is all zero."""
+    may be short), q = round-half-even(x * (127 / max|x|)), all in f32; s = 0 and q = 0 where the group is all zero."""
     group = _int(attrs, "group") or xs[0].width
     return [(xs[0].axis, xs[0].width, DType.I8, group)]
 
