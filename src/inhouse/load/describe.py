@@ -104,15 +104,16 @@ def limit_context(spec: ModelSpec, context: int | None) -> ModelSpec:
     return replace(spec, context_length=context)
 
 
-def read_tokenizer(described: Described) -> Tokenizer:
+def read_tokenizer(described: Described, cache: Path | None = None, key: str | None = None) -> Tokenizer:
     """The model's tokenizer, checked against its embedding.
 
     The rule: every id that the tokenizer can give has a row. More rows than ids are padding and allowed.
+    `cache` and `key`: the folder of compiled tokenizers, and what names this one there.
     Raises NotFoundError, FormatError, UnsupportedError.
     """
     inside = described.source.format == "gguf" and GGUF_TOKENS in described.config
     folder = described.path if described.path.is_dir() else described.path.parent
-    tokenizer = from_gguf(described.config) if inside else load_tokenizer(folder)
+    tokenizer = from_gguf(described.config, cache, key) if inside else load_tokenizer(folder, cache, key)
     if tokenizer.vocab_size > described.spec.vocab_size:
         raise FormatError(
             f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding has "

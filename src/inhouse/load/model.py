@@ -25,7 +25,7 @@ from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime import executors
 from inhouse.runtime.executor import Executor, Weight
 from inhouse.runtime.program import ProgramSet
-from inhouse.store.home import Home
+from inhouse.store.home import Home, private_folder
 from inhouse.store.mapping import Mapping as FileMapping
 
 
@@ -110,7 +110,7 @@ def open_model(
         described = describe(located.path, context)
     try:
         with ThreadPoolExecutor(1, "tokenizer") as pool:
-            parsing = pool.submit(_timed_tokenizer, described, report)
+            parsing = pool.submit(_timed_tokenizer, located, described, home if cache else None, report)
             with _Timer(report, "build"):
                 plain = build(described.spec)
             with _Timer(report, "weights"):
@@ -217,9 +217,15 @@ def choose_kv_dtype(wish: str, formats: Iterable[str]) -> str:
     return "f32" if set(formats) <= {"f32"} else "f16"
 
 
-def _timed_tokenizer(described: Described, report: LoadReport) -> Tokenizer:
+def _timed_tokenizer(located: Located, described: Described, home: Home | None, report: LoadReport) -> Tokenizer:
+    folder = home.tokenizers if home is not None else None
+    if folder is not None:
+        try:
+            private_folder(folder)
+        except UnavailableError:  # weights say why the cache cannot be written
+            folder = None
     with _Timer(report, "tokenizer"):
-        return read_tokenizer(described)
+        return read_tokenizer(described, folder, located.identity)
 
 
 class _Timer:

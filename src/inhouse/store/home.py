@@ -77,6 +77,10 @@ class Home:
     def packs(self) -> Path:
         return self.cache / "packs"
 
+    @property
+    def tokenizers(self) -> Path:
+        return self.cache / "tokenizers"
+
     def create(self) -> None:
         """Makes the folders, readable by their owner alone. Raises UnavailableError if that fails."""
         for folder in (self.data, self.blobs, self.views, self.tmp, self.downloads):

@@ -41,7 +41,15 @@ _SIDE_NAMES = (
     "config_sentence_transformers.json",
     "1_Pooling/config.json",
 )
-_SIDE_PATTERNS = ("*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*", "README.md")
+_SIDE_PATTERNS = (
+    "*.tiktoken",
+    "*.model",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "LICENCE*",
+    "NOTICE*",
+    "README.md",
+)
 _HEAD_BYTES = 16
 
 
@@ -91,13 +99,14 @@ def model_files(path: Path) -> list[Path]:
 
 def is_side_file(path: str) -> bool:
     """Whether a path inside a model folder is a file that `model_files` takes beside the weights."""
-    return path in _SIDE_NAMES or any(fnmatchcase(path, pattern) for pattern in _SIDE_PATTERNS if "/" not in path)
+    depth = path.count("/")
+    return path in _SIDE_NAMES or any(fnmatchcase(path, p) for p in _SIDE_PATTERNS if p.count("/") == depth)
 
 
 def _side_files(folder: Path) -> list[Path]:
     named = [folder / name for name in _SIDE_NAMES]
     matched = [file for pattern in _SIDE_PATTERNS for file in sorted(folder.glob(pattern))]
-    return [file for file in named + matched if file.is_file()]
+    return [file for file in dict.fromkeys(named + matched) if file.is_file()]
 
 
 def _weights_at(path: Path) -> Path:
