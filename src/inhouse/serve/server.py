@@ -5,6 +5,7 @@ A running server is known to `inhouse ps` and `inhouse stop` by a small file in 
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server that refuses new requests, also on kept-alive connections, from the first SIGTERM on."""
+    """uvicorn's server that refuses new requests, also on kept-alive connections, from the first SIGTERM on, and ends
+    with status 0 once it has drained (uvicorn would raise the signal again and be killed by it)."""
 
     def __init__(self, config: uvicorn.Config, pool: Pool) -> None:
         super().__init__(config)
@@ -30,7 +32,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self._pool.draining = True
-        super().handle_exit(sig, frame)
+        self.force_exit = self.should_exit and sig == signal.SIGINT  # Ctrl-C twice: do not wait
+        self.should_exit = True
 
 
 def check_exposure(settings: Settings) -> None:
