@@ -49,6 +49,8 @@ class NativeExecutor:
     Raises UnavailableError where the library is missing, UsageError for a weight that does not fit its spec.
     """
 
+    _handle: int | None = None
+
     def __init__(
         self,
         programs: ProgramSet,
@@ -62,7 +64,6 @@ class NativeExecutor:
             raise UnsupportedError(f"unknown KV dtype {kv_dtype!r}", remedy=f"Known: {', '.join(KV_DTYPES)}")
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads; at least 1 is needed", param="threads")
-        self._handle: int | None = None
         self._lib = library()
         self._programs, self._kv_dtype = programs, kv_dtype
         self._kept = self._gather(programs, weights)
@@ -154,7 +155,7 @@ class NativeExecutor:
         status = self._lib.ih_run(self._open(), self._numbers[program], ctypes.byref(c_step), outputs)
         del kept
         check(self._lib, status)
-        return {role: _view(output) for role, output in zip(which.outputs, outputs, strict=False)}
+        return {role: _view(self, output) for role, output in zip(which.outputs, outputs, strict=False)}
 
     def _c_step(self, step: Step) -> tuple[CStep, object]:
         """The step's pointers, and what must live as long as they are used."""
@@ -204,8 +205,16 @@ class NativeExecutor:
         self.close()
 
 
-def _view(output: COutput) -> F32:
+class _Buffer:
+    """A run of the library's floats as numpy takes it; keeps the executor that owns them."""
+
+    def __init__(self, owner: NativeExecutor, address: int, rows: int, width: int) -> None:
+        self._owner = owner
+        self.__array_interface__ = {"version": 3, "typestr": "<f4", "shape": (rows, width), "data": (address, False)}
+
+
+def _view(owner: NativeExecutor, output: COutput) -> F32:
     """The library's buffer as an array, float32 [rows, width]."""
     if output.rows == 0:
         return np.zeros((0, output.width), np.float32)
-    return np.ctypeslib.as_array(output.data, (output.rows, output.width))
+    return np.asarray(_Buffer(owner, output.data, output.rows, output.width))

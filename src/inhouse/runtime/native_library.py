@@ -42,7 +42,7 @@ class CStep(ctypes.Structure):
 class COutput(ctypes.Structure):
     """`ih_output`."""
 
-    _fields_ = [("data", POINTER(ctypes.c_float)), ("rows", c_int64), ("width", c_int64)]
+    _fields_ = [("data", c_void_p), ("rows", c_int64), ("width", c_int64)]
 
 
 _SIGNATURES = {
