@@ -22,6 +22,18 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> No
         print(line.rstrip())
 
 
+def print_pairs(pairs: Mapping[str, Any]) -> None:
+    """`name  value` a line, aligned."""
+    width = max(map(len, pairs), default=0)
+    for name, value in pairs.items():
+        print(f"{name:<{width}}  {_text(value)}")
+
+
+def print_note(text: str) -> None:
+    """Something the user should know, on stderr."""
+    print(f"note: {text}", file=sys.stderr)
+
+
 def _text(value: Any) -> str:
     if value is None:
         return "-"
@@ -35,6 +47,15 @@ def human_bytes(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def human_count(count: float) -> str:
+    """`494032768` as `494.0M`."""
+    for unit in ("", "K", "M", "B"):
+        if count < 1000:
+            return f"{count:.1f}{unit}" if unit else f"{count:.0f}"
+        count /= 1000
+    return f"{count:.1f}T"
 
 
 def human_seconds(seconds: float) -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
-from inhouse.cli.output import human_bytes, print_json, print_table
+from inhouse.cli.output import human_bytes, human_count, print_json, print_table
 from inhouse.store.store import Store
 
 app = new_app()
@@ -25,7 +25,7 @@ def command(json: Json = False) -> None:
         {
             "model": version.ref,
             "family": version.summary.family,
-            "parameters": f"{version.summary.parameters / 1e6:.1f}M",
+            "parameters": human_count(version.summary.parameters),
             "type": version.summary.dtype,
             "size": human_bytes(version.nbytes),
             "context": version.summary.context,
