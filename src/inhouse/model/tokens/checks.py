@@ -117,7 +117,7 @@ def tokenizer_json(data: bytes) -> dict[str, Any]:
     if isinstance(vocab, list):
         _scored(vocab, model.get("unk_id"))
     else:
-        vocabulary(vocab, "tokenizer.json")
+        merges(model, vocabulary(vocab, "tokenizer.json"))
     if model.get("dropout"):
         raise UnsupportedError(f"the tokenizer merges at random (dropout {model['dropout']})")
     longest = model.get("max_input_chars_per_word", 100)
@@ -128,6 +128,22 @@ def tokenizer_json(data: bytes) -> dict[str, Any]:
     if _growth(content.get("normalizer")) > MAX_GROWTH:
         raise FormatError(f"tokenizer.json has a normaliser that makes text more than {MAX_GROWTH} times longer")
     return content
+
+
+def merges(model: Mapping[str, Any], vocab: Mapping[str, int]) -> None:
+    """Checks that every merge of a model names tokens of its vocabulary and gives one."""
+    pairs = model.get("merges") or []
+    prefix = model.get("continuing_subword_prefix") or ""
+    if not isinstance(pairs, list) or not isinstance(prefix, str):
+        raise FormatError(f"the merges of tokenizer.json are a {type(pairs).__name__}, a list was expected")
+    for number, pair in enumerate(pairs):
+        match pair.split(" ") if isinstance(pair, str) else pair:
+            case [str(left), str(right)]:
+                for token in (left, right, left + right.removeprefix(prefix)):
+                    if token not in vocab:
+                        raise FormatError(f"merge {number} of tokenizer.json needs {token[:60]!r}, which is no token")
+            case _:
+                raise FormatError(f"merge {number} of tokenizer.json is {str(pair)[:60]}, two tokens were expected")
 
 
 def added_tokens(value: Any) -> None:

@@ -166,8 +166,8 @@ def _spm(vocab: Vocabulary, metadata: Mapping[str, Any]) -> tuple[LibraryCodec, 
     )
     tokenizer = spm.build(model)
     bos, eos = vocab.number("bos_token_id"), vocab.number("eos_token_id")
-    prefix = (bos,) if bos is not None and vocab.flag("add_bos_token", True) else ()
-    suffix = (eos,) if eos is not None and vocab.flag("add_eos_token", False) else ()
+    prefix = (bos,) if vocab.flag("add_bos_token", True) and bos is not None else ()
+    suffix = (eos,) if vocab.flag("add_eos_token", False) and eos is not None else ()
     return LibraryCodec(tokenizer, len(vocab.tokens)), spm.rule_of(model), _specials(vocab, prefix, suffix)
 
 
@@ -215,7 +215,7 @@ def _bpe_affixes(vocab: Vocabulary, row: PreTokenizer) -> tuple[tuple[int, ...],
         suffix = (separator,)
     elif eos is not None and vocab.flag("add_eos_token", False):
         suffix = (eos,)
-    return ((bos,) if bos is not None and vocab.flag("add_bos_token", row.add_bos) else ()), suffix
+    return ((bos,) if vocab.flag("add_bos_token", row.add_bos) and bos is not None else ()), suffix
 
 
 def _wordpiece(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:

@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol
 
 import tokenizers
 
-from inhouse.core.errors import FormatError, InhouseError, UnsupportedError, UsageError
+from inhouse.core.errors import FormatError, InhouseError, UnsupportedError
 
 LONG_TEXT: Final = 4096
 """Characters from which on a text is encoded with the interpreter lock released (costs 50 us a call)."""
@@ -44,8 +44,6 @@ def guarded(what: str) -> Iterator[None]:
         yield
     except (InhouseError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except UnicodeEncodeError as error:
-        raise UsageError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
     except BaseException as error:
         cause = " ".join(str(error).split())[:300] or type(error).__name__
         raise FormatError(f"{what}: {cause}", remedy="The tokenizer files are damaged; fetch them again.") from error

@@ -102,6 +102,10 @@ class Tokenizer:
             UsageError: the text holds lone surrogates.
             FormatError: the tokenizer's own files make the library fail on this text.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
         ids = self.codec.encode(text, parse_special)
         return [*self.specials.prefix, *ids, *self.specials.suffix] if add_special else ids
 
