@@ -10,7 +10,7 @@ import pytest
 from inhouse.core.errors import CapacityError, FormatError, NotFoundError
 from inhouse.load import cache
 from inhouse.load.bind import Plan, bind, plan_binding
-from inhouse.load.cache import Pack, PackKey, make_room, open_pack, pack_size, write_pack
+from inhouse.load.cache import Pack, PackKey, forget_packs, make_room, open_pack, pack_size, write_pack
 from inhouse.load.describe import Described, describe
 from inhouse.model.build import build
 from inhouse.runtime.packed import Packed
@@ -126,6 +126,13 @@ def test_opening_marks_as_used_and_keeps_the_identity(model: tuple[Described, Pl
     assert pack.stat().st_atime > 1e9
     assert pack.stat().st_mtime == 7
     opened.mapping.check_unchanged()
+
+
+def test_packs_of_a_model_that_is_gone_are_forgotten(pack: Path) -> None:
+    size = pack.stat().st_size
+    assert forget_packs(pack.parent, "other") == 0
+    assert forget_packs(pack.parent, KEY.identity) == size
+    assert not pack.exists()
 
 
 def test_size_is_known_before_packing(model: tuple[Described, Plan], pack: Path) -> None:

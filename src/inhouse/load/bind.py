@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.tensors import TensorSource
-from inhouse.load.packing import FillTiles, Part, make_weight, plan_part
+from inhouse.load.packing import QUANTIZE, FillTiles, Part, make_weight, plan_part
 from inhouse.model.families.family import Family
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.executor import Weight
 from inhouse.runtime.program import ProgramSet
 
-QUANTIZE = ("q8", "q4")
 MAX_THREADS = 8  # packing is bound by memory long before
 
 

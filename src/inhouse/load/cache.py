@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import CapacityError, FormatError, NotFoundError
-from inhouse.load.packing import Part, nbytes
+from inhouse.load.packing import QUANTIZE, Part, nbytes
 from inhouse.runtime.executor import Weight
 from inhouse.runtime.packed import LAYOUT_VERSION, Packed, packed_nbytes
 from inhouse.store.home import private_folder
@@ -130,6 +130,17 @@ def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[
             file.write(_HEAD.pack(MAGIC, start, len(footer), hashlib.sha256(footer).digest()))
     except OSError as error:
         raise CapacityError(f"the pack could not be written: {error.strerror}") from None
+
+
+def forget_packs(folder: Path, identity: str) -> int:
+    """Deletes the packs of a model that is gone; returns the bytes freed."""
+    freed = 0
+    for quantize in ("", *QUANTIZE):
+        path = folder / PackKey(identity, quantize).file_name
+        if path.is_file():
+            freed += path.stat().st_size
+            path.unlink(missing_ok=True)
+    return freed
 
 
 def make_room(folder: Path, limit: int) -> list[str]:

@@ -73,6 +73,8 @@ def import_model(
         CapacityError: disk space. ConflictError, UsageError: the name.
     """
     title = check_name(name) if name is not None else None
+    if parent is not None:
+        store.catalog.resolve(parent)  # before hours of copying, not after
     verified = verify_model(path, progress)
     try:
         located, described = verified.located, verified.described

@@ -18,6 +18,7 @@ from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, gguf_types, pack_fl
 from inhouse.runtime.program import WeightSpec
 from inhouse.store.source import materialise
 
+QUANTIZE = tuple(QUANTIZED_FORMAT)  # what float matrices can be packed as, by wish
 # File type -> (packed format, numpy type of its elements; bf16 as bit patterns).
 PLAIN: dict[str, tuple[str, npt.DTypeLike]] = {
     "F32": ("f32", np.dtype("<f4")),

@@ -7,6 +7,7 @@ import typer
 from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.output import human_bytes, print_json
+from inhouse.load.cache import forget_packs
 from inhouse.store.store import Store
 
 app = new_app()
@@ -21,7 +22,9 @@ def command(
     """Removes a model, or one version of it, and frees what only it used."""
     with Store() as store:
         removed, swept = store.remove(model, force=force)
-    refs, freed = [version.ref for version in removed], swept.nbytes if swept else 0
+        gone = {version.digest for version in removed} - store.catalog.live_digests()
+        packs = sum(forget_packs(store.home.packs, digest) for digest in gone)
+    refs, freed = [version.ref for version in removed], packs + (swept.nbytes if swept else 0)
     if json:
         print_json({"removed": refs, "freed_bytes": freed})
     else:
