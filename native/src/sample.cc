@@ -1,6 +1,7 @@
 #include "sample.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -10,9 +11,12 @@ namespace {
 constexpr float kLowest = -std::numeric_limits<float>::infinity();
 constexpr float kGreedyBelow = 1e-5f;
 constexpr int64_t kFirstLook = 256;  // candidates that top_p tries before it looks at the whole row
-constexpr int kBuckets = 2048;       // of top_p's histogram, each 1/64 nat wide
+constexpr int kBuckets = 4096;       // of top_p's histogram: sign, exponent and 5 bits of a weight in [0, 1]
 
 bool likelier(const Candidate& a, const Candidate& b) { return a.x != b.x ? a.x > b.x : a.id < b.id; }
+// Grows with w.
+int bucket(float w) { return static_cast<int>(std::bit_cast<uint32_t>(w) >> 18); }
+
 bool lower_id(const Candidate& a, const Candidate& b) { return a.id < b.id; }
 
 // One row at work: logits ready to draw from, block maxima, and the candidates that are left.
@@ -87,9 +91,11 @@ class RowSampler {
     else
       take_from(row.min_p > 0 ? safe_floor(row.min_p) : kLowest);
     weigh_candidates();
+    by_id_ = !by_count;
     if (row.min_p > 0) std::erase_if(s_.candidates, [&](const Candidate& c) { return c.w < row.min_p; });
     if (row.top_p < 1) {
       std::sort(s_.candidates.begin(), s_.candidates.end(), likelier);
+      by_id_ = false;
       keep_shortest(row.top_p * total());
     }
     return true;
@@ -152,28 +158,29 @@ class RowSampler {
       take_nucleus_by_histogram(p);
   }
 
-  int bucket(float x) const { return static_cast<int>(std::min((max_ - x) * inverse_ * 64, kBuckets - 1.0f)); }
-
-  // The same in O(vocab): mass by distance from the maximum; only the bucket at the edge is sorted.
+  // The same in O(vocab): mass by leading bits of the weight; only the bucket at the edge is sorted.
   void take_nucleus_by_histogram(float p) {
     double masses[kBuckets] = {}, all = 0, sum = 0;
     for (int64_t i = 0; i < n_; ++i) {
-      masses[bucket(x_[i])] += s_.w[i];
+      masses[bucket(s_.w[i])] += s_.w[i];
       all += s_.w[i];
     }
-    int edge = 0;
-    while (edge < kBuckets - 1 && sum + masses[edge] < p * all) sum += masses[edge++];
+    int edge = kBuckets - 1;
+    while (edge > 0 && sum + masses[edge] < p * all) sum += masses[edge--];
     auto& c = s_.candidates;
-    std::vector<Candidate> inside;
     c.clear();
     for (int64_t i = 0; i < n_; ++i) {
-      const int b = bucket(x_[i]);
-      if (b > edge || x_[i] == kLowest) continue;
-      (b < edge ? inside : c).push_back({x_[i], s_.w[i], static_cast<int32_t>(i)});
+      if (bucket(s_.w[i]) == edge) c.push_back({x_[i], s_.w[i], static_cast<int32_t>(i)});
     }
     std::sort(c.begin(), c.end(), likelier);
     keep_shortest(p * all, sum);
-    c.insert(c.end(), inside.begin(), inside.end());
+    const Candidate last = c.empty() ? Candidate{kLowest, 0, -1} : c.back();
+    c.clear();
+    for (int64_t i = 0; i < n_; ++i) {
+      const Candidate one{x_[i], s_.w[i], static_cast<int32_t>(i)};
+      if (one.w > 0 && !likelier(last, one)) c.push_back(one);
+    }
+    by_id_ = true;
   }
 
   // Locally typical: nearest to the entropy first, ties by id, until they hold the mass.
@@ -188,13 +195,14 @@ class RowSampler {
       return x != y ? x < y : a.id < b.id;
     });
     keep_shortest(p * all);
+    by_id_ = false;
   }
 
   double scaled(const Candidate& c) const { return (static_cast<double>(c.x) - max_) * inverse_; }
 
   int32_t draw_from_candidates(double u) {
     auto& c = s_.candidates;
-    std::sort(c.begin(), c.end(), lower_id);
+    if (!by_id_) std::sort(c.begin(), c.end(), lower_id);
     const double target = u * total();
     double sum = 0;
     for (const Candidate& one : c) {
@@ -223,6 +231,7 @@ class RowSampler {
   int64_t n_, blocks_;
   float max_ = kLowest, inverse_ = 1;
   int32_t status_ = IH_SAMPLE_OK;
+  bool by_id_ = false;  // the candidates stand in order of id
 };
 
 void apply_bias(const SampleInputs& in, const ih_sample_row& row, float* x) {
