@@ -71,6 +71,16 @@ def test_sharded_safetensors(stories: Path, tmp_path: Path) -> None:
     single.close()
 
 
+def test_a_weight_file_takes_along_what_lies_beside_it(stories: Path) -> None:
+    with Store() as store:
+        version = import_model(stories / "hf" / "model.safetensors", "one", store=store).version
+    model, folder = open_model("one"), open_model(str(stories / "hf"))
+    assert "config.json" in [file.path for file in version.files]
+    assert model.digest == folder.digest
+    model.close()
+    folder.close()
+
+
 def test_split_gguf(stories: Path, tmp_path: Path) -> None:
     first = split(stories / "stories260K-Q4_1.gguf", tmp_path)
     with Store() as store:

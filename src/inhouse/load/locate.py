@@ -13,13 +13,14 @@ from pathlib import Path
 from inhouse.core.errors import FormatError, NotFoundError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.store.blobs import hash_file
+from inhouse.store.gguf import MAGIC
 from inhouse.store.home import Home
 from inhouse.store.refs import name_from
-from inhouse.store.source import model_files
+from inhouse.store.source import model_files, side_files
 from inhouse.store.store import Store
 from inhouse.store.version import StoredFile, Version, files_digest
 
-_SPLIT_GGUF = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
+_WEIGHT_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.(gguf|safetensors|bin|pt|pth)$")
 DEMO = "demo"
 DEMO_FOLDER = Path(__file__).resolve().parents[1] / "demo"
 
@@ -63,7 +64,9 @@ def locate(reference: str, home: Home | None = None) -> Located:
 def locate_path(path: Path, name: str | None = None) -> Located:
     """A model outside the store. Raises NotFoundError or FormatError."""
     files = model_files(path)
-    title = name or name_from(_SPLIT_GGUF.sub("", path.resolve().name))
+    if path.is_file() and not _is_gguf(path):
+        files += side_files(path.parent)  # only a GGUF says by itself what it is and how it spells
+    title = name or name_from(_WEIGHT_ENDING.sub("", path.resolve().name))
     seen = [(relative(file, path), *_stamp(file)) for file in files]
     identity = hashlib.sha256(json.dumps(seen).encode()).hexdigest()
     return Located(title, 0, path, tuple(files), f"path-{identity}", None)
@@ -109,6 +112,11 @@ def _looks_like_path(reference: str) -> bool:
     if not reference or "\0" in reference:
         raise UsageError(f"{reference!r} is no model", remedy="Name a model of the store, a folder or a .gguf file.")
     return reference.startswith((".", "/", "~")) or reference.endswith((".gguf", ".safetensors", ".bin", ".pt"))
+
+
+def _is_gguf(file: Path) -> bool:
+    with open(file, "rb") as opened:
+        return opened.read(len(MAGIC)) == MAGIC
 
 
 def _stamp(file: Path) -> tuple[int, int, int, int]:

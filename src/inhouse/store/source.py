@@ -94,7 +94,7 @@ def model_files(path: Path) -> list[Path]:
     missing = next((file for file in files if not file.is_file()), None)
     if missing is not None:
         raise NotFoundError(f"{missing.name}, a part of the model, is missing", remedy="Fetch it again.")
-    return files + _side_files(path) if path.is_dir() else files
+    return files + side_files(path) if path.is_dir() else files
 
 
 def is_side_file(path: str) -> bool:
@@ -103,7 +103,8 @@ def is_side_file(path: str) -> bool:
     return path in _SIDE_NAMES or any(fnmatchcase(path, p) for p in _SIDE_PATTERNS if p.count("/") == depth)
 
 
-def _side_files(folder: Path) -> list[Path]:
+def side_files(folder: Path) -> list[Path]:
+    """The files of a model folder beside its weights: configuration, tokenizer, templates, licence."""
     named = [folder / name for name in _SIDE_NAMES]
     matched = [file for pattern in _SIDE_PATTERNS for file in sorted(folder.glob(pattern))]
     return [file for file in dict.fromkeys(named + matched) if file.is_file()]
