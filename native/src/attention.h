@@ -21,11 +21,16 @@ constexpr int64_t split_below(int threads) { return 2 * int64_t{threads}; }
 
 constexpr int64_t partitions_in(int64_t positions) { return (positions + kPartition - 1) / kPartition; }
 
-inline int64_t most_split_pieces(int64_t context, int threads) { return split_below(threads) * partitions_in(context); }
+constexpr int64_t kMostPartitions = 4096;                 // of a context that working memory is made for
+constexpr int64_t kMostPartialFloats = int64_t{1} << 28;  // beyond this, partitions are not split
+
+inline int64_t most_split_pieces(int64_t context, int threads) {
+  return split_below(threads) * std::min(kMostPartitions, partitions_in(context));
+}
 
 inline int64_t most_partial_floats(const AttentionShape& s, int64_t context, int threads) {
   const int64_t pairs = std::max(kSplitPairs, group_of(s));
-  return most_split_pieces(context, threads) * pairs * partial_pitch(s.v_dim);
+  return std::min(kMostPartialFloats, most_split_pieces(context, threads) * pairs * partial_pitch(s.v_dim));
 }
 
 // The shape of an attention op; slopes and sinks are left null.

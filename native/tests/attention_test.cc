@@ -1,0 +1,182 @@
+// Attention bodies at every level: against double arithmetic over the cached values; partitions apart and merged are
+// the same bits as all at once; a row has the same bits alone and in any task.
+#include <cstring>
+#include <memory>
+
+#include "check.h"
+#include "dispatch.h"
+#include "kernels.h"
+
+using namespace inhouse;
+using test::check;
+using test::noise;
+
+namespace {
+
+struct Shape {
+  int heads, kv_heads, dim, v_dim, window;
+  bool causal, slopes, sinks;
+  float softcap;
+};
+
+// One sequence of `length` positions in blocks that lie in no order, each block as large as it must be and no larger.
+class Sequence {
+ public:
+  Sequence(const Kernels& k, const Shape& s, KvType type, int length)
+      : k_(k),
+        length_(length),
+        q_(noise(1, static_cast<size_t>(length * s.heads * s.dim))),
+        keys_(noise(2, static_cast<size_t>(length * s.kv_heads * s.dim))),
+        values_(noise(3, static_cast<size_t>(length * s.kv_heads * s.v_dim))),
+        slopes_(noise(4, static_cast<size_t>(s.heads), 0.05f)),
+        sinks_(noise(5, static_cast<size_t>(s.heads))) {
+    shape_ = {s.heads, s.kv_heads, s.dim, s.v_dim, s.window, s.causal, type, 0.3f, s.softcap, nullptr, nullptr, 0};
+    if (s.slopes) shape_.slopes = slopes_.data();
+    if (s.sinks) shape_.sinks = sinks_.data();
+    shape_.head_bytes = int64_t{kCacheBlock} * (s.dim + s.v_dim) * (type == kKvF32 ? 4 : 2);
+    const int blocks = (length + kCacheBlock - 1) / kCacheBlock;
+    for (int b = 0; b < blocks; ++b) table_.push_back((b * 7 + 3) % blocks);
+    if (blocks % 7 == 0) std::swap(table_[0], table_[blocks - 1]);
+    memory_.assign(static_cast<size_t>(blocks * stride() + 64), 0xFF);  // NaN of every type
+    for (int p = 0; p < length; ++p) {
+      k_.store_kv(shape_, &keys_[p * s.kv_heads * s.dim], &values_[p * s.kv_heads * s.v_dim],
+                  memory_.data() + table_[p / kCacheBlock] * stride(), p % kCacheBlock);
+    }
+  }
+
+  int64_t stride() const { return shape_.head_bytes * shape_.kv_heads; }
+  int64_t width() const { return int64_t{shape_.heads} * shape_.v_dim; }
+
+  AttentionTask task(int first, int rows, int kv_head, std::vector<float>& y) {
+    AttentionTask t = {};
+    t.shape = &shape_;
+    t.ldq = int64_t{shape_.heads} * shape_.head_dim;
+    t.q = q_.data() + first * t.ldq;
+    t.ldy = width();
+    t.y = y.data() + first * t.ldy;
+    t.table = table_.data();
+    t.blocks = memory_.data();
+    t.block_stride = stride();
+    t.position = first;
+    t.length = length_;
+    t.rows = rows;
+    t.kv_head = kv_head;
+    return t;
+  }
+
+  // Rows in tasks of `step`.
+  std::vector<float> run(int step) {
+    std::vector<float> y(static_cast<size_t>(length_ * width()), NAN);
+    for (int first = 0; first < length_; first += step) {
+      const int rows = std::min(step, length_ - first);
+      std::vector<float> scratch(static_cast<size_t>(attention_scratch(shape_, rows)));
+      for (int h = 0; h < shape_.kv_heads; ++h) k_.attend(task(first, rows, h, y), scratch.data());
+    }
+    return y;
+  }
+
+  // The same, each partition apart, then merged.
+  std::vector<float> run_apart(int step) {
+    std::vector<float> y(static_cast<size_t>(length_ * width()), NAN);
+    const int partitions = (length_ + kPartition - 1) / kPartition;
+    for (int first = 0; first < length_; first += step) {
+      const int rows = std::min(step, length_ - first);
+      const int64_t size = rows * (shape_.heads / shape_.kv_heads) * partial_pitch(shape_.v_dim);
+      std::vector<float> scratch(static_cast<size_t>(attention_scratch(shape_, rows)));
+      std::vector<float> partials(static_cast<size_t>(size * partitions));
+      for (int h = 0; h < shape_.kv_heads; ++h) {
+        const AttentionTask t = task(first, rows, h, y);
+        for (int p = 0; p < partitions; ++p) k_.attend_partition(t, p, scratch.data(), partials.data() + p * size);
+        k_.attend_merge(t, 0, partitions, partials.data(), size);
+      }
+    }
+    return y;
+  }
+
+  std::vector<double> exact() {
+    std::vector<double> y;
+    for (int p = 0; p < length_; ++p) {
+      for (int h = 0; h < shape_.heads; ++h) exact_row(p, h, y);
+    }
+    return y;
+  }
+
+ private:
+  double cached(const std::vector<float>& source, int64_t i) const {
+    uint32_t bits = __builtin_bit_cast(uint32_t, source[i]);
+    if (shape_.kv_type == kKvBF16) {
+      bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+      return __builtin_bit_cast(float, bits);
+    }
+    if (shape_.kv_type == kKvF32) return source[i];
+    int exponent;
+    std::frexp(source[i], &exponent);
+    const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));  // the last place of an f16
+    return std::nearbyint(source[i] / unit) * unit;
+  }
+
+  void exact_row(int p, int h, std::vector<double>& y) {
+    const int kv = h / (shape_.heads / shape_.kv_heads), dim = shape_.head_dim;
+    std::vector<double> sums(static_cast<size_t>(shape_.v_dim));
+    double total = shape_.sinks ? std::exp(double{sinks_[h]}) : 0;
+    for (int j = 0; j < length_; ++j) {
+      if ((shape_.causal && j > p) || (shape_.window > 0 && std::abs(p - j) >= shape_.window)) continue;
+      double score = 0;
+      for (int d = 0; d < dim; ++d) {
+        score += q_[(int64_t{p} * shape_.heads + h) * dim + d] *
+                 cached(keys_, (int64_t{j} * shape_.kv_heads + kv) * dim + d);
+      }
+      score *= 0.3f;
+      if (shape_.softcap > 0) score = shape_.softcap * std::tanh(score / shape_.softcap);
+      if (shape_.slopes) score -= slopes_[h] * std::abs(p - j);
+      const double weight = std::exp(score);
+      total += weight;
+      for (int d = 0; d < shape_.v_dim; ++d) {
+        sums[d] += weight * cached(values_, (int64_t{j} * shape_.kv_heads + kv) * shape_.v_dim + d);
+      }
+    }
+    for (double s : sums) y.push_back(s / total);
+  }
+
+  const Kernels& k_;
+  int length_;
+  AttentionShape shape_ = {};
+  std::vector<float> q_, keys_, values_, slopes_, sinks_;
+  std::vector<int32_t> table_;
+  std::vector<uint8_t> memory_;
+};
+
+void check_shape(const Kernels& k, const Shape& s, KvType type, int length) {
+  Sequence sequence(k, s, type, length);
+  const std::string what = std::string(k.isa) + " type " + std::to_string(type) + " heads " + std::to_string(s.heads) +
+                           "/" + std::to_string(s.kv_heads) + " dim " + std::to_string(s.dim) + " window " +
+                           std::to_string(s.window);
+  const std::vector<float> alone = sequence.run(1);
+  const double off = test::worst(alone, sequence.exact());
+  check(off < 5e-6, what + " is off by " + std::to_string(off * 1e6) + "e-6");
+  const size_t bytes = alone.size() * sizeof(float);
+  for (int step : {2, 7, 16, 64}) {
+    check(std::memcmp(alone.data(), sequence.run(step).data(), bytes) == 0,
+          what + " in tasks of " + std::to_string(step));
+  }
+  for (int step : {1, 5}) {
+    check(std::memcmp(alone.data(), sequence.run_apart(step).data(), bytes) == 0, what + " with partitions apart");
+  }
+}
+
+}  // namespace
+
+int main() {
+  int levels = 0;
+  for (const Kernels* k; (k = available_kernels(levels)) != nullptr; ++levels) {
+    for (KvType type : {kKvF32, kKvF16, kKvBF16}) {
+      check_shape(*k, {4, 2, 16, 16, 0, true, false, false, 0}, type, 300);
+      check_shape(*k, {3, 1, 24, 20, 0, true, true, true, 5.0f}, type, 280);
+      check_shape(*k, {2, 2, 8, 8, 30, true, false, false, 0}, type, 270);
+      check_shape(*k, {7, 1, 8, 33, 0, false, false, true, 0}, type, 70);
+      check_shape(*k, {2, 1, 16, 64, 20, false, false, false, 0}, type, 260);
+    }
+    std::printf("%s done\n", k->isa);
+  }
+  return test::finish();
+}
