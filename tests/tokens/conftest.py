@@ -2,11 +2,11 @@
 
 import gzip
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 
 from inhouse.model.tokens.load import from_gguf, load_tokenizer
@@ -27,6 +27,38 @@ FOLDERS = {
     "torchtune-m": "torchtune-m",
 }
 """Names of reference_ids.json and where their files lie."""
+
+
+_PLAIN = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The key-value table of a GGUF version 3 file."""
+    data = path.read_bytes()
+    at = 8
+
+    def number(kind: str) -> Any:
+        nonlocal at
+        (value,) = struct.unpack_from("<" + kind, data, at)
+        at += struct.calcsize(kind)
+        return value
+
+    def text() -> str:
+        nonlocal at
+        size = number("Q")
+        at += size
+        return data[at - size : at].decode()
+
+    def value(kind: int) -> Any:
+        if kind == 8:
+            return text()
+        if kind == 9:
+            inner, count = number("I"), number("Q")
+            return [value(inner) for _ in range(count)]
+        return number(_PLAIN[kind])
+
+    number("Q")  # tensors
+    return {text(): value(number("I")) for _ in range(number("Q"))}
 
 
 @pytest.fixture(scope="session")
@@ -68,12 +100,8 @@ def load_named(tokenizer_files: Callable[[str], Path]) -> Callable[[str], Tokeni
 
 @pytest.fixture(scope="session")
 def gguf_metadata() -> Callable[[Path], dict[str, Any]]:
-    """A GGUF file's key-value table, read by the reference reader."""
-
-    def read(path: Path) -> dict[str, Any]:
-        return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
-
-    return read
+    """A GGUF file's key-value table (read here: the reference reader takes seconds for 65,000 strings)."""
+    return read_metadata
 
 
 @pytest.fixture(scope="session")

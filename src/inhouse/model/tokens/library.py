@@ -4,7 +4,7 @@ Knows the library's objects. Does not know files, decoding to text (`pieces`) or
 """
 
 import json
-import secrets
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
@@ -150,7 +150,7 @@ def _cleaned(full: tokenizers.Tokenizer, special: Mapping[int, str]) -> tokenize
     if isinstance(model.get("merges"), list):
         model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
     # A name that no text can hold on purpose: it is drawn anew each time.
-    hidden = {name: f"{secrets.token_hex(16)}-{token_id}" for token_id, name in special.items()}
+    hidden = {name: f"{os.urandom(16).hex()}-{token_id}" for token_id, name in special.items()}
     unknown = model.get("unk_token")
     if isinstance(model["vocab"], list):
         model["vocab"] = [[hidden.get(piece, piece), score] for piece, score in model["vocab"]]
