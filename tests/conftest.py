@@ -1,7 +1,6 @@
 """What every test shares: the folder of real data, a private model home, and no network beyond loopback."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +24,8 @@ def stories(realdata: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _private_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has its own model home, so that none reads or writes the user's."""
     monkeypatch.setenv("INHOUSE_HOME", str(tmp_path / "inhouse-home"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    yield
+    return
