@@ -17,7 +17,6 @@ namespace inhouse {
 
 namespace {
 
-constexpr int64_t kGuardedBytes = 4096;  // smaller weights lie in memory of our own
 constexpr int64_t kMaxElements = int64_t{1} << 40;
 
 Status fault(int64_t i, const char* what) { return Status::usage("weight " + std::to_string(i) + ": " + what); }
@@ -82,7 +81,7 @@ Status Model::take_weights(const ih_weight* weights, int64_t count) {
 
 Status Model::guard_weights() {
   for (const Weight& weight : weights_) {
-    if (static_cast<int64_t>(weight.bytes) < kGuardedBytes) continue;
+    if (weight.bytes == 0) continue;
     const int64_t guard = guard_add(weight.data, weight.bytes);
     if (guard < 0) return Status::capacity("no room to guard another mapping");
     guards_.push_back(guard);
