@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from inhouse.model.tokens import spm
 from inhouse.model.tokens.load import from_gguf, load_tokenizer
 from inhouse.model.tokens.tokenizer import Tokenizer
 from tests.tokens.conftest import FOLDERS
@@ -69,6 +70,32 @@ def test_a_vocabulary_rewritten_as_gguf_keeps_its_ids(
     vectors = llama_vectors(realdata / "tokenizers" / "gguf", pre)
     vectors += list(zip(reference["texts"], reference["ids"][SAME_VOCABULARY[pre]], strict=True))
     assert wrong(rebuilt, vectors) == []
+
+
+def test_t5_rewritten_as_gguf_keeps_its_ids(tokenizer_files: Callable[[str], Path], reference: dict[str, Any]) -> None:
+    """The fourth GGUF vocabulary model, for which there is no vector file: Unigram with a precompiled charsmap."""
+    model = spm.read_model(tokenizer_files("t5-small/spiece.model").read_bytes())
+    metadata = {
+        "tokenizer.ggml.model": "t5",
+        "tokenizer.ggml.tokens": [piece.text for piece in model.pieces],
+        "tokenizer.ggml.scores": [piece.score for piece in model.pieces],
+        "tokenizer.ggml.token_type": [int(piece.kind) for piece in model.pieces],
+        "tokenizer.ggml.precompiled_charsmap": list(model.charsmap),
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.unknown_token_id": 2,
+    }
+    rebuilt = from_gguf(metadata)
+    assert wrong(rebuilt, list(zip(reference["texts"], reference["ids"]["t5-small"], strict=True))) == []
+    assert rebuilt.encode("Hello world") == [8774, 296, 1]
+
+
+def test_an_old_gguf_without_token_types(stories: Path, golden: dict[str, Any], gguf_metadata: Any) -> None:
+    metadata = gguf_metadata(stories / "stories260K-F32.gguf")
+    del metadata["tokenizer.ggml.token_type"]
+    tokenizer = from_gguf(metadata)
+    for vector in golden["tokenizer"]:
+        assert tokenizer.encode(vector["text"], parse_special=False) == vector["ids"], vector["text"]
+    assert tokenizer.decode([1, 403, 407, 2]) == "Once upon"
 
 
 @pytest.mark.parametrize("form", ["folder", "tokenizer.model", "F32.gguf", "Q4_0.gguf"])

@@ -158,12 +158,15 @@ def _spm(vocab: Vocabulary, metadata: Mapping[str, Any]) -> tuple[LibraryCodec, 
     model = Spm(
         _pieces(vocab),
         model="bpe",
-        byte_fallback=PieceType.BYTE in vocab.types,
+        byte_fallback=PieceType.BYTE in vocab.types or "<0x00>" in vocab.position,
         dummy_prefix=vocab.flag("add_space_prefix", True),
         trim=False,
         unk_id=_or_absent(vocab.number("unknown_token_id")),
         strip_after=_swallowers(vocab, metadata),
     )
+    if vocab.raw("token_type") is None:
+        ids = (vocab.number("bos_token_id"), vocab.number("eos_token_id"), vocab.number("unknown_token_id"))
+        model = spm.with_types(model, {i: PieceType.CONTROL for i in ids if i is not None})
     tokenizer = spm.build(model)
     bos, eos = vocab.number("bos_token_id"), vocab.number("eos_token_id")
     prefix = (bos,) if vocab.flag("add_bos_token", True) and bos is not None else ()
@@ -195,14 +198,19 @@ def _bpe(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:
         raise FormatError(f"{KEY}merges is missing")
     if not all(isinstance(merge, str) for merge in merges):
         raise FormatError(f"{KEY}merges holds something else than strings")
-    tokenizer = byte_level_bpe(vocab.position, read_merges(list(merges)), row, vocab.flag("add_space_prefix", False))
-    with guarded("the special tokens were refused"):
-        for number, (token, kind) in enumerate(zip(vocab.tokens, vocab.types, strict=True)):
-            if kind in (PieceType.CONTROL, PieceType.USER_DEFINED) or (kind == PieceType.UNKNOWN and number):
-                added = tokenizers.AddedToken(token, special=kind != PieceType.USER_DEFINED, normalized=False)
-                (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
+    tokenizer = byte_level_bpe(vocab.position, read_merges(list(merges)), row)
+    _add_marked(tokenizer, zip(vocab.tokens, vocab.types, strict=True))
     codec = LibraryCodec(tokenizer, len(vocab.tokens))
     return codec, PieceRule("byte_level"), _specials(vocab, *_bpe_affixes(vocab, row))
+
+
+def _add_marked(tokenizer: tokenizers.Tokenizer, tokens: Iterable[tuple[str, PieceType]]) -> None:
+    """Control and unknown tokens are special, user-defined ones are matched in every text."""
+    with guarded("the special tokens were refused"):
+        for token, kind in tokens:
+            if kind in (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.USER_DEFINED):
+                added = tokenizers.AddedToken(token, special=kind != PieceType.USER_DEFINED, normalized=False)
+                (tokenizer.add_special_tokens if added.special else tokenizer.add_tokens)([added])
 
 
 def _bpe_affixes(vocab: Vocabulary, row: PreTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -233,6 +241,7 @@ def _wordpiece(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:
     tokenizer = wordpiece(
         position, None if lowercase is None else bool(lowercase), None if accents is None else bool(accents)
     )
+    _add_marked(tokenizer, zip(position, vocab.types, strict=True))
     first = vocab.number("cls_token_id", "bos_token_id")
     last = vocab.number("seperator_token_id", "separator_token_id", "eos_token_id")
     prefix = (first,) if first is not None and vocab.flag("add_bos_token", True) else ()
