@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, TextIO
 
-from inhouse.core.errors import InhouseError, UsageError
+from inhouse.core.errors import ContextLengthError, InhouseError, UsageError
 from inhouse.engine.request import SamplingParams
 from inhouse.engine.session import Session
-from inhouse.engine.text import TextDelta, TextEnd, TextFailed
+from inhouse.engine.text import TextDelta, TextEnd, TextEvent, TextFailed
 
 HELP = """\
 /help              this list
@@ -29,6 +29,7 @@ _NUMBERS: dict[str, type] = {
     "temperature": float, "top_p": float, "min_p": float, "typical_p": float, "repetition_penalty": float,
     "presence_penalty": float, "frequency_penalty": float, "top_k": int, "seed": int,
 }  # fmt: skip
+_MAY_BE_NONE = ("seed", "max_tokens")
 
 
 @dataclass(slots=True)
@@ -59,43 +60,58 @@ class Chat:
             if not text.strip():
                 continue
             try:
-                if text.startswith("/") and not self.raw:
-                    if self._command(text.strip()):
-                        return
-                else:
+                if not text.startswith("/"):
                     self.answer(text)
+                elif self._command(text.strip()):
+                    return
+            except ContextLengthError as error:
+                print(f"error: {error.message}. /clear begins the conversation anew", file=sys.stderr)
             except InhouseError as error:
                 print(f"error: {error}", file=sys.stderr)
 
     def answer(self, text: str) -> TextEnd | None:
-        """Streams the answer to one message; Ctrl-C ends it early. Returns its end, None if it was stopped."""
-        prompt = self._prompt(text)
+        """Streams the answer to one message; Ctrl-C ends it early. Returns its end, None if it was stopped.
+
+        Raises what the session raises; the conversation is then as it was.
+        """
         said: list[str] = []
         end = None
         began, first = time.monotonic(), 0.0
-        events = self.session.stream(prompt, self.params, self.max_tokens)
         try:
-            for event in events:
-                if isinstance(event, TextFailed):
-                    raise event.error
+            for event in self._events(text):
                 if isinstance(event, TextDelta):
                     first = first or time.monotonic()
                     said.append(event.text)
-                    self.out.write(event.text)
-                    self.out.flush()
+                    self._write(event.text)
                 elif isinstance(event, TextEnd):
                     end = event
         except KeyboardInterrupt:
-            self.out.write(" [stopped]")
-        finally:
-            events.close()  # type: ignore[attr-defined]
-        self.out.write("\n")
-        self.out.flush()
+            print(" [stopped]", end="", file=sys.stderr, flush=True)
+        except InhouseError:
+            if said:
+                self._write("\n")
+            raise
+        self._write("\n")
         if not self.raw:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": "".join(said)}]
         if end is not None:
             self.last = _stats(end, began, first)
         return end
+
+    def _events(self, text: str) -> Iterator[TextEvent]:
+        """The events of one answer; leaving early cancels it. Raises the error of a step that failed."""
+        events = self.session.stream(self._prompt(text), self.params, self.max_tokens)
+        try:
+            for event in events:
+                if isinstance(event, TextFailed):
+                    raise event.error
+                yield event
+        finally:
+            events.close()  # type: ignore[attr-defined]
+
+    def _write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
 
     def _prompt(self, text: str) -> list[int]:
         if self.raw:
@@ -112,9 +128,9 @@ class Chat:
             "help": lambda _: print(HELP),
             "?": lambda _: print(HELP),
             "set": self._set,
-            "show": lambda _: print(self.params, f"max_tokens={self.max_tokens}"),
+            "show": lambda _: print("\n".join(self._parameters())),
             "system": self._set_system,
-            "clear": lambda _: self.messages.clear(),
+            "clear": lambda _: self._clear(),
             "stats": lambda _: print(self.last),
         }
         if name not in actions:
@@ -122,23 +138,42 @@ class Chat:
         actions[name](rest.strip())
         return False
 
+    def _clear(self) -> None:
+        self.messages.clear()
+        print("the conversation begins anew")
+
     def _set_system(self, text: str) -> None:
         self.system = text
-        self.messages.clear()
+        self._clear()
+
+    def _parameters(self) -> Iterator[str]:
+        """`name = value` of everything that /set changes."""
+        for name in _NUMBERS:
+            yield f"{name} = {_shown(getattr(self.params, name))}"
+        yield f"max_tokens = {_shown(self.max_tokens)}"
 
     def _set(self, rest: str) -> None:
-        name, _, value = rest.partition(" ")
-        try:
-            if name == "max_tokens":
-                self.max_tokens = int(value) if value and value != "none" else None
-                return
-            kind = _NUMBERS[name]
-            self.params = replace(self.params, **{name: kind(value)})
-        except KeyError:
+        """Raises UsageError for an unknown name, or a value that is none."""
+        name, _, text = rest.partition(" ")
+        if name != "max_tokens" and name not in _NUMBERS:
             known = ", ".join([*_NUMBERS, "max_tokens"])
-            raise UsageError(f"there is no parameter {name!r}", remedy=f"Known: {known}") from None
+            raise UsageError(f"there is no parameter {name!r}", remedy=f"Known: {known}")
+        try:
+            off = text.strip() == "none" and name in _MAY_BE_NONE
+            value: Any = None if off else _NUMBERS.get(name, int)(text)
         except ValueError:
-            raise UsageError(f"{value!r} is no value for {name}") from None
+            raise UsageError(f"{text!r} is no value for {name}", remedy="Write /set NAME VALUE") from None
+        if name == "max_tokens":
+            if value is not None and value < 1:
+                raise UsageError(f"max_tokens is {value}, allowed is 1 or more, or none")
+            self.max_tokens = value
+        else:
+            self.params = replace(self.params, **{name: value})
+        print(f"{name} = {_shown(value)}")
+
+
+def _shown(value: float | None) -> str:
+    return "none" if value is None else str(value)
 
 
 def _stats(end: TextEnd, began: float, first: float) -> str:

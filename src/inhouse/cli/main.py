@@ -4,12 +4,13 @@ So `inhouse --help` costs a Python start and no more.
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from inhouse.core.errors import InhouseError
+from inhouse.core.errors import InhouseError, UsageError
 
 
 class Command(NamedTuple):
@@ -67,59 +68,71 @@ def own_version() -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command and exits with its status; every InhouseError becomes one readable message."""
     args = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character shows its code
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        status = _dispatch(args)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # the reader (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    sys.exit(status)
+
+
+def _dispatch(args: list[str]) -> int:
+    """The exit status of a command line."""
+    if len(args) == 2 and args[0] == "help":
+        args = [args[1], "--help"]
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
-        sys.exit(0 if args else 2)
+        return 0 if args else 2
     if args[0] in ("-V", "--version", "version"):
         print(f"inhouse {own_version()}")
-        sys.exit(0)
+        return 0
     row = next((c for c in COMMANDS if c.name == args[0]), None)
-    if row is None:
-        _unknown(args[0])
-    else:
-        sys.exit(_run(row, args[1:]))
+    return _unknown(args[0]) if row is None else _run(row, args[1:])
 
 
-def _unknown(name: str) -> None:
+def _unknown(name: str) -> int:
     import difflib
 
     near = difflib.get_close_matches(name, [c.name for c in COMMANDS], 1)
     hint = f"did you mean {near[0]}?" if near else "`inhouse --help` lists them"
     print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
-    sys.exit(2)
+    return UsageError.exit_code
 
 
 def _run(row: Command, args: list[str]) -> int:
     """The exit status of a command."""
     import typer
 
+    as_json = "--json" in args
     app: typer.Typer = importlib.import_module(f"inhouse.cli.commands.{row.module}").app
     command = typer.main.get_command(app)
     try:
-        result = command.main(args, prog_name=f"inhouse {row.name}", standalone_mode=False)
-        sys.stdout.flush()
-        return int(result or 0)
+        return int(command.main(args, prog_name=f"inhouse {row.name}", standalone_mode=False) or 0)
     except InhouseError as error:
-        _report(error, "--json" in args)
+        _report(error, as_json)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader (head, less) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
-        status = _usage_fault(error)
+        status = _usage_fault(error, as_json)
         if status is None:
             raise
         return status
 
 
-def _usage_fault(error: Exception) -> int | None:
+def _usage_fault(error: Exception, as_json: bool) -> int | None:
     """Shows what the argument parser has to say and gives its exit status; None: the error is not the parser's."""
-    show = getattr(error, "show", None)
-    if show is not None:
-        show()
-        return int(getattr(error, "exit_code", 2))
+    show, message = getattr(error, "show", None), getattr(error, "format_message", None)
+    if show is not None and message is not None:
+        if as_json:
+            _report(UsageError(message()), as_json)
+        else:
+            show()
+        return int(getattr(error, "exit_code", UsageError.exit_code))
     if type(error).__name__ in ("Abort", "Exit"):
         return int(getattr(error, "exit_code", 130))
     return None
@@ -127,6 +140,7 @@ def _usage_fault(error: Exception) -> int | None:
 
 def _report(error: InhouseError, as_json: bool) -> None:
     """Writes an error to stderr: as JSON where the caller reads JSON, else cause and remedy on two lines."""
+    sys.stdout.flush()
     if as_json:
         import json
 

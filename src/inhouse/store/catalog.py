@@ -122,7 +122,9 @@ class Catalog:
             model = self._model(scope) if scope else None
             if ref is None:
                 if self._alias_id(model, word) is None:
-                    raise NotFoundError(f"there is no alias {alias!r}", remedy=hint(alias, self.aliases()))
+                    known = self.aliases()
+                    remedy = hint(alias, known) if known else "There are no aliases."
+                    raise NotFoundError(f"there is no alias {alias!r}", remedy=remedy)
                 self._db.execute("DELETE FROM aliases WHERE ifnull(model, 0) = ? AND alias = ?", (model or 0, word))
                 return
             version = self._resolve(parse_ref(ref))
@@ -208,13 +210,13 @@ class Catalog:
             if version.aliases:
                 raise ConflictError(
                     f"{version.ref} is what {' and '.join(version.aliases)} stands for",
-                    remedy="Point the alias elsewhere, or remove with force.",
+                    remedy="Point the alias elsewhere, or force it (--force).",
                 )
             children = [child for child in self._children(row) if child not in refs]
             if children:
                 raise ConflictError(
                     f"{', '.join(children)} was made of {version.ref}",
-                    remedy="Remove the child first, or remove with force.",
+                    remedy="Remove the child first, or force it (--force).",
                 )
 
     def _resolve(self, ref: Ref) -> int:

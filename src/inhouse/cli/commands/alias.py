@@ -7,7 +7,6 @@ import typer
 from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.output import print_json
-from inhouse.store.store import Store
 
 app = new_app()
 
@@ -21,6 +20,8 @@ def command(
     json: Json = False,
 ) -> None:
     """Points an alias at a version, or takes it away. Servers started later follow it."""
+    from inhouse.store.store import Store
+
     with Store() as store:
         store.catalog.set_alias(alias, model)
         aliases = store.catalog.aliases()

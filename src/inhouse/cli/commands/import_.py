@@ -1,7 +1,7 @@
 """`inhouse import`: bring a model into the store."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -9,8 +9,10 @@ from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.output import ProgressBar, human_bytes, human_count, print_json, print_note
 from inhouse.core.errors import NotFoundError, UsageError
-from inhouse.load.importer import Imported, import_model
-from inhouse.store.store import Store
+
+if TYPE_CHECKING:
+    from inhouse.load.importer import Imported
+    from inhouse.store.blobs import How
 
 app = new_app()
 
@@ -30,26 +32,25 @@ def command(
 
     A model that fails a check leaves the store as it was; the error names what is wrong.
     """
+    from inhouse.load.importer import import_model
+    from inhouse.store.store import Store
+
     if how is not None and parent is None:
         raise UsageError("--how needs --parent", remedy="Name the model that this one was made of", param="how")
+    path = path.expanduser()
     if not path.exists():  # before a store is made
         raise NotFoundError(f"there is no file or folder {path}", remedy="Check the path")
     bar = ProgressBar()
-    with Store() as store:
-        imported = import_model(
-            path.expanduser(),
-            name,
-            store=store,
-            how="link" if link else "copy",
-            parent=parent,
-            derived=how,
-            progress=bar,
-        )
-    bar.finish()
+    try:
+        with Store() as store:
+            kind: How = "link" if link else "copy"
+            imported = import_model(path, name, store=store, how=kind, parent=parent, derived=how, progress=bar)
+    finally:
+        bar.finish()
     report(imported, json)
 
 
-def report(imported: Imported, as_json: bool) -> None:
+def report(imported: "Imported", as_json: bool) -> None:
     """Says what a model became: the version on stdout, what was noticed on stderr."""
     version = imported.version
     if as_json:

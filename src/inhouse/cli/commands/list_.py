@@ -5,7 +5,6 @@ from typing import Any
 from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.output import human_bytes, human_count, print_json, print_table
-from inhouse.store.store import Store
 
 app = new_app()
 
@@ -13,6 +12,8 @@ app = new_app()
 @app.command(epilog="Example: inhouse list --json")
 def command(json: Json = False) -> None:
     """The models in the store, with their versions and aliases. The embedded `demo` needs no import."""
+    from inhouse.store.store import Store
+
     with Store() as store:
         versions, aliases = store.catalog.versions(), store.catalog.aliases()
     if json:

@@ -8,8 +8,6 @@ from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.commands.import_ import report
 from inhouse.cli.output import ProgressBar
-from inhouse.load.pull import pull
-from inhouse.store.store import Store
 
 app = new_app()
 
@@ -26,6 +24,9 @@ def command(
 
     Honours HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, MODELSCOPE_ENDPOINT and MODELSCOPE_API_TOKEN.
     """
+    from inhouse.load.pull import pull
+    from inhouse.store.store import Store
+
     bar = ProgressBar()
     try:
         with Store() as store:

@@ -8,7 +8,6 @@ from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.output import human_bytes, print_json
 from inhouse.load.cache import forget_packs
-from inhouse.store.store import Store
 
 app = new_app()
 
@@ -20,6 +19,8 @@ def command(
     json: Json = False,
 ) -> None:
     """Removes a model, or one version of it, and frees what only it used."""
+    from inhouse.store.store import Store
+
     with Store() as store:
         removed, swept = store.remove(model, force=force)
         gone = {version.digest for version in removed} - store.catalog.live_digests()

@@ -2,16 +2,19 @@
 
 import sys
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from inhouse.cli.chat import Chat, typed_lines
 from inhouse.cli.commands import common
-from inhouse.cli.output import ProgressBar, print_json
+from inhouse.cli.output import ProgressBar, print_json, print_note
 from inhouse.core.errors import UsageError
-from inhouse.engine.request import SamplingParams
-from inhouse.engine.session import Session
+
+if TYPE_CHECKING:
+    from inhouse.cli.chat import Chat
+    from inhouse.engine.text import TextEnd
+
+STOPPED = 130  # exit status of a program that Ctrl-C ended
 
 app = common.app()
 
@@ -40,26 +43,45 @@ def command(
         quantize=quantize, threads=threads, executor=executor, device=device, kv_dtype=kv_dtype, context=context,
         max_sequences=1,
     )  # fmt: skip
-    interactive = prompt is None and sys.stdin.isatty()
+    interactive = prompt is None and sys.stdin.isatty() and sys.stdout.isatty()
     if json and interactive:
         raise UsageError("--json needs a prompt", remedy="Give it as an argument or on stdin")
+    if raw and system:
+        raise UsageError("--raw has no system message", remedy="Write it into the prompt", param="system")
     if prompt is None and not interactive:
-        prompt = sys.stdin.read()
+        prompt = _read_stdin()
+    from inhouse.cli.chat import Chat, typed_lines
+    from inhouse.engine.session import Session
+
     with Session.open(model, settings, ProgressBar()) as session:
+        for note in session.model.report.notes:
+            print_note(note)
         given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
-        params: SamplingParams = replace(session.defaults, **{k: v for k, v in given.items() if v is not None})
+        params = replace(session.defaults, **{k: v for k, v in given.items() if v is not None})
         chat = Chat(session, params, max_tokens, system, raw)
         if interactive:
             print(f"{session.name}: type a message, /help for help, Ctrl-D to end")
             chat.loop(typed_lines())
-        elif json:
-            _answer_json(chat, prompt or "")
-        else:
-            chat.answer(prompt or "")
+            return
+        end = _answer_json(chat, prompt or "") if json else chat.answer(prompt or "")
+        if end is None:
+            sys.exit(STOPPED)
 
 
-def _answer_json(chat: Chat, prompt: str) -> None:
-    """One answer with its usage as JSON."""
+def _read_stdin() -> str:
+    """The prompt that is piped in, less its last line end. Raises UsageError if it is empty or no text."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"stdin is no UTF-8 text: {error}", param="prompt") from None
+    text = text.removesuffix("\n").removesuffix("\r")
+    if not text.strip():
+        raise UsageError("there is no prompt: stdin is empty", remedy="Give one as an argument", param="prompt")
+    return text
+
+
+def _answer_json(chat: "Chat", prompt: str) -> "TextEnd | None":
+    """One answer with its usage as JSON; None if it was stopped."""
     import io
 
     chat.out = io.StringIO()
@@ -68,9 +90,10 @@ def _answer_json(chat: Chat, prompt: str) -> None:
     print_json(
         {
             "text": chat.out.getvalue()[:-1],
-            "finish_reason": None if end is None else end.reason,
+            "finish_reason": "cancelled" if end is None else end.reason,
             "prompt_tokens": usage and usage.prompt_tokens,
             "completion_tokens": usage and usage.completion_tokens,
             "seed": None if end is None else end.seed,
         }
     )
+    return end
