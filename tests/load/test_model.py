@@ -12,41 +12,15 @@ from inhouse.load import locate as locating
 from inhouse.load.importer import import_model
 from inhouse.load.model import LoadedModel, choose_kv_dtype, open_model
 from inhouse.runtime.packed import Packed
-from inhouse.runtime.step import BLOCK_SIZE, Step
 from inhouse.store.home import Home
 from inhouse.store.store import Store
-from tests.load.checkpoints import copy_hf
+from tests.load.checkpoints import copy_hf, greedy
 
 pytestmark = [pytest.mark.torch, pytest.mark.realdata]
 
 
 def opened(reference: str | Path, **options: Any) -> LoadedModel:
     return open_model(str(reference), executor="torch", **options)
-
-
-def greedy(model: LoadedModel, prompt: list[int], count: int) -> list[int]:
-    """Greedy ids, one sequence, one step at a time."""
-    blocks = -(-(len(prompt) + count) // BLOCK_SIZE)
-    group = model.programs.groups[0].name
-    model.executor.allocate({group: blocks})
-    table = {group: np.arange(blocks, dtype=np.int32)[None, :]}
-    ids, fresh = list(prompt), list(prompt)
-    out: list[int] = []
-    while len(out) < count:
-        rows = len(fresh)
-        step = Step(
-            tokens=np.array(fresh, np.int32),
-            positions=np.arange(len(ids) - rows, len(ids), dtype=np.int32),
-            sequences=np.zeros(rows, np.int32),
-            lengths=np.array([len(ids)], np.int32),
-            tables=table,
-            sampled=np.array([rows - 1], np.int32),
-            adapters=np.zeros(1, np.int32),
-        )
-        best = int(model.executor.run("step", step)["logits"][0].argmax())
-        out.append(best)
-        ids, fresh = [*ids, best], [best]
-    return out
 
 
 @pytest.mark.native

@@ -5,7 +5,8 @@ Knows which file says what (config.json, generation_config.json, GGUF keys); doe
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from inhouse.model.families.table import resolve
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.load import from_gguf, load_tokenizer
 from inhouse.model.tokens.tokenizer import Tokenizer
+from inhouse.runtime.guard import guarded
+from inhouse.store.mapping import MappedSource
+from inhouse.store.mapping import Mapping as FileMapping
 from inhouse.store.source import materialise, open_source, read_json
 
 CONFIG_BYTES = 16 << 20
@@ -53,6 +57,19 @@ class Described:
     spec: ModelSpec
     family: Family
     generation: Mapping[str, Any]
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Held while tensors are read: a file that is cut short then is a FormatError."""
+        ranges = [span for mapping in self._mappings() for span in mapping.address_ranges()]
+        return guarded(ranges, self.path.name)
+
+    def check_unchanged(self) -> None:
+        """Raises FormatError if a file of the weights is no longer the one that was opened."""
+        for mapping in self._mappings():
+            mapping.check_unchanged()
+
+    def _mappings(self) -> Sequence[FileMapping]:
+        return self.source.mappings if isinstance(self.source, MappedSource) else ()
 
     @property
     def architecture(self) -> str:

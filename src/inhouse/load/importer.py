@@ -105,7 +105,8 @@ def verify_model(path: Path, progress: Progress = silent) -> Verified:
         plan = plan_binding(described.source, described.spec, described.family, build(described.spec))
         tokenizer = read_tokenizer(described)
         notes = (*plan.notes, *_check_text(described, tokenizer))
-        _check_values(described, progress)
+        with described.guard():
+            _check_values(described, progress)
     except BaseException:
         described.source.close()
         raise

@@ -5,7 +5,7 @@ Knows the order and what may be done at once (the tokenizer is parsed beside the
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from inhouse.load.bind import Plan, bind, plan_binding
 from inhouse.load.cache import Pack, PackKey, open_pack, pack_size, write_pack
 from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.locate import Located, content_digest, locate
-from inhouse.load.packing import nbytes
+from inhouse.load.packing import Part, nbytes
 from inhouse.model.build import build
 from inhouse.model.rewrite import quantize_activations
 from inhouse.model.spec import ModelSpec
@@ -170,9 +170,7 @@ def load_weights(
     if pack is not None:
         bound = Bound(plan, pack.weights, located.digest or pack.digest, pack.mapping)
     else:
-        weights = {
-            part.spec.name: made for part, made in bind(described.source, plan, progress=progress, threads=threads)
-        }
+        weights = {part.spec.name: weight for part, weight in _made(described, plan, progress, threads)}
         bound = Bound(plan, weights, content_digest(located, progress), None)
     report.formats = dict(Counter(plan.formats.values()))
     report.nbytes = sum(nbytes(weight) for weight in bound.weights.values())
@@ -200,7 +198,7 @@ def _from_cache(
     except FormatError as error:
         report.notes.append(f"the packed cache was made anew: {error.message}")
     try:
-        made = bind(described.source, plan, progress=progress, threads=threads)
+        made = _made(described, plan, progress, threads)
         write_pack(home.packs, key, content_digest(located, progress), made, pack_size(plan.parts))
         pack = open_pack(home.packs, key, plan.parts)
     except (CapacityError, UnavailableError) as error:
@@ -208,6 +206,13 @@ def _from_cache(
         return None
     report.cache = "made"
     return pack
+
+
+def _made(described: Described, plan: Plan, progress: Progress, threads: int | None) -> Iterator[tuple[Part, Weight]]:
+    """The weights, and at their end, before anybody keeps them, the proof that the file stayed what it was."""
+    with described.guard():
+        yield from bind(described.source, plan, progress=progress, threads=threads)
+        described.check_unchanged()
 
 
 def choose_kv_dtype(wish: str, formats: Iterable[str]) -> str:
