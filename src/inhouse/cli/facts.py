@@ -1,0 +1,180 @@
+"""What a model is, read from headers and the tokenizer; never from weights.
+
+Knows how the rooms below describe a model; knows nothing of flags.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from inhouse.cli.output import human_bytes
+from inhouse.load.bind import Plan, plan_binding
+from inhouse.load.describe import Described, describe, licence, read_tokenizer
+from inhouse.load.locate import Located, locate
+from inhouse.load.packing import Part
+from inhouse.model.build import build
+from inhouse.model.rewrite import quantize_activations
+from inhouse.model.tokens.tokenizer import Tokenizer
+from inhouse.runtime.packed import packed_nbytes
+from inhouse.runtime.program import ProgramSet
+from inhouse.store.home import Home
+from inhouse.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A model whose headers were read, and everything that loading it would do."""
+
+    located: Located
+    described: Described
+    programs: ProgramSet  # what the executor would run
+    plan: Plan
+    tokenizer: Tokenizer
+
+
+@contextmanager
+def open_headers(reference: str, quantize: str | None = None, context: int | None = None) -> Iterator[Opened]:
+    """A model of the store, a folder or a file; loads no weights. Raises as `open_model` does."""
+    located = locate(reference, Home.find())
+    described = describe(located.path, context)
+    try:
+        plain = build(described.spec)
+        plan = plan_binding(described.source, described.spec, described.family, plain, quantize)
+        programs = quantize_activations(plain, plan.formats)
+        yield Opened(located, described, programs, plan, read_tokenizer(described))
+    finally:
+        described.source.close()
+
+
+def facts(opened: Opened) -> dict[str, Any]:
+    """Everything that `inhouse show --json` prints. Sizes in bytes; KV a token in bytes of 16-bit elements."""
+    located, described, spec = opened.located, opened.described, opened.described.spec
+    infos = [described.source.info(name) for name in described.source]
+    files = [{"path": file.name, "bytes": file.stat().st_size} for file in located.files]
+    return {
+        "name": located.name,
+        "version": located.version or None,
+        "path": str(located.path),
+        "digest": located.digest,
+        "format": described.source.format,
+        "family": described.family.name,
+        "architecture": described.architecture,
+        "parameters": spec.parameters,
+        "context": spec.context_length,
+        "licence": licence(described) or None,
+        "chat_template": bool(opened.tokenizer.chat_templates),
+        "chat_templates": sorted(opened.tokenizer.chat_templates),
+        "tokens": opened.tokenizer.vocab_size,
+        "sampling": dict(described.generation),
+        "bytes": sum(file.stat().st_size for file in located.files),
+        "files": files,
+        "stored": _by_kind((info.dtype, info.nbytes) for info in infos),
+        "packed": _by_kind((part.format, packed_bytes(part)) for part in opened.plan.parts),
+        "kv_bytes_per_token": spec.kv_bytes_per_token(2),
+        "notes": list(opened.plan.notes),
+        "spec": asdict(spec),
+        **_lineage(located),
+    }
+
+
+def _by_kind(entries: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
+    """Kind -> how many tensors are of it and their bytes together."""
+    kinds: defaultdict[str, dict[str, int]] = defaultdict(lambda: {"tensors": 0, "bytes": 0})
+    for kind, size in entries:
+        kinds[kind]["tensors"] += 1
+        kinds[kind]["bytes"] += size
+    return dict(kinds)
+
+
+def _lineage(located: Located) -> dict[str, Any]:
+    """What the catalog says of a stored version; nothing of one that is not stored."""
+    if not located.version:
+        return {}
+    with Store() as store:
+        version = store.catalog.resolve(f"{located.name}:{located.version}")
+        children = store.catalog.children(version.ref)
+    return {
+        "aliases": list(version.aliases),
+        "origin": version.origin,
+        "created": version.created,
+        "parent": version.parent,
+        "how": version.how,
+        "children": children,
+    }
+
+
+def fact_lines(facts: Mapping[str, Any]) -> dict[str, str]:
+    """The same for people: title -> text, what is empty left out."""
+    spec, stored = facts["spec"], facts["version"] is not None
+    attention = f"{spec['heads']} heads of {spec['head_dim']}, {spec['kv_heads']} for keys and values"
+    lines = {
+        "model": f"{facts['name']}:{facts['version']}" if stored else f"{facts['name']} (not in the store)",
+        "aliases": ", ".join(facts.get("aliases", [])),
+        "family": f"{facts['family']} ({facts['architecture']})",
+        "parameters": f"{facts['parameters']:,}",
+        "shape": f"{spec['layers']} layers, hidden {spec['hidden']}, FFN {spec['ffn']}, {attention}",
+        "vocabulary": f"{facts['tokens']} tokens, {spec['vocab_size']} rows{', tied head' if spec['tied'] else ''}",
+        "context": f"{facts['context']} tokens, {human_bytes(facts['kv_bytes_per_token'])} of KV cache each at 16 bits",
+        "chat template": ", ".join(facts["chat_templates"]) or "none of its own; chats are written as ChatML",
+        "sampling": ", ".join(f"{name} {value}" for name, value in facts["sampling"].items()),
+        "licence": facts["licence"] or "not stated",
+        "stored as": _kinds(facts["stored"]),
+        "packed as": _kinds(facts["packed"]),
+        "files": f"{len(facts['files'])}, {human_bytes(facts['bytes'])}, {facts['format']}",
+        "origin": facts.get("origin", ""),
+        "made of": " by ".join(filter(None, [facts.get("parent"), facts.get("how")])),
+        "children": ", ".join(facts.get("children", [])),
+        "created": facts.get("created", ""),
+        "digest": facts["digest"] or "",
+        "path": facts["path"],
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def _kinds(kinds: Mapping[str, Mapping[str, int]]) -> str:
+    return ", ".join(f"{kind} ({of['tensors']} tensors, {human_bytes(of['bytes'])})" for kind, of in kinds.items())
+
+
+def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row a canonical weight, in the order of the forward pass: as packed, and as the file has it."""
+    return [
+        {
+            "name": part.spec.name,
+            "shape": list(part.spec.shape),
+            "kind": part.spec.kind,
+            "layout": part.format,
+            "bytes": packed_bytes(part),
+            "source": part.info.name,
+            "stored": part.info.dtype,
+            "stored_bytes": part.info.nbytes,
+        }
+        for part in plan.parts
+    ]
+
+
+def packed_bytes(part: Part) -> int:
+    """Bytes of a weight once it is packed; a vector is float32."""
+    shape = part.spec.shape
+    return 4 * math.prod(shape) if part.format == "vector" else packed_nbytes(part.format, (shape[0], shape[1]))
+
+
+def program_facts(programs: ProgramSet) -> dict[str, Any]:
+    """The Programs line by line, and the state that they keep."""
+    return {
+        "version": programs.version,
+        "programs": {name: program.format().splitlines() for name, program in programs.programs.items()},
+        "state": [asdict(group) for group in programs.groups],
+    }
+
+
+def program_text(programs: ProgramSet) -> str:
+    """The same for people."""
+    lines = [program.format() for program in programs.programs.values()]
+    for group in programs.groups:
+        kept = f"{group.kv_heads} heads of {group.head_dim} + {group.v_dim}"
+        window = f", the last {group.window} positions" if group.window else ""
+        lines.append(f"state {group.name}: {group.kind}, {len(group.layers)} layers, {kept}{window}")
+    return "\n".join(lines)
