@@ -29,6 +29,7 @@ _NUMBERS: dict[str, type] = {
     "temperature": float, "top_p": float, "min_p": float, "typical_p": float, "repetition_penalty": float,
     "presence_penalty": float, "frequency_penalty": float, "top_k": int, "seed": int,
 }  # fmt: skip
+QUOTES = '"""'
 _MAY_BE_NONE = ("seed", "max_tokens")
 
 
@@ -188,25 +189,31 @@ def _stats(end: TextEnd, began: float, first: float) -> str:
 def typed_lines(prompt: str = ">>> ") -> Iterator[str]:
     """Messages typed at the terminal, with line editing and history (kept in memory only); \"\"\" spans lines."""
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.application import get_app
+    from prompt_toolkit.filters import Condition
     from prompt_toolkit.history import InMemoryHistory
 
-    reader: Any = PromptSession(history=InMemoryHistory())
+    is_open = Condition(lambda: quotes_open(get_app().current_buffer.text))
+    reader: Any = PromptSession(history=InMemoryHistory(), multiline=is_open, prompt_continuation="... ")
     while True:
         try:
-            line = reader.prompt(prompt)
-            if line.lstrip().startswith('"""'):
-                line = _several(reader, line.lstrip()[3:])
+            text: str = reader.prompt(prompt)
         except KeyboardInterrupt:  # at the prompt: drop the line
             continue
         except EOFError:
             return
-        yield line
+        yield unquoted(text)
 
 
-def _several(reader: Any, first: str) -> str:
-    """The rest of a message of several lines, up to the closing quotes."""
-    lines = [first]
-    while not lines[-1].rstrip().endswith('"""'):
-        lines.append(reader.prompt("... "))
-    lines[-1] = lines[-1].rstrip().removesuffix('"""')
-    return "\n".join(lines).strip("\n")
+def quotes_open(text: str) -> bool:
+    """Whether a message that begins with three quotes still lacks the closing ones."""
+    stripped = text.strip()
+    return stripped.startswith(QUOTES) and not (len(stripped) >= 2 * len(QUOTES) and stripped.endswith(QUOTES))
+
+
+def unquoted(text: str) -> str:
+    """The message inside three quotes; any other text as it is."""
+    stripped = text.strip()
+    if not stripped.startswith(QUOTES):
+        return text
+    return stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 
 from inhouse.core.errors import ConflictError, NotFoundError, UnavailableError, UsageError
+from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
 from inhouse.engine.session import Session
 
@@ -25,12 +26,12 @@ class Pool:
         self._loaded_at: dict[str, int] = {}
         self.draining = False
 
-    def load(self, reference: str) -> Session:
+    def load(self, reference: str, progress: Progress = silent) -> Session:
         """Opens a model and adds it: under the name as given, or, opened from a path, under the model's own.
 
         Raises what opening raises, ConflictError if the name is taken.
         """
-        session = Session.open(reference, self._settings)
+        session = Session.open(reference, self._settings, progress)
         name = reference if session.model.version else session.name
         if name in self._sessions:
             session.close()

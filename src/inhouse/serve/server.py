@@ -4,6 +4,7 @@ A running server is known to `inhouse ps` and `inhouse stop` by a small file in 
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -15,10 +16,12 @@ from types import FrameType
 import uvicorn
 
 from inhouse.core.errors import ConflictError, UsageError
+from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
 from inhouse.serve.app import create_app
 from inhouse.serve.pool import Pool
 
+_log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -62,7 +65,7 @@ def listen(settings: Settings) -> socket.socket:
     return sock
 
 
-def run(models: Sequence[str], settings: Settings, run_folder: Path) -> None:
+def run(models: Sequence[str], settings: Settings, run_folder: Path, progress: Progress = silent) -> None:
     """Listens, loads the models, serves until SIGTERM or Ctrl-C, then drains.
 
     The socket is bound before the models are loaded, so that a port in use is told at once.
@@ -71,6 +74,7 @@ def run(models: Sequence[str], settings: Settings, run_folder: Path) -> None:
         models: references as `Session.open` takes them.
         settings: of this process.
         run_folder: where the file that announces this server is kept while it runs.
+        progress: told of the loading of models.
     """
     check_exposure(settings)
     sock = listen(settings)
@@ -78,9 +82,12 @@ def run(models: Sequence[str], settings: Settings, run_folder: Path) -> None:
     announced = run_folder / f"{os.getpid()}.json"
     try:
         for model in models:
-            pool.load(model)
+            for note in pool.load(model, progress).model.report.notes:
+                _log.warning("%s: %s", model, note)
         port = sock.getsockname()[1]
         _announce(announced, settings.host, port, models)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        _log.info("serving %s at http://%s:%d/v1; Ctrl-C or `inhouse stop` ends it", ", ".join(models), host, port)
         config = uvicorn.Config(
             create_app(pool, settings),
             log_level=settings.log_level,

@@ -7,6 +7,7 @@ import typer
 
 from inhouse.cli.commands import common
 from inhouse.cli.commands.servers import run_folder
+from inhouse.cli.output import ProgressBar
 
 app = common.app()
 
@@ -40,7 +41,7 @@ def command(
         step_tokens=step_tokens, prefix_cache=prefix_cache, metrics_prefix=metrics_prefix,
         cors_origins=cors_origins, drain_seconds=drain_seconds, log_level=log_level,
     )  # fmt: skip
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(message)s")
     from inhouse.serve.server import run  # a second of imports, not needed for --help
 
-    run(models, settings, run_folder())
+    run(models, settings, run_folder(), ProgressBar())
