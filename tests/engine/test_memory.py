@@ -1,0 +1,98 @@
+"""The memory formula: bytes by hand, blocks within a budget, limits of a cgroup."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inhouse.core.errors import CapacityError
+from inhouse.engine.engine import Engine
+from inhouse.engine.request import EngineConfig
+from inhouse.model.build import build
+from inhouse.model.families.table import resolve
+from inhouse.plan import memory
+from inhouse.runtime.packed import pack_gguf
+from inhouse.runtime.program import Axis, Op, Program, ProgramSet, Value
+from inhouse.runtime.sampling import ReferenceSampler
+from inhouse.store.gguf import open_gguf
+from tests.engine.fakes import FakeExecutor, paged, programs, window
+
+pytestmark = pytest.mark.null
+
+
+def test_weights_count_shared_memory_once() -> None:
+    tied = pack_gguf(np.zeros(1000, np.uint8), "F32", (10, 25))  # a tile holds 16 rows
+    assert memory.weight_bytes({"embedding": tied, "head": tied, "norm": np.zeros(7, np.float32)}) == 1628
+
+
+def test_blocks_by_hand() -> None:
+    group = replace(paged(), layers=(0, 1, 2), kv_heads=2, head_dim=64, v_dim=32)
+    assert memory.block_bytes(group, "f16") == 3 * 2 * (64 + 32) * 2 * 16
+    assert memory.block_bytes(group, "f32") == 2 * memory.block_bytes(group, "f16")
+    assert memory.blocks_per_sequence(group, 100, 32) == 7
+    assert memory.blocks_per_sequence(window(64), 1000, 32) == 7
+    assert memory.blocks_per_sequence(window(64), 40, 32) == 3
+
+
+@pytest.mark.parametrize("budget", [40_000, 100_000, 1_000_000, 10_000_000])
+def test_blocks_fill_the_budget_and_no_more(budget: int) -> None:
+    models = programs(paged(), window(32), context=256)
+    blocks = memory.kv_blocks_for(models, "f32", budget, context=256, sequences=8, step_tokens=64)
+    spent = sum(blocks[g.name] * memory.block_bytes(g, "f32") for g in models.groups)
+    assert spent <= budget
+    assert blocks["full"] <= 8 * 16
+    assert blocks["full"] >= 16
+    assert blocks["window"] >= 7
+    more = sum(memory.block_bytes(g, "f32") for g in models.groups)
+    assert blocks["full"] == 8 * 16 or spent + 2 * more > budget, "nothing is left unused"
+
+
+def test_a_budget_below_one_sequence_says_both_numbers() -> None:
+    with pytest.raises(CapacityError, match="one sequence of 256 tokens needs 8192 bytes.*budget is 8000"):
+        memory.kv_blocks_for(programs(), "f32", 8000, context=256, sequences=4, step_tokens=16)
+
+
+def test_the_engine_allocates_by_the_formula() -> None:
+    executor = FakeExecutor(programs(paged(), window(32)))
+    config = EngineConfig(kv_budget=50_000, max_running=3, step_tokens=32)
+    engine = Engine(executor, config, sampler=ReferenceSampler(), start=False)
+    assert engine.state_bytes <= 50_000
+    full = Engine(executor, replace(config, kv_budget=None), sampler=ReferenceSampler(), start=False)
+    assert full._blocks.pools["full"].count == 3 * 16, "as many as the sequences need, not the whole machine"
+
+
+def test_available_memory_is_bounded_by_the_cgroup(tmp_path: Path) -> None:
+    free = memory.available_bytes(tmp_path)
+    assert free > 1 << 20
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    assert memory.available_bytes(tmp_path) == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_bytes(tmp_path) > 1 << 20
+    old = tmp_path / "memory"
+    old.mkdir()
+    (old / "memory.limit_in_bytes").write_text("700")
+    (old / "memory.usage_in_bytes").write_text("900")
+    assert memory.available_bytes(tmp_path) == 0
+
+
+def test_activations_are_the_widest_moment() -> None:
+    a, b, c = (Value(i, Axis.TOKENS, width) for i, width in enumerate((10, 30, 5)))
+    logits = Value(3, Axis.SAMPLED, 100)
+    ops = tuple(
+        Op(kind, inputs, (), (output,), {})
+        for kind, inputs, output in (("embed", (), a), ("x", (a,), b), ("x", (b,), c), ("x", (c,), logits))
+    )
+    made = ProgramSet({"step": Program("step", ops, {"logits": logits})}, {}, (), 100, 64)
+    assert memory.activation_bytes(made, 8, 2) == 4 * 8 * (10 + 30)
+    assert memory.activation_bytes(made, 8, 64) == 4 * (8 * 5 + 64 * 100)
+
+
+@pytest.mark.realdata
+def test_activations_of_a_real_program(stories: Path) -> None:
+    source = open_gguf(stories / "stories260K-F32.gguf")
+    spec, _ = resolve(source.metadata, list(source))
+    bytes_ = memory.activation_bytes(build(spec), 512, 64)
+    widest = 512 * (64 + 2 * 172) * 4
+    assert widest <= bytes_ < 2 * widest
