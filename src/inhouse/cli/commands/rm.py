@@ -7,7 +7,6 @@ import typer
 from inhouse.cli.commands.common import Json
 from inhouse.cli.commands.common import app as new_app
 from inhouse.cli.output import human_bytes, print_json
-from inhouse.load.cache import forget_packs
 
 app = new_app()
 
@@ -19,6 +18,7 @@ def command(
     json: Json = False,
 ) -> None:
     """Removes a model, or one version of it, and frees what only it used."""
+    from inhouse.load.cache import forget_packs
     from inhouse.store.store import Store
 
     with Store() as store:
