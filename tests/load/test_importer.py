@@ -10,12 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from inhouse.core.errors import CapacityError, FormatError, InhouseError, NotFoundError, UnsupportedError
 from inhouse.load.importer import import_model
 from inhouse.store.store import Store
-from tests.load.checkpoints import Arrays, change, copy_hf, read_arrays
+from tests.load.checkpoints import Arrays, change, copy_hf
 
 pytestmark = [pytest.mark.null, pytest.mark.realdata]
 NOT_MODELS = ("catalog.db", "catalog.db-wal", "catalog.db-shm", "lock")
@@ -81,31 +80,6 @@ def test_what_is_left_out_is_said(store: Store, folder: Path) -> None:
     imported = import_model(folder, store=store)
     assert imported.left_out == ("modeling_custom.py", "onnx")
     assert imported.version.summary.licence == "mit"
-
-
-def test_a_torch_pickle_comes_in_through_the_safe_reader(store: Store, folder: Path) -> None:
-    tensors = {name: torch.from_numpy(value) for name, value in read_arrays(folder).items()}
-    (folder / "model.safetensors").unlink()
-    torch.save(tensors, folder / "pytorch_model.bin")
-    version = import_model(folder, store=store).version
-    assert version.format == "torch"
-    assert version.summary.parameters == 260_032
-
-
-def test_a_pickle_that_runs_code_is_refused_unrun(store: Store, folder: Path, tmp_path: Path) -> None:
-    witness = tmp_path / "ran"
-
-    class Evil:
-        def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
-            return os.mkdir, (str(witness),)
-
-    (folder / "model.safetensors").unlink()
-    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
-    before = snapshot(store)
-    with pytest.raises(InhouseError):
-        import_model(folder, store=store)
-    assert not witness.exists()
-    assert snapshot(store) == before
 
 
 def _remove(folder: Path, *names: str) -> None:

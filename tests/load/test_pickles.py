@@ -1,0 +1,59 @@
+"""PyTorch pickles at the import's door: tensors come in, code does not run."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from inhouse.core.errors import InhouseError
+from inhouse.load.importer import import_model
+from inhouse.load.model import open_model
+from inhouse.store.store import Store
+from tests.load.checkpoints import copy_hf, read_arrays
+
+pytestmark = [pytest.mark.torch, pytest.mark.realdata]
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with Store() as store:
+        yield store
+
+
+@pytest.fixture
+def folder(stories: Path, tmp_path: Path) -> Path:
+    return copy_hf(stories, tmp_path / "stories")
+
+
+def contents(store: Store) -> tuple[list[str], str]:
+    return sorted(store.blobs), store.catalog.dump()
+
+
+def test_a_torch_pickle_comes_in_through_the_safe_reader(store: Store, folder: Path) -> None:
+    tensors = {name: torch.from_numpy(value) for name, value in read_arrays(folder).items()}
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    version = import_model(folder, store=store).version
+    assert version.format == "torch"
+    assert version.summary.parameters == 260_032
+    model = open_model("stories", executor="torch")
+    assert model.report.formats == {"f32": 36}
+    model.close()
+
+
+def test_a_pickle_that_runs_code_is_refused_unrun(store: Store, folder: Path, tmp_path: Path) -> None:
+    witness = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+            return os.mkdir, (str(witness),)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, folder / "pytorch_model.bin")
+    before = contents(store)
+    with pytest.raises(InhouseError):
+        import_model(folder, store=store)
+    assert not witness.exists()
+    assert contents(store) == before
