@@ -4,14 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from demo.grade import TARGETS, Overlap, Score
-from demo.questions import Poem
+from demo.grade import TARGETS, Overlap, Score, without
+from demo.questions import Poem, held_out_file, read_tsv
 from inhouse.store.writing import atomic_file
 
 TEMPLATE = Path(__file__).parent / "data" / "card.md"
 TITLES = {
     "same_style": "Questions about Inhouse, same style as training, held out",
-    "independent": "Questions about Inhouse, written independently before the training phrasings",
+    "independent": "Questions about Inhouse, written by hand before the training phrasings",
     "out_of_scope": "Out-of-scope questions declined",
     "poems": "Poems recited exactly (each asked for in two ways)",
     "stories": "Story prompts answered by an English story that ends",
@@ -30,22 +30,27 @@ class Run:
     final_loss: float  # mean of the last 50 steps, nats a learned token
 
 
-def results(scores: Mapping[str, Score], overlap: Overlap) -> str:
-    """The table of results and what lies behind it, Markdown."""
+def results(scores: Mapping[str, Score], overlaps: Mapping[str, Overlap]) -> str:
+    """The tables of results and overlap, Markdown."""
     lines = ["| set | right | share | target |", "|---|---|---|---|"]
     for name, score in scores.items():
         target = f"{TARGETS[name]:.0%}" if name in TARGETS else "-"
         lines.append(f"| {TITLES[name]} | {score.right} / {score.total} | {score.share:.1%} | {target} |")
     lines += [
         "",
-        "Answers are greedy, in float32 from the bf16 weights, without a system prompt. An answer is right when it "
-        "holds the key strings fixed in `demo/data` before training.",
+        "Answers are greedy, in float32 from the bf16 weights, without a system prompt.",
         "",
-        f"Overlap of the {overlap.questions} independent and out-of-scope questions with all training questions, in "
-        f"words or Chinese characters: the longest shared run is {overlap.longest} (“{overlap.example}”); on average "
-        f"the longest run is {overlap.mean_share:.0%} of a question; {overlap.whole} questions occur whole in training "
-        "(short ones that two people would write alike).",
+        "What the held-out questions share with all training questions, in words or Chinese characters:",
+        "",
+        "| set | longest shared run | mean of longest run / length | occur whole in training | right without those |",
+        "|---|---|---|---|---|",
     ]
+    for name, overlap in overlaps.items():
+        rest = without(scores[name], overlap.whole, [question for _, question in read_tsv(held_out_file(name))])
+        lines.append(
+            f"| {name} | {overlap.longest} (“{overlap.example}”) | {overlap.mean_share:.0%} "
+            f"| {len(overlap.whole)} of {overlap.questions} | {rest.right} / {rest.total} ({rest.share:.1%}) |"
+        )
     return "\n".join(lines)
 
 
@@ -70,12 +75,14 @@ def failures(scores: Mapping[str, Score], most: int = 12) -> str:
     return "\n".join(lines) or "- none"
 
 
-def write_card(path: Path, run: Run, scores: Mapping[str, Score], overlap: Overlap, poems: Sequence[Poem]) -> None:
+def write_card(
+    path: Path, run: Run, scores: Mapping[str, Score], overlaps: Mapping[str, Overlap], poems: Sequence[Poem]
+) -> None:
     """Fills the template and writes it."""
     text = TEMPLATE.read_text()
     filled = {
         "RUN": run_lines(run),
-        "RESULTS": results(scores, overlap),
+        "RESULTS": results(scores, overlaps),
         "FAILURES": failures(scores),
         "POEMS": "、".join(f"《{poem.title}》{poem.author}" for poem in poems),
     }

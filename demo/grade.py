@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from demo.corpus import Corpus
-from demo.questions import DATA, Fact, normal, read_tsv
+from demo.questions import Fact, held_out_file, normal, read_tsv
 
 Answer = Callable[[Sequence[str]], list[str]]
 TARGETS = {"same_style": 0.80, "independent": 0.65, "out_of_scope": 0.60}
@@ -56,8 +56,8 @@ def known_facts(corpus: Corpus) -> dict[str, Fact]:
 
 
 def grade_file(name: str, facts: Mapping[str, Fact], answer: Answer) -> Score:
-    """A held-out file whose labels are facts."""
-    rows, score = read_tsv(DATA / name), Score()
+    """A held-out set whose labels are facts."""
+    rows, score = read_tsv(held_out_file(name)), Score()
     for (label, question), text in zip(rows, answer([q for _, q in rows]), strict=True):
         score.count(holds_keys(text, facts[label].keys), label, question, text)
     return score
@@ -66,7 +66,7 @@ def grade_file(name: str, facts: Mapping[str, Fact], answer: Answer) -> Score:
 def grade_out_of_scope(corpus: Corpus, answer: Answer) -> Score:
     """Out-of-scope questions; right is to decline."""
     keys = corpus.decline[0].fact.keys
-    rows, score = read_tsv(DATA / "heldout_out_of_scope.tsv"), Score()
+    rows, score = read_tsv(held_out_file("out_of_scope")), Score()
     for (label, question), text in zip(rows, answer([q for _, q in rows]), strict=True):
         score.count(holds_keys(text, keys), label, question, text)
     return score
@@ -94,8 +94,8 @@ def grade_all(corpus: Corpus, answer: Answer) -> dict[str, Score]:
     """All sets by name."""
     facts = known_facts(corpus)
     return {
-        "same_style": grade_file("heldout_same_style.tsv", facts, answer),
-        "independent": grade_file("heldout_independent.tsv", facts, answer),
+        "same_style": grade_file("same_style", facts, answer),
+        "independent": grade_file("independent", facts, answer),
         "out_of_scope": grade_out_of_scope(corpus, answer),
         "poems": grade_poems(corpus, answer),
         "stories": grade_stories(answer),
@@ -113,7 +113,7 @@ class Overlap:
 
     longest: int
     example: str
-    whole: int  # questions that occur whole in training, case and marks aside
+    whole: tuple[str, ...]  # questions that occur whole in training, case and marks aside
     mean_share: float  # mean over questions of longest shared run / length
     questions: int
 
@@ -135,7 +135,15 @@ def overlap(held_out: Sequence[str], training: Iterable[str]) -> Overlap:
         _extend(units(text), grams, longest, runs)
     best = max(range(len(held_out)), key=lambda i: longest[i])
     shares = [run / max(1, length) for run, length in zip(longest, lengths, strict=True)]
-    return Overlap(longest[best], runs[best], len(whole), sum(shares) / len(shares), len(held_out))
+    met = tuple(question for question in held_out if normal(question) in whole)
+    return Overlap(longest[best], runs[best], met, sum(shares) / len(shares), len(held_out))
+
+
+def without(score: Score, left_out: Iterable[str], asked: Iterable[str]) -> Score:
+    """The score of the set `asked` less the questions `left_out`."""
+    wrong = [row for row in score.wrong if row[1] not in set(left_out)]
+    total = sum(question not in set(left_out) for question in asked)
+    return Score(total - len(wrong), total, wrong)
 
 
 def _extend(words: list[str], grams: Mapping[tuple[str, ...], set[int]], longest: list[int], runs: list[str]) -> None:

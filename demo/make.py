@@ -24,7 +24,7 @@ from demo.corpus import Corpus, read_stories
 from demo.encode import SPECIALS, VOCABULARY, Encoder, build_dataset, build_tokenizer
 from demo.export import F32, export, load_weights
 from demo.grade import Score, grade_all, overlap
-from demo.questions import DATA, read_tsv
+from demo.questions import held_out_file, read_tsv
 from inhouse.core.errors import InhouseError, NotFoundError
 from inhouse.model.build import build
 from inhouse.model.spec import ModelSpec, RopeSpec
@@ -39,6 +39,7 @@ CONTEXT = 1024
 TOKENIZER_SEED, DATA_SEED, TRAIN_SEED = 1, 2, 3
 SAMPLES = 170_000
 STEPS = 2400
+HELD_OUT = ("same_style", "independent", "out_of_scope")
 MODERN_CHINESE = ("rag/xquad.zh.json.gz", "instruct/glaive_toolcall_zh_demo.json.gz")
 STORIES = "text/tinystories_sample_2MiB.txt.gz"
 SPEC = ModelSpec(
@@ -134,21 +135,20 @@ def training_questions(corpus: Corpus, samples: int) -> Iterator[str]:
             yield exchange.question
 
 
-def held_out_questions() -> list[str]:
-    """The questions that were written by hand."""
-    files = ("heldout_independent.tsv", "heldout_out_of_scope.tsv")
-    return [question for name in files for _, question in read_tsv(DATA / name)]
+def file_questions(name: str) -> list[str]:
+    """The questions of a held-out set."""
+    return [question for _, question in read_tsv(held_out_file(name))]
 
 
 def grade(folder: Path, corpus: Corpus, trainer: Trainer, samples: int) -> dict[str, Score]:
     """Grades the folder and writes its MODEL_CARD.md."""
     scores = grade_all(corpus, open_answerer(folder).answer)
-    shared = overlap(held_out_questions(), training_questions(corpus, samples))
+    overlaps = {name: overlap(file_questions(name), training_questions(corpus, samples)) for name in HELD_OUT}
     progress = trainer.progress
     last = progress.losses[-50:]
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "MODEL_CARD.md") / 1e6
     run = Run(SPEC.parameters, size, samples, progress.tokens, progress.step, sum(last) / len(last))
-    write_card(folder / "MODEL_CARD.md", run, scores, shared, corpus.poems)
+    write_card(folder / "MODEL_CARD.md", run, scores, overlaps, corpus.poems)
     return scores
 
 

@@ -137,6 +137,11 @@ def load_poems() -> list[Poem]:
     return [Poem(*line.split("|")) for line in lines if line and not line.startswith("#")]
 
 
+def held_out_file(name: str) -> Path:
+    """The file of a held-out set: same_style, independent or out_of_scope."""
+    return DATA / f"heldout_{name}.tsv"
+
+
 def read_tsv(path: Path) -> list[tuple[str, str]]:
     """(label, question) of each line of a held-out file."""
     rows = [line.split("\t") for line in path.read_text().splitlines() if line and not line.startswith("#")]

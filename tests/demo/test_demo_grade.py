@@ -11,6 +11,7 @@ from demo.grade import (
     known_facts,
     overlap,
     units,
+    without,
 )
 from demo.questions import DATA, read_tsv
 
@@ -73,6 +74,12 @@ def test_units_are_words_and_chinese_characters() -> None:
 def test_overlap_finds_the_longest_shared_run() -> None:
     found = overlap(["how do I stop it now", "怎么停"], ["please, how do I stop?", "stop it now", "怎 么停！"])
     assert (found.longest, found.example) == (4, "how do i stop")
-    assert found.whole == 1
+    assert found.whole == ("怎么停",)
     assert found.mean_share == pytest.approx((4 / 6 + 1) / 2)
     assert found.questions == 2
+
+
+def test_a_score_without_some_questions() -> None:
+    score = Score(2, 4, [("f", "b", "?"), ("f", "c", "?")])
+    rest = without(score, ["a", "b"], ["a", "b", "c", "d"])
+    assert (rest.right, rest.total, rest.wrong) == (1, 2, [("f", "c", "?")])
