@@ -2,13 +2,15 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inhouse.core.errors import ExecutorError, FormatError
+from inhouse.core.errors import FormatError
 from inhouse.core.tensors import TensorSource
 from inhouse.load.bind import Plan, bind
 from inhouse.load.importer import import_model
@@ -19,7 +21,7 @@ from inhouse.runtime.guard import guarded
 from inhouse.store.home import Home
 from inhouse.store.mapping import Mapping
 from inhouse.store.store import Store
-from tests.load.checkpoints import greedy
+from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.native, pytest.mark.realdata]
 
@@ -83,10 +85,25 @@ def test_a_file_that_is_overwritten_while_packed_is_refused(gguf: Path) -> None:
     assert not list(Home.find().packs.glob("*.pack"))
 
 
+_CUT_UNDER_A_MODEL = """
+import os, sys
+from pathlib import Path
+from inhouse.core.errors import ExecutorError
+from inhouse.load.model import open_model
+from inhouse.store.home import Home
+from tests.load.checkpoints import greedy
+model = open_model(sys.argv[1], context=64)
+assert len(greedy(model, [1], 3)) == 3
+os.truncate(next(Home.find().packs.glob("*.pack")), 8192)
+try:
+    greedy(model, [1], 3)
+except ExecutorError as error:
+    print("ended with", error.code)
+"""
+
+
 def test_a_pack_cut_under_a_running_model_ends_the_step_and_not_the_process(gguf: Path) -> None:
-    model = open_model(str(gguf), context=64)
-    assert len(greedy(model, [1], 3)) == 3
-    os.truncate(next(Home.find().packs.glob("*.pack")), 8192)
-    with pytest.raises(ExecutorError):
-        greedy(model, [1], 3)
-    model.close()
+    # In a process of its own: if the promise breaks, the process is what dies.
+    command = [sys.executable, "-c", _CUT_UNDER_A_MODEL, str(gguf)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "ended with executor_failed\n"), done.stderr

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.tensors import TensorSource
-from inhouse.load.packing import QUANTIZE, FillTiles, Part, make_weight, plan_part
+from inhouse.load.packing import QUANTIZE, Part, make_weight, plan_part
 from inhouse.model.families.family import Family
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.executor import Weight
@@ -84,13 +84,11 @@ def bind(
     *,
     progress: Progress = silent,
     threads: int | None = None,
-    fill: FillTiles | None = None,
 ) -> Iterator[tuple[Part, Weight]]:
     """The weights one by one, in the plan's order, packed by threads ahead of the consumer.
 
     Args:
         progress: told ("pack weights", bytes of the file done, bytes in all).
-        fill: the native library's way to quantise tiles, where it is there.
 
     Raises FormatError for a value that its format cannot hold.
     """
@@ -103,7 +101,7 @@ def bind(
         try:
             while True:
                 while len(waiting) <= workers and (part := next(parts, None)) is not None:
-                    waiting.append((part, pool.submit(make_weight, part, source, fill)))
+                    waiting.append((part, pool.submit(make_weight, part, source)))
                 if not waiting:
                     return
                 part, future = waiting.popleft()

@@ -3,7 +3,7 @@
 Knows how a Derive and a file type become a packed format; does not know which weights a model has, nor caches.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ PLAIN: dict[str, tuple[str, npt.DTypeLike]] = {
     "BF16": ("bf16", np.dtype("<u2")),
 }
 RUN_ELEMENTS = 1 << 21  # elements of a run of rows while quantising: 8 MiB of f32
-FillTiles = Callable[[npt.NDArray[np.float32], Any, npt.NDArray[np.uint8]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +78,14 @@ def wish_for(spec: WeightSpec, wish: str) -> str:
     return "q8" if spec.kind == "embedding" or spec.name == "head.weight" else wish
 
 
-def make_weight(part: Part, source: TensorSource, fill: FillTiles | None = None) -> Weight:
+def make_weight(part: Part, source: TensorSource) -> Weight:
     """The weight itself; reads the tensor. Raises FormatError (a value that the format cannot hold)."""
     if part.format == "vector":
         return _vector(part, source)
     if part.quantize:
         runs = _float_runs(part, source)
         shape = (part.spec.shape[0], part.spec.shape[1])
-        return quantize(runs, part.quantize, shape=shape, fill=fill)  # type: ignore[arg-type]
+        return quantize(runs, part.quantize, shape=shape)  # type: ignore[arg-type]
     derive = part.derive
     if part.info.dtype in PLAIN:
         return pack_float(_take(_plain(part, source), derive), part.format)
