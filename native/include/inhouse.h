@@ -108,6 +108,17 @@ IH_API int64_t ih_guard_add(const void* begin, int64_t bytes);
 IH_API int32_t ih_guard_damaged(int64_t handle);
 IH_API void ih_guard_remove(int64_t handle);
 
+// ---- single packed matrices ----------------------------------------------------------------------------------------
+// For loading, tests and tools; one thread, the caller's. isa: as for ih_isa_name.
+
+// y [rows][out] = x [rows][in] times the matrix; quantized: x goes through quantize_rows first (code formats only).
+IH_API ih_status ih_linear(const char* isa, const ih_weight* w, const float* x, int64_t rows, int32_t quantized,
+                           float* y);
+// Rows ids [count] as floats: out [count][in].
+IH_API ih_status ih_unpack_rows(const char* isa, const ih_weight* w, const int64_t* ids, int64_t count, float* out);
+// Fills w->data, of format q8_0 or q4_0, from x [out][in], every element finite.
+IH_API ih_status ih_quantize_tiles(const char* isa, const ih_weight* w, const float* x);
+
 // ---- sampling ------------------------------------------------------------------------------------------------------
 // Over rows of logits f32 [logit_rows][vocab], which are read only. runtime/sampling.py says what each field means.
 

@@ -31,8 +31,9 @@ constexpr Format kFormats[] = {
 };
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 
-constexpr int kBlock = 32;   // inputs of a code block
-constexpr int kSuper = 256;  // inputs of a two-level super-block
+constexpr int kBlock = 32;            // inputs of a code block
+constexpr int kSuper = 256;           // inputs of a two-level super-block
+constexpr int64_t kMaxGroups = 4096;  // (blocks or groups of 16) in a row: what a body prepares on its stack
 
 // Offsets from the start of a tile, in bytes; 0 for a section that the format lacks (only the first can be at 0).
 struct Layout {
@@ -57,7 +58,7 @@ constexpr Layout layout_of(const Format& f, int64_t in) {
   l.width = (in + kBlock - 1) / kBlock * kBlock;
   l.blocks = l.width / kBlock;
   const int64_t unit = f.two_level ? kSuper : f.group > kBlock ? f.group : kBlock;
-  l.valid = l.valid && l.width % unit == 0;
+  l.valid = l.valid && l.width % unit == 0 && l.blocks * (f.group == 16 ? 2 : 1) <= kMaxGroups;
   l.groups = f.group ? l.width / f.group : 1;
   l.supers = f.two_level ? l.width / kSuper : l.groups;
   int64_t at = padded(l.supers * 16 * item);

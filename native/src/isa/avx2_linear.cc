@@ -13,6 +13,7 @@ void add_linears_avx2(Kernels& kernels) {
   kernels.linear_i8 = avx2::linear_i8;
   kernels.unpack_row = avx2::unpack_row;
   kernels.quantize_row = avx2::quantize_row;
+  kernels.quantize_tile = avx2::quantize_tile;
 }
 
 }  // namespace inhouse

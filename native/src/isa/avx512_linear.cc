@@ -13,6 +13,7 @@ void add_linears_avx512(Kernels& kernels) {
   kernels.linear_i8 = avx512::linear_i8;
   kernels.unpack_row = avx512::unpack_row;
   kernels.quantize_row = avx512::quantize_row;
+  kernels.quantize_tile = avx512::quantize_tile;
 }
 
 }  // namespace inhouse

@@ -13,6 +13,7 @@ void add_linears_neon(Kernels& kernels) {
   kernels.linear_i8 = neon::linear_i8;
   kernels.unpack_row = neon::unpack_row;
   kernels.quantize_row = neon::quantize_row;
+  kernels.quantize_tile = neon::quantize_tile;
 }
 
 }  // namespace inhouse

@@ -13,6 +13,7 @@ void add_linears_scalar(Kernels& kernels) {
   kernels.linear_i8 = scalar::linear_i8;
   kernels.unpack_row = scalar::unpack_row;
   kernels.quantize_row = scalar::quantize_row;
+  kernels.quantize_tile = scalar::quantize_tile;
 }
 
 }  // namespace inhouse

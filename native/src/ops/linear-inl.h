@@ -4,6 +4,7 @@
 #include "ops/packed-inl.h"
 #include "ops/unpack-inl.h"
 #include "ops/quantize-inl.h"
+#include "ops/quantize_tile-inl.h"
 #include "ops/linear_floats-inl.h"
 #include "ops/linear_codes-inl.h"
 // clang-format on

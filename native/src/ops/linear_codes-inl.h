@@ -4,14 +4,16 @@
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int64_t kAhead = 8192;   // bytes that a sweep prefetches ahead
-constexpr int kStripRows = 64;     // rows whose sums are prepared at once and that share a tile while it is in L2
-constexpr int64_t kStarts = 8192;  // (row, group) pairs prepared at once; bounds a matrix's inputs (kMaxInputs)
+constexpr int64_t kAhead = 8192;  // bytes that a sweep prefetches ahead
+constexpr int kStripRows = 64;    // rows whose sums are prepared at once and that share a tile while it is in L2
+constexpr int64_t kStarts = 8 * kMaxGroups;  // (row, group) pairs prepared at once
 
-// What a strip of rows adds to each group's dot product, prepared once for all tiles of a call.
+// What goes with each (row, group) of a strip of rows, prepared once for all tiles of a call. Eight rows lie together,
+// so that a body reaches them from one address: entry [row / 8][group][row % 8].
 struct Strip {
-  int32_t start[kStarts];  // [rows][groups] in place of the zero point
-  float sum[kStarts];      // [rows][groups] activation scale * sum of codes, for the minimum
+  int32_t start[kStarts];  // of the dot product, in place of the zero point
+  float scale[kStarts];    // of the activations
+  float sum[kStarts];      // activation scale * sum of codes, for the minimum
 };
 
 // What a dot product must start from, in units of the sum of the activation codes.
@@ -21,19 +23,19 @@ constexpr int start_factor() {
 }
 
 template <int ID>
-void prepare(const QuantRows& x, int64_t row, int64_t rows, int64_t groups, Strip& strip) {
+void prepare(const QuantRows& x, int64_t rows, int64_t groups, Strip& strip) {
   constexpr Format f = kFormats[ID];
-  constexpr int parts = f.group == 16 ? 1 : 2;  // sums of 16 codes in a group, or in a block
+  constexpr int halves = Tile<ID>::halves, sixteens = 2 / halves;
   for (int64_t r = 0; r < rows; ++r) {
-    const int32_t* sums = x.sums + (row + r) * (x.stride / 16);
-    const float* scales = x.scales + (row + r) * x.groups;
+    const int32_t* sums = x.sums + r * (x.stride / 16);
+    const float* scales = x.scales + r * x.groups;
     for (int64_t g = 0; g < groups; ++g) {
-      const int32_t sum = parts == 1 ? sums[g] : sums[2 * g] + sums[2 * g + 1];
-      strip.start[r * groups + g] = start_factor<ID>() * sum;
-      if constexpr (f.minimum) {
-        const float scale = scales[x.groups == 1 ? 0 : parts == 1 ? g / 2 : g];
-        strip.sum[r * groups + g] = static_cast<float>(sum) * (f.two_level ? -scale : scale);
-      }
+      const int64_t at = (r / 8 * groups + g) * 8 + r % 8;
+      const int32_t sum = sixteens == 1 ? sums[g] : sums[2 * g] + sums[2 * g + 1];
+      const float scale = scales[x.groups > 1 ? g / halves : 0];  // one for a block, or for the whole row
+      strip.start[at] = start_factor<ID>() * sum;
+      strip.scale[at] = scale;
+      if constexpr (f.minimum) strip.sum[at] = static_cast<float>(sum) * (f.two_level ? -scale : scale);
     }
   }
 }
@@ -44,48 +46,46 @@ IH_INLINE int32_t four_codes(const int8_t* p) {
   return codes;
 }
 
-// R rows of activations times one tile; `row` counts within the strip, x.codes and x.scales start at the strip.
+// R rows of activations times one tile; `row` counts within the strip, where `codes` [rows][stride] starts. R is a
+// power of two and divides `row`.
 template <int ID, int R>
-void codes_tile(const Tile<ID>& tile, const QuantRows& x, const Strip& strip, int64_t row, V* y) {
+__attribute__((noinline)) void codes_tile(const Tile<ID>& tile, const int8_t* codes, int64_t stride, const Strip& strip,
+                                          int64_t row, V* y) {
   constexpr Format f = kFormats[ID];
   constexpr int halves = Tile<ID>::halves, quads = 8 / halves;
-  const int64_t groups = tile.l.blocks * halves, per_block = x.groups > 1 ? 1 : 0;  // or one scale for a whole row
+  const int64_t groups = tile.l.blocks * halves;
   V sums[R];
-  repeat<R>([&](auto r) __attribute__((always_inline)) { sums[r.value] = zero(); });
+  IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = zero(); }
   for (int64_t b = 0; b < tile.l.blocks; ++b) {
     const uint8_t *low = tile.low(b), *high = tile.high(b);
     repeat<f.low>([&](auto i) __attribute__((always_inline)) { prefetch(low + kAhead + i.value * 64); });
     repeat<f.high>([&](auto i) __attribute__((always_inline)) { prefetch(high + kAhead + i.value * 64); });
-    const int8_t* codes = x.codes + row * x.stride + b * kBlock;
+    const int8_t* fours = codes + row * stride + b * kBlock;
     repeat<halves>([&](auto half) __attribute__((always_inline)) {
       constexpr int h = half.value;
-      const int64_t at = row * groups + b * halves + h;
+      const int64_t at = (row / 8 * groups + b * halves + h) * 8 + row % 8;
       VI dots[R];
-      repeat<R>([&](auto r) __attribute__((always_inline)) {
-        dots[r.value] = set1_int(start_factor<ID>() == 0 ? 0 : strip.start[at + r.value * groups]);
-      });
+      IH_UNROLL for (int r = 0; r < R; ++r) { dots[r] = set1_int(start_factor<ID>() == 0 ? 0 : strip.start[at + r]); }
       repeat<quads>([&](auto i) __attribute__((always_inline)) {
         constexpr int q = h * quads + i.value;
         const B w = quad<ID, q>(low, high);
-        repeat<R>([&](auto r) __attribute__((always_inline)) {
-          const int32_t four = four_codes(codes + r.value * x.stride + 4 * q);
-          dots[r.value] = f.low == 8 ? dot_wide(dots[r.value], w, four) : dot(dots[r.value], w, four);
-        });
+        IH_UNROLL for (int r = 0; r < R; ++r) {
+          const int32_t four = four_codes(fours + r * stride + 4 * q);
+          dots[r] = f.low == 8 ? dot_wide(dots[r], w, four) : dot(dots[r], w, four);
+        }
       });
       const V scale = tile.scale(b, h);
-      repeat<R>([&](auto r) __attribute__((always_inline)) {
-        const V both = mul(scale, set1(x.scales[(row + r.value) * x.groups + b * per_block]));
-        sums[r.value] = fma(to_float(dots[r.value]), both, sums[r.value]);
-      });
+      IH_UNROLL for (int r = 0; r < R; ++r) {
+        const V both = mul(scale, set1(strip.scale[at + r]));
+        sums[r] = fma(to_float(dots[r]), both, sums[r]);
+      }
       if constexpr (f.minimum) {
         const V minimum = tile.minimum(b, h);
-        repeat<R>([&](auto r) __attribute__((always_inline)) {
-          sums[r.value] = fma(minimum, set1(strip.sum[at + r.value * groups]), sums[r.value]);
-        });
+        IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(minimum, set1(strip.sum[at + r]), sums[r]); }
       }
     });
   }
-  repeat<R>([&](auto r) __attribute__((always_inline)) { y[r.value] = sums[r.value]; });
+  IH_UNROLL for (int r = 0; r < R; ++r) { y[r] = sums[r]; }
 }
 
 // Rows [row, rows) of the strip in blocks of R, then of half as many.
@@ -94,7 +94,7 @@ IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, 
                           int64_t rows, int64_t tile, const float* bias, float* y, int64_t ldy) {
   for (; rows - row >= R; row += R) {
     V sums[R];
-    codes_tile<ID, R>(tile_of<ID>(w, l, tile), x, strip, row, sums);
+    codes_tile<ID, R>(tile_of<ID>(w, l, tile), x.codes, x.stride, strip, row, sums);
     for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (row + r) * ldy);
   }
   if constexpr (R > 1) codes_rows<ID, R / 2>(w, l, x, strip, row, rows, tile, bias, y, ldy);
@@ -106,15 +106,15 @@ void linear_i8(const Weight& w, const QuantRows& x, int rows, int64_t tile_begin
   with_codes_of(w.format, [&](auto id) {
     constexpr int ID = id.value;
     const int64_t groups = l.blocks * Tile<ID>::halves;
-    int64_t fit = kStarts / groups < kStripRows ? kStarts / groups : kStripRows;
-    if (fit > kIntRows) fit -= fit % kIntRows;
+    const int64_t fit = kStarts / groups < kStripRows ? kStarts / groups / 8 * 8 : kStripRows;
     Strip strip;
     for (int64_t row = 0; row < rows; row += fit) {
       const int64_t n = rows - row < fit ? rows - row : fit;
-      prepare<ID>(x, row, n, groups, strip);
       QuantRows part = x;
       part.codes += row * x.stride;
       part.scales += row * x.groups;
+      part.sums += row * (x.stride / 16);
+      prepare<ID>(part, n, groups, strip);
       for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
         codes_rows<ID, kIntRows>(w, l, part, strip, 0, n, tile, bias, y + row * ldy, ldy);
       }

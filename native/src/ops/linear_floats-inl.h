@@ -10,16 +10,14 @@ IH_INLINE void accumulate(const float* x, int64_t ldx, int64_t n, V* even, V* od
   int64_t k = 0;
   for (; k + 2 <= n; k += 2) {
     const V a = weight(k), b = weight(k + 1);
-    repeat<R>([&](auto r) __attribute__((always_inline)) {
-      even[r.value] = fma(a, set1(x[r.value * ldx + k]), even[r.value]);
-      odd[r.value] = fma(b, set1(x[r.value * ldx + k + 1]), odd[r.value]);
-    });
+    IH_UNROLL for (int r = 0; r < R; ++r) {
+      even[r] = fma(a, set1(x[r * ldx + k]), even[r]);
+      odd[r] = fma(b, set1(x[r * ldx + k + 1]), odd[r]);
+    }
   }
   if (k < n) {
     const V a = weight(k);
-    repeat<R>([&](auto r) __attribute__((always_inline)) {
-      even[r.value] = fma(a, set1(x[r.value * ldx + k]), even[r.value]);
-    });
+    IH_UNROLL for (int r = 0; r < R; ++r) { even[r] = fma(a, set1(x[r * ldx + k]), even[r]); }
   }
 }
 
@@ -70,7 +68,7 @@ IH_INLINE void float_rows(const Weight& w, int64_t row, int rows, int64_t tile, 
                           int64_t ldy, F sweep) {
   for (; rows - row >= R; row += R) {
     V even[R], odd[R];
-    repeat<R>([&](auto r) __attribute__((always_inline)) { even[r.value] = odd[r.value] = zero(); });
+    IH_UNROLL for (int r = 0; r < R; ++r) { even[r] = odd[r] = zero(); }
     sweep(Int<R>{}, row, even, odd);
     for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, add(even[r], odd[r]), y + (row + r) * ldy);
   }

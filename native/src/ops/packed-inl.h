@@ -3,6 +3,14 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+// Unrolls a loop over the rows that a body works on at once, so that its arrays live in registers. A loop stays a loop
+// without optimisation, which keeps builds with sanitizers short.
+#if defined(__clang__)
+#define IH_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define IH_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 template <int N>
 struct Int {
   static constexpr int value = N;

@@ -41,6 +41,7 @@ LAYOUT_VERSION = 1  # part of every cache key; raise it when any byte moves
 TILE_ROWS = 16
 BLOCK = 32  # inputs of a code block, and elements of an activation row that share a scale
 SUPER = 256  # inputs of a two-level super-block
+MAX_GROUPS = 4096  # blocks (or groups of 16) in a row: what a native kernel prepares on its stack
 ALIGN = 64
 CHUNK_ELEMENTS = 1 << 22  # rows are unpacked and packed in runs of about this many elements
 
@@ -142,6 +143,8 @@ def layout(fmt: Format, inputs: int) -> Layout:
         unit = SUPER if fmt.two_level else max(fmt.group, BLOCK)
         if width % unit:
             raise UnsupportedError(f"format {fmt.name} needs inputs in multiples of {unit}, got {inputs}")
+        if width // min(fmt.group or BLOCK, BLOCK) > MAX_GROUPS:
+            raise UnsupportedError(f"format {fmt.name} takes at most {MAX_GROUPS} groups in a row, got {inputs} inputs")
         groups = width // fmt.group if fmt.group else 1
         supers = width // SUPER if fmt.two_level else groups
         per = supers * TILE_ROWS * FLOAT_BYTES[fmt.scale]

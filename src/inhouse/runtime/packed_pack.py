@@ -3,7 +3,6 @@
 Knows where bytes go (packed_layout), nothing of GGUF (packed_gguf) or of choosing codes (packed_quantize).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,14 +76,14 @@ class Packer:
             if fmt.minimum:
                 self._lanes(first, "sub_minimum", rows.sub_minimums, np.int8)
 
-    def fill(self, count: int, write: Callable[[U8], bool]) -> bool:
-        """Lets `write` fill the tiles of the next `count` rows in place; False: it declined, nothing has changed."""
+    def next_tiles(self, count: int) -> U8:
+        """The bytes of the tiles of the next `count` rows, for a caller who fills them and then says so."""
         first = self.rows // TILE_ROWS
-        tiles = self._tiles[first : first + -(-count // TILE_ROWS)]
-        if not write(tiles.reshape(-1)):
-            return False
+        return self._tiles[first : first + -(-count // TILE_ROWS)].reshape(-1)
+
+    def filled(self, count: int) -> None:
+        """The next `count` rows have been written into `next_tiles(count)`."""
         self._take((count, self.shape[1]))
-        return True
 
     def add_floats(self, rows: Array) -> None:
         """Packs the next rows of a float format, given in that dtype (bf16 as uint16)."""

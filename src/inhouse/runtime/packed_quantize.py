@@ -1,9 +1,10 @@
 """Choosing codes: weights to 8 or 4 bits without calibration data, and activation rows to int8.
 
-The numpy here is the definition; the native library follows it operation by operation, to the same bits.
+The numpy here is the definition; the native library, used where it is, follows it operation by operation to the same
+bits.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -11,7 +12,8 @@ import numpy.typing as npt
 
 from inhouse.core.errors import FormatError, UsageError
 from inhouse.core.progress import Progress, silent
-from inhouse.runtime.packed_layout import BLOCK, F32, I8, TILE_ROWS, U8, Packed, format_of, layout
+from inhouse.runtime.packed_layout import BLOCK, F32, I8, TILE_ROWS, Packed, format_of, layout
+from inhouse.runtime.packed_native import fill_tiles
 from inhouse.runtime.packed_pack import CodeRows, Packer, runs
 
 Kind = Literal["q8", "q4"]
@@ -21,8 +23,6 @@ QUANTIZED_FORMAT = {"q8": "q8_0", "q4": "q4_0"}
 Q4_EXTREMES = tuple(-6.5 - 0.25 * i for i in range(11))
 TINY = np.float32(1e-30)  # a group whose largest magnitude is below this counts as all zero: 127 / max stays finite
 
-FillTiles = Callable[[F32, Kind, U8], bool]
-
 
 def quantize(
     rows: F32 | Iterable[F32],
@@ -30,7 +30,6 @@ def quantize(
     progress: Progress = silent,
     *,
     shape: tuple[int, int] | None = None,
-    fill: FillTiles | None = None,
 ) -> Packed:
     """Quantises a matrix in groups of 32 inputs with an f16 scale each; deterministic.
 
@@ -41,7 +40,6 @@ def quantize(
         rows: float32 [out, in], or runs of its rows in order (`shape` is then needed). `in` is padded to whole groups.
         kind: `q8` or `q4`.
         progress: told ("quantize", weights done, weights in all).
-        fill: a faster way to fill whole tiles to the same bits (the native library's), returning whether it did.
 
     Raises:
         UsageError: another kind, or rows that do not make up the shape.
@@ -57,7 +55,10 @@ def quantize(
     packer = Packer(QUANTIZED_FORMAT[kind], shape)
     for run in _whole_tiles(rows, shape):
         _check(run, kind)
-        if fill is None or not packer.fill(len(run), lambda tiles, run=run: fill(run, kind, tiles)):  # type: ignore[misc]
+        tiles = packer.next_tiles(len(run))
+        if fill_tiles(packer.format.name, run, tiles):
+            packer.filled(len(run))
+        else:
             packer.add(_quantize_rows(run, kind))
         progress("quantize", packer.rows * shape[1], shape[0] * shape[1])
     return packer.finish()

@@ -1,0 +1,34 @@
+"""The table of formats in Python and the one in C++ are the same table."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from inhouse.core.errors import UnsupportedError
+from inhouse.runtime.packed_layout import BLOCK, FORMATS, MAX_GROUPS, SUPER, layout
+
+pytestmark = pytest.mark.null
+
+HEADER = Path(__file__).resolve().parents[2] / "native" / "src" / "formats.h"
+ROW = re.compile(r'\{"(\w+)", (\d), (\d), (\d+), (\d+), k(\w+), (true|false), (true|false)\}')
+
+
+def test_the_header_has_the_same_rows() -> None:
+    rows = [
+        (name, int(low), int(high), int(zero), int(group), scale.lower(), minimum == "true", two_level == "true")
+        for name, low, high, zero, group, scale, minimum, two_level in ROW.findall(HEADER.read_text())
+    ]
+    assert rows == [(f.name, f.low, f.high, f.zero, f.group, f.scale, f.minimum, f.two_level) for f in FORMATS.values()]
+
+
+def test_the_header_has_the_same_constants() -> None:
+    text = HEADER.read_text()
+    constants = {name: int(value) for name, value in re.findall(r"constexpr \w+ (k\w+) = (\d+);", text)}
+    assert (constants["kBlock"], constants["kSuper"], constants["kMaxGroups"]) == (BLOCK, SUPER, MAX_GROUPS)
+
+
+def test_inputs_beyond_what_a_kernel_prepares_are_refused() -> None:
+    assert layout(FORMATS["q4_0"], 32 * MAX_GROUPS).groups == MAX_GROUPS
+    with pytest.raises(UnsupportedError, match="at most 4096 groups"):
+        layout(FORMATS["q6_k"], 16 * MAX_GROUPS + 256)

@@ -1,0 +1,103 @@
+"""The native bodies on matrices that numpy packed: every format, every level of this machine, against float64."""
+
+import numpy as np
+import pytest
+
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.runtime.native_library import available_levels
+from inhouse.runtime.packed import Packed, pack_float, pack_gguf, quantize, quantize_rows_reference
+from inhouse.runtime.packed_layout import F32, is_float
+from inhouse.runtime.packed_native import fill_tiles, linear, unpack_rows
+from inhouse.runtime.packed_quantize import Kind
+
+from .test_packed_exact import BLOCK_TYPES, random_blocks
+
+pytestmark = pytest.mark.native
+
+SHAPE = (37, 512)
+
+
+def matrices() -> list[Packed]:
+    floats = np.random.default_rng(1).normal(size=(37, 171)).astype(np.float32)
+    blocks = [pack_gguf(random_blocks(name, SHAPE, seed=9)[0], name, SHAPE) for name in BLOCK_TYPES]
+    return [
+        *blocks,
+        *(pack_float(floats, name) for name in ("f32", "f16", "bf16")),
+        quantize(floats, "q4"),
+        quantize(floats, "q8"),
+    ]
+
+
+@pytest.mark.parametrize("packed", matrices(), ids=lambda p: f"{p.format}-{p.shape[1]}")
+def test_rows_and_products_at_every_level(packed: Packed) -> None:
+    x = np.random.default_rng(2).normal(size=(5, packed.shape[1])).astype(np.float32)
+    weights = packed.dequantize()
+    with np.errstate(over="ignore", invalid="ignore"):
+        exact = x.astype(np.float64) @ weights.T.astype(np.float64)
+        size = np.abs(x).astype(np.float64) @ np.abs(weights.T).astype(np.float64)
+    for isa in available_levels():
+        assert np.array_equal(unpack_rows(packed, [36, 0, 17, 17], isa), weights[[36, 0, 17, 17]]), isa
+        assert (np.abs(linear(packed, x, quantized=False, isa=isa) - exact) <= 2e-6 * size).all(), isa
+        if not is_float(packed.format):
+            assert (
+                np.abs(linear(packed, x, quantized=True, isa=isa) - integer_product(packed, x)) <= 2e-6 * size
+            ).all()
+
+
+def integer_product(packed: Packed, x: F32) -> np.ndarray:
+    """What linear_i8 means, in float64: the dequantised weights times the dequantised activation rows."""
+    codes, scales = quantize_rows_reference(x, 32)
+    rows = codes.astype(np.float64) * np.repeat(scales.astype(np.float64), 32, axis=1)[:, : x.shape[1]]
+    product: np.ndarray = rows @ packed.dequantize().T.astype(np.float64)
+    return product
+
+
+def test_bits_do_not_depend_on_the_number_of_rows() -> None:
+    packed = quantize(np.random.default_rng(3).normal(size=(80, 896)).astype(np.float32), "q4")
+    x = np.random.default_rng(4).normal(size=(140, 896)).astype(np.float32)
+    for isa in available_levels():
+        for quantized in (True, False):
+            whole = linear(packed, x, quantized=quantized, isa=isa)
+            for n in (1, 2, 3, 7, 8, 9, 31, 64, 65):
+                assert np.array_equal(linear(packed, x[:n], quantized=quantized, isa=isa), whole[:n]), (isa, n)
+
+
+@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("shape", [(1, 32), (37, 172), (64, 512)])
+def test_native_quantisation_is_numpys_byte_for_byte(
+    kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = (np.random.default_rng(5).standard_t(3, size=shape) * 0.05).astype(np.float32)
+    x[0, :8] = 0
+    x[-1] = 0
+    x[-1, 3:5] = 1e-7, -1e-7
+    monkeypatch.setattr("inhouse.runtime.packed_quantize.fill_tiles", lambda *_: False)
+    expected = quantize(x, kind)
+    for isa in available_levels():
+        tiles = np.full_like(expected.data, 0xEE)
+        aligned = Packed(expected.format, shape, _aligned_copy(tiles))
+        assert fill_tiles(expected.format, x, aligned.data, isa)
+        assert np.array_equal(aligned.data, expected.data), isa
+
+
+def _aligned_copy(data: np.ndarray) -> np.ndarray:
+    buffer = np.empty(data.size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    buffer[start : start + data.size] = data
+    return buffer[start : start + data.size]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    packed = pack_float(np.zeros((2, 4), np.float32), "f32")
+    with pytest.raises(UsageError, match="do not fit"):
+        linear(packed, np.zeros((1, 5), np.float32), quantized=False)
+    with pytest.raises(UsageError, match="float activations"):
+        linear(packed, np.zeros((1, 4), np.float32), quantized=True)
+    with pytest.raises(UsageError, match="row 2 lies outside"):
+        unpack_rows(packed, [2])
+    with pytest.raises(UsageError, match="unknown instruction set"):
+        linear(packed, np.zeros((1, 4), np.float32), quantized=False, isa="sse9")
+    missing = {"scalar", "avx2", "avx512", "neon"} - set(available_levels())
+    for isa in missing:
+        with pytest.raises(UnsupportedError, match=isa):
+            linear(packed, np.zeros((1, 4), np.float32), quantized=False, isa=isa)
