@@ -40,15 +40,17 @@ Status check_row(const SampleInputs& in, const ih_sample_sizes& sizes, const ih_
   return {};
 }
 
-// f(row, worker's scratch) for every row, over the pool where there are several.
+constexpr int64_t kWorthThreads = int64_t{1} << 18;  // logits below which waking the pool costs more than it saves
+
+// f(row, worker's scratch) for every row, over the pool where that pays.
 template <class F>
-Status for_rows(int64_t rows, F&& f) try {
+Status for_rows(int64_t rows, int64_t vocab, F&& f) try {
   const Kernels* kernels = nullptr;
   const Status status = choose_kernels(nullptr, &kernels);
   if (!status.ok()) return status;
   const FlushScope flush;
   std::atomic<bool> out_of_memory{false};
-  Pool::Step pool(Pool::process(), rows > 1 ? default_threads() : 1);
+  Pool::Step pool(Pool::process(), rows * vocab >= kWorthThreads ? default_threads() : 1);
   pool.run(rows, [&](int64_t r, int) {
     try {
       f(*kernels, scratch_of_thread(), r);
@@ -75,7 +77,7 @@ ih_status ih_sample(const ih_sample_sizes* sizes, const float* logits, const ih_
     const Status bad = check_row(in, *sizes, rows[r]);
     if (!bad.ok()) return report(bad);
   }
-  return report(for_rows(sizes->rows, [&](const Kernels& kernels, SampleScratch& scratch, int64_t r) {
+  return report(for_rows(sizes->rows, in.vocab, [&](const Kernels& kernels, SampleScratch& scratch, int64_t r) {
     tokens[r] = sample_row(kernels, scratch, in, rows[r], &status[r]);
   }));
 }
@@ -86,7 +88,7 @@ ih_status ih_logprobs(const float* logits, int64_t logit_rows, int64_t vocab, co
   if (vocab < 1 || top < 0 || top > vocab) return report(Status::usage("top must lie in 0..vocabulary"));
   if (!all_within(rows, 0, count, logit_rows)) return report(Status::usage("a row beyond the logits"));
   if (!all_within(targets, 0, count, vocab)) return report(Status::usage("a target beyond the vocabulary"));
-  return report(for_rows(count, [&](const Kernels& kernels, SampleScratch& scratch, int64_t r) {
+  return report(for_rows(count, vocab, [&](const Kernels& kernels, SampleScratch& scratch, int64_t r) {
     const RowLogprobs out{logprobs + r, ranks + r, top_ids + r * top, top_logprobs + r * top, status + r};
     logprob_row(kernels, scratch, logits + rows[r] * vocab, vocab, targets[r], top, out);
   }));

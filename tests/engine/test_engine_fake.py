@@ -437,7 +437,7 @@ def test_state_that_cannot_be_scheduled_is_refused() -> None:
         ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2),
         ("typical_p", 0), ("repetition_penalty", 0), ("presence_penalty", 3), ("frequency_penalty", -3), ("n", 0),
         ("n", 1000), ("logprobs", -1), ("min_tokens", -1), ("seed", 2**64), ("logit_bias", {3: 101}),
-        ("allowed_token_ids", ()), ("bad_words", ((),)),
+        ("allowed_token_ids", ()), ("bad_words", ((),)), ("n", 1.5), ("top_k", "3"), ("seed", 2.0),
     ],
 )  # fmt: skip
 def test_params_out_of_range_name_field_and_range(field: str, value: Any) -> None:

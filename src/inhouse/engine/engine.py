@@ -127,9 +127,9 @@ class Engine:
         executor.allocate(counts)
         self.state_bytes = sum(counts[g.name] * memory.block_bytes(g, executor.kv_dtype) for g in programs.groups)
         self._eos = frozenset(eos_ids)
-        self._digest = digest
+        self._digest = f"{digest}/{executor.kv_dtype}"
         self._blocks = Blocks(programs.groups, counts)
-        self.capacity = self._blocks.capacity(self.config.step_tokens)  # tokens that one sequence can hold
+        self.capacity = self._blocks.capacity(self._longest_chunk)  # tokens that one sequence can hold
         self._scheduler = Scheduler(self._blocks, self.config, time.monotonic)
         self._runner = Runner(executor, sampler or NativeSampler())
         self._on_step = on_step
@@ -152,8 +152,14 @@ class Engine:
             budget,
             context=self.context_length,
             sequences=self.config.max_running,
-            step_tokens=self.config.step_tokens,
+            step_tokens=self._longest_chunk,
         )
+
+    @property
+    def _longest_chunk(self) -> int:
+        """Tokens of one sequence in one step at most: the budget, or a whole prompt where state forbids chunks."""
+        chunked = all(group.chunkable for group in self.executor.programs.groups)
+        return self.config.step_tokens if chunked else self.context_length
 
     # ---- for callers, any thread ----------------------------------------------------------------------------------
 

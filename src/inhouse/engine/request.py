@@ -35,6 +35,15 @@ def _between(name: str, value: float, low: float, high: float, *, open_low: bool
         )
 
 
+def _whole(name: str, value: int, low: float, high: float) -> None:
+    """The same for integers; raises UsageError for anything else too."""
+    if not isinstance(value, int):
+        raise UsageError(
+            f"{name} is {value!r}, it must be a whole number", remedy=f"Give {name} an integer", param=name
+        )
+    _between(name, value, low, high)
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How tokens are drawn. Ranges are those of the OpenAI API where it has the field, else vLLM's; a value outside
@@ -65,19 +74,19 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _between("temperature", self.temperature, 0, math.inf)
-        _between("top_k", self.top_k, -1, math.inf)
+        _whole("top_k", self.top_k, -1, math.inf)
         _between("top_p", self.top_p, 0, 1, open_low=True)
         _between("min_p", self.min_p, 0, 1)
         _between("typical_p", self.typical_p, 0, 1, open_low=True)
         _between("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _between("presence_penalty", self.presence_penalty, -2, 2)
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
-        _between("n", self.n, 1, MAX_CHOICES)
-        _between("min_tokens", self.min_tokens, 0, math.inf)
+        _whole("n", self.n, 1, MAX_CHOICES)
+        _whole("min_tokens", self.min_tokens, 0, math.inf)
         if self.logprobs is not None:
-            _between("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
-            _between("seed", self.seed, -(2**63), 2**64 - 1)
+            _whole("seed", self.seed, -(2**63), 2**64 - 1)
         for value in self.logit_bias.values():
             _between("logit_bias", value, -MAX_BIAS, MAX_BIAS)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
@@ -118,11 +127,11 @@ class Request:
         if not len(self.prompt):
             raise UsageError("the prompt has no tokens", remedy="Give at least one token", param="prompt")
         if self.max_tokens is not None:
-            _between("max_tokens", self.max_tokens, 0, math.inf)
+            _whole("max_tokens", self.max_tokens, 0, math.inf)
         if self.max_tokens == 0 and self.params.n > 1:
             raise UsageError(f"n is {self.params.n} with max_tokens 0", remedy="Nothing is drawn; use n 1", param="n")
         if self.prompt_logprobs is not None:
-            _between("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+            _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
     @property
     def wants_rows(self) -> bool:
@@ -251,6 +260,6 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name in ("max_running", "max_queue", "step_tokens", "logit_rows"):
-            _between(name, getattr(self, name), 1, math.inf)
+            _whole(name, getattr(self, name), 1, math.inf)
         if self.context_length is not None:
-            _between("context_length", self.context_length, 2, math.inf)
+            _whole("context_length", self.context_length, 2, math.inf)
