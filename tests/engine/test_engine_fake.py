@@ -2,7 +2,7 @@
 what it would get alone."""
 
 import random
-from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -12,18 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from inhouse.core.errors import (
-    CapacityError,
-    ConflictError,
-    ContextLengthError,
     ExecutorError,
     UnavailableError,
-    UnsupportedError,
     UsageError,
 )
 from inhouse.engine.engine import Engine
 from inhouse.engine.recipe import make_recipe
 from inhouse.engine.request import EngineConfig, FinishReason, Request, SamplingParams, make_request
-from inhouse.runtime.program import StateGroup, StateKind
+from inhouse.runtime.program import StateGroup
 from inhouse.runtime.sampling import ROW, ReferenceSampler
 from tests.engine.driving import EOS, Result, drive, make_engine, run_all
 from tests.engine.fakes import VOCAB, FakeExecutor, logits_after, paged, programs, window
@@ -278,42 +274,6 @@ def test_score_gives_each_token_and_taps_every_row() -> None:
         np.testing.assert_array_equal(seen[position], logits_after(ids[: position + 1]))
 
 
-def test_the_context_rule() -> None:
-    engine = make_engine(FakeExecutor(programs(context=64)))
-    with pytest.raises(ContextLengthError, match="64 tokens, the context holds 64"):
-        engine.submit(make_request("a", [9] * 64), print)
-    with pytest.raises(ContextLengthError, match="max_tokens is 15: 65 in all, the context holds 64") as caught:
-        engine.submit(make_request("a", [9] * 50, GREEDY, 15), print)
-    assert caught.value.to_dict()["context_length"] == 64
-    full = run_all(engine, [make_request("a", [9] * 50, replace(GREEDY, ignore_eos=True), 14)])[0]
-    rest = run_all(engine, [make_request("b", [9] * 50, replace(GREEDY, ignore_eos=True))])[0]
-    assert full.tokens == rest.tokens
-    assert rest.finished[0].reason is FinishReason.LENGTH
-    assert run_all(engine, [make_request("c", [9] * 64, GREEDY, 0)])[0].finished[0].usage.completion_tokens == 0
-
-
-def test_admission_refuses_with_numbers() -> None:
-    engine = make_engine(FakeExecutor(programs()), blocks={"full": 4}, max_queue=2, max_running=2)
-    with pytest.raises(CapacityError, match="100 tokens, there are blocks for 64"):
-        engine.submit(make_request("a", [9] * 50, GREEDY, 50), print)
-    with pytest.raises(CapacityError, match="n is 3, the engine runs 2"):
-        engine.submit(make_request("a", [9] * 5, SamplingParams(n=3), 5), print)
-    with pytest.raises(UsageError, match="token 61, the vocabulary is 0..60"):
-        engine.submit(make_request("a", [61], GREEDY, 5), print)
-    with pytest.raises(UsageError, match="logit_bias holds token 99"):
-        engine.submit(make_request("a", [9], SamplingParams(logit_bias={99: 1.0}), 5), print)
-    for name in "ab":
-        engine.submit(make_request(name, [9], GREEDY, 5), lambda events: None)
-    with pytest.raises(CapacityError, match="2 sequences wait, the queue holds 2"):
-        engine.submit(make_request("c", [9], GREEDY, 5), print)
-    engine.step()
-    with pytest.raises(ConflictError, match="'a' is living"):
-        engine.submit(make_request("a", [9], GREEDY, 5), print)
-    drive(engine)
-    room = run_all(engine, [make_request("d", [9] * 50, replace(GREEDY, ignore_eos=True))])[0]
-    assert len(room.tokens[0]) == 15, "without max_tokens the room is what blocks hold"
-
-
 def test_a_failing_step_ends_its_own_requests_and_no_others() -> None:
     executor = FakeExecutor(programs(), fail_when=50)
     engine = make_engine(executor, max_running=1)
@@ -425,32 +385,18 @@ def test_a_group_that_may_not_be_chunked_runs_its_prompt_whole() -> None:
     assert engine.stats().prefix_queries == 0
 
 
-def test_state_that_cannot_be_scheduled_is_refused() -> None:
-    group = StateGroup("cross", StateKind.CROSS, (0,), 1, 4, 4)
-    with pytest.raises(UnsupportedError, match="cross"):
-        make_engine(FakeExecutor(programs(group)))
+def test_many_threads_share_one_engine_and_each_gets_its_own_answer() -> None:
+    engine = Engine(
+        FakeExecutor(programs()), EngineConfig(blocks={"full": 40}, max_running=8), {EOS}, sampler=ReferenceSampler()
+    )
+    requests = random_requests(9, 32, longest=40)
 
+    def ask(request: Request) -> Result:
+        result = Result()
+        result.feed(list(engine.stream(request)))
+        return result
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("temperature", -1), ("temperature", float("nan")), ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2),
-        ("typical_p", 0), ("repetition_penalty", 0), ("presence_penalty", 3), ("frequency_penalty", -3), ("n", 0),
-        ("n", 1000), ("logprobs", -1), ("min_tokens", -1), ("seed", 2**64), ("logit_bias", {3: 101}),
-        ("allowed_token_ids", ()), ("bad_words", ((),)), ("n", 1.5), ("top_k", "3"), ("seed", 2.0),
-    ],
-)  # fmt: skip
-def test_params_out_of_range_name_field_and_range(field: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=field):
-        SamplingParams(**{field: value})
-
-
-def test_requests_out_of_range() -> None:
-    with pytest.raises(UsageError, match="no tokens"):
-        Request("a", array("i"))
-    with pytest.raises(UsageError, match="max_tokens"):
-        make_request("a", [1], max_tokens=-1)
-    with pytest.raises(UsageError, match="no token id"):
-        make_request("a", [2**40])
-    with pytest.raises(UsageError, match="n is 2 with max_tokens 0"):
-        make_request("a", [1], SamplingParams(n=2), 0)
+    with ThreadPoolExecutor(32) as pool:
+        results = list(pool.map(ask, requests))
+    engine.close()
+    assert_as_alone(requests, results)
