@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,23 @@ def test_the_engine_allocates_by_the_formula() -> None:
     assert engine.state_bytes <= 50_000
     full = Engine(executor, replace(config, kv_budget=None), sampler=ReferenceSampler(), start=False)
     assert full._blocks.pools["full"].count == 3 * 16, "as many as the sequences need, not the whole machine"
+
+
+def test_a_context_that_nobody_asked_for_is_lowered_to_the_memory() -> None:
+    def engine(**limits: Any) -> Engine:
+        executor = FakeExecutor(programs(paged(), window(32), context=4096))
+        config = EngineConfig(max_running=2, step_tokens=32, **limits)
+        return Engine(executor, config, sampler=ReferenceSampler(), start=False)
+
+    one = memory.sequence_bytes(programs(paged(), window(32)), "f32", 1024, 32)
+    assert engine(kv_budget=one).context_length == 1024
+    assert engine(kv_budget=one + 511).context_length == 1024
+    assert engine(kv_budget=one + 512).context_length == 1040
+    assert engine(kv_budget=10**9).context_length == 4096
+    with pytest.raises(CapacityError, match="one sequence of 2048 tokens needs"):
+        engine(kv_budget=one, context_length=2048)
+    with pytest.raises(CapacityError, match="one sequence of 256 tokens needs"):
+        engine(kv_budget=5000)
 
 
 def test_available_memory_is_bounded_by_the_cgroup(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ from inhouse.runtime.sampling import Sampler
 from inhouse.runtime.sampling_native import NativeSampler
 
 SCHEDULED = (StateKind.PAGED, StateKind.WINDOW, StateKind.LATENT)  # kinds of state that grow in blocks
+LEAST_CONTEXT = 256  # tokens; below that an engine does not start rather than serve so little
 MAX_FAILURES = 3  # steps that fail one after another before the executor counts as damaged for good
 
 
@@ -145,15 +146,16 @@ class Engine:
             self._thread.start()
 
     def _plan_blocks(self) -> dict[str, int]:
+        """Blocks by the budget. A context that nobody asked for is lowered to what fits (LEAST_CONTEXT at least)."""
         budget = self.config.kv_budget if self.config.kv_budget is not None else memory.default_kv_budget()
+        programs, kv_dtype, chunk = self.executor.programs, self.executor.kv_dtype, self._longest_chunk
+        if self.config.context_length is None:
+            fitting = memory.context_for(programs, kv_dtype, budget, chunk)
+            self.context_length = min(self.context_length, max(fitting, LEAST_CONTEXT))
         return memory.kv_blocks_for(
-            self.executor.programs,
-            self.executor.kv_dtype,
-            budget,
-            context=self.context_length,
-            sequences=self.config.max_running,
-            step_tokens=self._longest_chunk,
-        )
+            programs, kv_dtype, budget,
+            context=self.context_length, sequences=self.config.max_running, step_tokens=chunk,
+        )  # fmt: skip
 
     @property
     def _longest_chunk(self) -> int:

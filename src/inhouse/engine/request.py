@@ -249,7 +249,7 @@ Sink: TypeAlias = Callable[[list[Event]], None]
 class EngineConfig:
     """Limits of one engine; each has a unit and a price."""
 
-    context_length: int | None = None  # tokens; None: the model's own
+    context_length: int | None = None  # tokens; None: the model's own, or what of it fits the memory
     max_running: int = 32  # sequences in a step; each may hold a whole context of blocks
     max_queue: int = 1024  # sequences that wait
     step_tokens: int = 512  # tokens a step; more: faster prompts, longer pauses between tokens of the others

@@ -54,6 +54,21 @@ def blocks_per_sequence(group: StateGroup, context: int, step_tokens: int) -> in
     return min(whole, -(-(group.window + step_tokens) // BLOCK_SIZE) + 1)
 
 
+def sequence_bytes(programs: ProgramSet, kv_dtype: str, context: int, step_tokens: int) -> int:
+    """Bytes of state of one sequence of `context` tokens."""
+    return sum(blocks_per_sequence(g, context, step_tokens) * block_bytes(g, kv_dtype) for g in programs.groups)
+
+
+def context_for(programs: ProgramSet, kv_dtype: str, budget: int, step_tokens: int) -> int:
+    """The longest context, at most the model's own, of which one sequence fits `budget` bytes; whole blocks."""
+    low, high = 0, -(-programs.context_length // BLOCK_SIZE)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = sequence_bytes(programs, kv_dtype, middle * BLOCK_SIZE, step_tokens) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return min(low * BLOCK_SIZE, programs.context_length)
+
+
 def activation_bytes(programs: ProgramSet, step_tokens: int, logit_rows: int) -> int:
     """Bytes of the values that live at once, in the worst op of any Program; S and N axes have logit_rows rows."""
     sizes = {Axis.TOKENS: step_tokens, Axis.ENCODER: step_tokens, Axis.ROUTED: step_tokens}
@@ -106,7 +121,7 @@ def kv_blocks_for(
     """Blocks of each state group within `budget` bytes, in the proportion in which sequences of `context` use them,
     and no more than `sequences` of them need. Raises CapacityError if not even one sequence fits."""
     each = {g.name: blocks_per_sequence(g, context, step_tokens) for g in programs.groups}
-    one = sum(each[g.name] * block_bytes(g, kv_dtype) for g in programs.groups)
+    one = sequence_bytes(programs, kv_dtype, context, step_tokens)
     if one > budget:
         raise CapacityError(
             f"one sequence of {context} tokens needs {one} bytes of state ({kv_dtype}), the budget is {budget}",
