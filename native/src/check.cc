@@ -1,6 +1,7 @@
 // The shape rules of every op, on the native side: a program that passes cannot make a body leave its buffers.
 #include <string>
 
+#include "formats.h"
 #include "program.h"
 
 namespace inhouse {
@@ -59,7 +60,7 @@ void check_embed(Rule& r) {
   r.integer(0, 0, 2);
   r.integer(1, 0, INT32_MAX);
   const Weight* table = r.weight(0);
-  if (table == nullptr) return r.need(false, "no table");
+  if (table == nullptr || table->format < 0) return r.need(false, "no packed table");
   const int64_t sizes[] = {r.set().vocab_size, r.set().context_length, 1};
   if (r.fault() != nullptr) return;
   r.need(r.out(0).axis == Axis::kTokens && r.out(0).width == table->in, "output does not fit the table");
@@ -92,6 +93,11 @@ void check_quantize_rows(Rule& r) {
   r.need(r.out(0).group % kQuantGroup == 0 || r.out(0).group == r.in(0).width, "group must be a multiple of 32");
 }
 
+// Code formats take int8 rows with a scale for every kQuantGroup elements, or one for the whole row.
+bool takes_codes(const Weight& w, const Value& x) {
+  return kFormats[w.format].low > 0 && (x.group == kQuantGroup || x.group == x.width);
+}
+
 void check_linears(Rule& r) {
   const size_t count = r.op().outputs.size();
   r.need(count > 0, "no outputs");
@@ -99,7 +105,8 @@ void check_linears(Rule& r) {
   for (size_t i = 0; i < count; ++i) {
     const Weight* w = r.weight(i);
     const Value& y = r.out(static_cast<int>(i));
-    if (w == nullptr) return r.need(false, "a weight is missing");
+    if (w == nullptr || w->format < 0) return r.need(false, "a packed weight is missing");
+    r.need(r.in(0).dtype == DType::kF32 || takes_codes(*w, r.in(0)), "a weight cannot take its quantised input");
     r.need(w->in == r.in(0).width, "a weight takes another width");
     r.need(y.axis == r.in(0).axis && y.width == w->out && y.dtype == DType::kF32, "an output does not fit its weight");
     r.vector(count + i, w->out, true);
