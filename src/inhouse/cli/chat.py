@@ -69,6 +69,8 @@ class Chat:
                 print(f"error: {error.message}. /clear begins the conversation anew", file=sys.stderr)
             except InhouseError as error:
                 print(f"error: {error}", file=sys.stderr)
+            except KeyboardInterrupt:  # before the first token, or a second time
+                print(" [stopped]", file=sys.stderr)
 
     def answer(self, text: str) -> TextEnd | None:
         """Streams the answer to one message; Ctrl-C ends it early. Returns its end, None if it was stopped.

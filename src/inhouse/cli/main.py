@@ -117,6 +117,10 @@ def _run(row: Command, args: list[str]) -> int:
     except InhouseError as error:
         _report(error, as_json)
         return error.exit_code
+    except SystemExit as error:  # the parser's own way with a broken pipe; main has a better one
+        if isinstance(error.__context__, BrokenPipeError):
+            raise error.__context__ from None
+        raise
     except Exception as error:
         status = _usage_fault(error, as_json)
         if status is None:

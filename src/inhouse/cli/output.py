@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
+KEEP_SECONDS = 1.0  # a bar that lasted less leaves no trace
+
 
 def print_json(value: Any) -> None:
     """One JSON document on stdout."""
@@ -111,8 +113,9 @@ class ProgressBar:
         return f"{self._stage} [{bar:<{self._width}}] {share:4.0%} {amount}{left}"
 
     def finish(self) -> None:
-        """Ends the line of the bar; safe to call at any time."""
+        """Ends the line of the bar, and takes it away again if the stage was short; safe to call at any time."""
         if self._open:
-            self._stream.write("\n")
+            short = time.monotonic() - self._began < KEEP_SECONDS
+            self._stream.write("\r\x1b[K" if short else "\n")
             self._stream.flush()
             self._open = False
