@@ -16,7 +16,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PAGE = ROOT / "bench" / "results.json", ROOT / "docs" / "benchmarks.md"
-RUNS = (("demo", []), ("demo, q8", ["--quantize", "q8"]), ("demo, q4", ["--quantize", "q4"]))
+RUNS: tuple[tuple[str, list[str]], ...] = (
+    ("demo", []),
+    ("demo, q8", ["--quantize", "q8"]),
+    ("demo, q4", ["--quantize", "q4"]),
+)
 
 
 def machine() -> dict[str, Any]:
@@ -59,11 +63,11 @@ def render(report: dict[str, Any]) -> str:
     info, cold = report["machine"], report["run_demo_hi"]
     lines = [
         "# Benchmarks", "",
-        "Written by `python tools/benchmarks.py` from `bench/results.json`; do not edit. Medians of five rounds after a",
-        "warm-up. No figure here is compared with another engine's: that takes rounds measured in turns, and has not been",
-        "done yet.", "",
-        f"Machine: {info['processor']}, {info['cores']} cores, {info['system']}, CPython {info['python']}, {info['date']},",
-        f"load average before the run {info['load_before']:.2f}.", "",
+        "Written by `python tools/benchmarks.py` from `bench/results.json`; do not edit. Medians of five rounds after",
+        "a warm-up. No figure here is compared with another engine's: that takes rounds measured in turns, and has",
+        "not been done yet.", "",
+        f"Machine: {info['processor']}, {info['cores']} cores, {info['system']}, CPython {info['python']},",
+        f"{info['date']}, load average before the run {info['load_before']:.2f}.", "",
         "## From nothing to an answer", "",
         '`inhouse run demo "hi"`, a whole process on a warm disk (median of five):', "",
         "| figure | value |", "|---|---|",
@@ -74,7 +78,8 @@ def render(report: dict[str, Any]) -> str:
     ]  # fmt: skip
     for run in report["runs"]:
         lines += [
-            f"### {run['name']}: {run['executor']}, weights {run['weights_bytes'] / 1e6:.1f} MB, KV {run['kv_dtype']}", "",
+            f"### {run['name']}: {run['executor']}, weights {run['weights_bytes'] / 1e6:.1f} MB, KV {run['kv_dtype']}",
+            "",
             f"`{' '.join(run['command'])}`", "",
             "| cell | streams | prompt | answer | prefill tok/s | decode tok/s | first token s | weights GB/s |",
             "|---|--:|--:|--:|--:|--:|--:|--:|",
