@@ -8,7 +8,7 @@ refusals is unknown, and an unknown field is an error too.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from inhouse.core.errors import UnsupportedError
 
@@ -69,12 +69,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
 
+def _only_false(value: bool) -> bool:
+    if value:
+        raise ValueError("only false can be honoured")
+    return value
+
+
+OnlyFalse = Annotated[bool, AfterValidator(_only_false)]  # Literal[False] would take 0 for it
+
+
 class StreamOptions(_Strict):
     """`include_usage`: one more chunk before the end, with the token counts and no choices."""
 
     include_usage: bool | None = None
     # Padding against traffic analysis is the transport's matter here; only its absence can be promised.
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: OnlyFalse | None = None
 
 
 class ResponseFormat(_Strict):
@@ -170,7 +179,7 @@ class ChatRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = Field(None, description="nothing is stored")
+    store: OnlyFalse | None = Field(None, description="nothing is stored")
     metadata: dict[str, str] | None = Field(None, description="accepted; nothing is stored about it")
     safety_identifier: str | None = Field(None, description="accepted; nothing is stored about it")
     prompt_cache_key: str | None = Field(None, description="accepted; prefixes are shared automatically")
