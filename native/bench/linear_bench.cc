@@ -1,9 +1,11 @@
 // Speed of the packed linears beside the machine's limits: all matrices of a model, activations quantised, no
-// attention. Usage: linear_bench [format=q4_0] [threads=2] [isa, default the highest] [seconds per figure=2] Prints one
-// line for each number of rows: tokens/s, bytes of weights/s, integer operations/s, and the share of the clock that the
-// threads had to themselves (below 1 the machine was busy: do not quote the figures).
+// attention. Usage: linear_bench [format=q4_0] [threads=2] [isa, default the highest] [seconds per figure=2] [huge]
+// Prints one line for each number of rows: tokens/s, bytes of weights/s, integer operations/s, and the share of the
+// clock that the threads had to themselves (below 1 the machine was busy: do not quote the figures).
+#include <sys/mman.h>
 #include <time.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdio>
@@ -29,7 +31,8 @@ struct Shape {
 const Shape kLayer[] = {{896, 896}, {128, 896}, {128, 896}, {896, 896}, {4864, 896}, {4864, 896}, {896, 4864}};
 constexpr int kLayers = 24;
 const Shape kHead = {151936, 896};
-constexpr int64_t kClaim = 4;  // tiles that a thread takes at once
+constexpr size_t kHuge = size_t{2} << 20;
+constexpr int64_t kClaims = 2;  // pieces of a matrix for each thread
 
 double seconds(clockid_t clock) {
   timespec t;
@@ -38,7 +41,7 @@ double seconds(clockid_t clock) {
 }
 
 struct Model {
-  explicit Model(int format) {
+  Model(int format, bool huge_pages) : huge(huge_pages) {
     for (int i = 0; i < kLayers; ++i) {
       for (const Shape& s : kLayer) add(format, s);
     }
@@ -46,10 +49,12 @@ struct Model {
   }
   void add(int format, const Shape& s) {
     const size_t bytes = static_cast<size_t>(packed_bytes(kFormats[format], s.out, s.in));
-    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(64, bytes));
+    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(kHuge, (bytes + kHuge - 1) / kHuge * kHuge));
+    if (huge) madvise(data, bytes, MADV_HUGEPAGE);
     std::memset(data, 0x35, bytes);  // 0x3535 is 0.33 in f16
     weights.push_back({format, s.out, s.in, data, bytes});
   }
+  bool huge;
   std::vector<Weight> weights;
 };
 
@@ -99,8 +104,9 @@ void step(const Kernels& k, const Model& m, int rows, Team& team, Buffers& b, in
     const QuantRows q = {b.codes.data(), b.scales.data(), b.sums.data(), w.in, w.in, 32, w.in / 32};
     float* y = head ? b.head.data() : b.y.data();
     const int64_t ldy = head ? (n > 1 ? 0 : w.out) : w.out, tiles = (w.out + 15) / 16;
-    for (int64_t t; (t = team.next.fetch_add(kClaim)) < tiles;) {
-      const int64_t end = t + kClaim < tiles ? t + kClaim : tiles;
+    const int64_t claim = std::max<int64_t>(1, tiles / (team.size * kClaims));
+    for (int64_t t; (t = team.next.fetch_add(claim)) < tiles;) {
+      const int64_t end = t + claim < tiles ? t + claim : tiles;
       if (codes) {
         k.linear_i8(w, q, n, t, end, nullptr, y, ldy);
       } else {
@@ -167,7 +173,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   std::printf("%s %s, %d threads, Qwen2.5-0.5B shapes\n", kernels->isa, name.c_str(), threads);
-  const Model model(format);
+  const Model model(format, argc > 5 && std::string(argv[5]) == "huge");
   for (const int rows : {1, 8, 32, 512}) measure(*kernels, model, rows, threads, budget);
   return 0;
 }

@@ -30,10 +30,13 @@ IH_INLINE void floats_tile(const uint8_t* tile, int64_t in, const float* x, int6
   });
 }
 
-// The 32 inputs of a block, dequantised: values [32][16].
+// The 32 inputs of a block of a tile, dequantised: values [32][16].
+using UnpackBlock = void (*)(const Weight& w, const Layout& l, int64_t tile, int64_t block, float* values);
+
 template <int ID>
-IH_INLINE void unpack_block(const Tile<ID>& tile, int64_t block, float* values) {
+void unpack_block(const Weight& w, const Layout& l, int64_t at, int64_t block, float* values) {
   constexpr Format f = kFormats[ID];
+  const Tile<ID> tile = tile_of<ID>(w, l, at);
   constexpr int halves = Tile<ID>::halves, quads = 8 / halves;
   const V zero_point = set1(static_cast<float>(f.zero));
   repeat<halves>([&](auto half) __attribute__((always_inline)) {
@@ -52,16 +55,6 @@ IH_INLINE void unpack_block(const Tile<ID>& tile, int64_t block, float* values) 
   });
 }
 
-template <int ID, int R>
-IH_INLINE void unpacked_tile(const Tile<ID>& tile, int64_t in, const float* x, int64_t ldx, V* even, V* odd) {
-  alignas(64) float values[kBlock * 16];
-  for (int64_t b = 0; b < tile.l.blocks; ++b) {
-    const int64_t first = b * kBlock, n = in - first < kBlock ? in - first : kBlock;
-    unpack_block(tile, b, values);
-    accumulate<R>(x + first, ldx, n, even, odd, [&](int64_t k) { return load(values + k * 16); });
-  }
-}
-
 // sweep(Int<R>, row, even, odd) adds one tile to the sums of R rows.
 template <int R, class F>
 IH_INLINE void float_rows(const Weight& w, int64_t row, int rows, int64_t tile, const float* bias, float* y,
@@ -72,7 +65,7 @@ IH_INLINE void float_rows(const Weight& w, int64_t row, int rows, int64_t tile, 
     sweep(Int<R>{}, row, even, odd);
     for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, add(even[r], odd[r]), y + (row + r) * ldy);
   }
-  if constexpr (R > 1) float_rows<1>(w, row, rows, tile, bias, y, ldy, sweep);
+  if constexpr (R > 1) float_rows<R / 2>(w, row, rows, tile, bias, y, ldy, sweep);
 }
 
 template <Scalar S>
@@ -92,13 +85,18 @@ void linear_f32(const Weight& w, const float* x, int64_t ldx, int rows, int64_t 
   if (w.format == 1) return linear_floats<kF16>(w, x, ldx, rows, tile_begin, tile_end, bias, y, ldy);
   if (w.format == 2) return linear_floats<kBF16>(w, x, ldx, rows, tile_begin, tile_end, bias, y, ldy);
   const Layout l = layout_of(kFormats[w.format], w.in);
-  with_codes_of(w.format, [&](auto id) {
-    for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-      float_rows<kFloatRows>(w, 0, rows, tile, bias, y, ldy, [&](auto r, int64_t row, V* even, V* odd) {
-        unpacked_tile<id.value, r.value>(tile_of<id.value>(w, l, tile), w.in, x + row * ldx, ldx, even, odd);
-      });
-    }
-  });
+  UnpackBlock unpack = nullptr;
+  with_codes_of(w.format, [&](auto id) { unpack = unpack_block<id.value>; });
+  alignas(64) float values[kBlock * 16];
+  for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+    float_rows<kFloatRows>(w, 0, rows, tile, bias, y, ldy, [&](auto r, int64_t row, V* even, V* odd) {
+      for (int64_t b = 0; b < l.blocks; ++b) {
+        const int64_t first = b * kBlock, n = w.in - first < kBlock ? w.in - first : kBlock;
+        unpack(w, l, tile, b, values);
+        accumulate<r.value>(x + row * ldx + first, ldx, n, even, odd, [&](int64_t k) { return load(values + k * 16); });
+      }
+    });
+  }
 }
 
 }  // namespace
