@@ -26,7 +26,9 @@ def test_each_place_overrides_the_one_before(tmp_path: Path) -> None:
         ({"INHOUSE_QUANTIZE": "q9"}, "", "'q8'"),
         ({}, "treads = 2", "threads"),
         ({}, "port = true", "expected int"),
-        ({}, "port = -1", "0 or more"),
+        ({}, "port = -1", "0 to 65535"),
+        ({}, "port = 99999", "0 to 65535"),
+        ({}, "max_queue = 0", "1 or more"),
         ({}, "port = ", "cannot read"),
     ],
 )

@@ -24,8 +24,8 @@ OTHER_ENVIRONMENT: Mapping[str, str] = {
 }
 
 
-def _setting(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": text, "choices": choices})
+def _setting(default: Any, text: str, choices: tuple[str, ...] = (), least: int = 0, most: int = 2**62) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices, "least": least, "most": most})
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Settings:
     """Every setting, its default and what it means. Sizes are bytes and take suffixes (`512MB`, `2GiB`)."""
 
     host: str = _setting("127.0.0.1", "address the server listens on; anything but loopback needs an API key")
-    port: int = _setting(8080, "port the server listens on")
+    port: int = _setting(8080, "port the server listens on; 0: a free one", most=65535)
     api_key: str = _setting("", "key that clients must send as `Authorization: Bearer`; empty: none")
     cors_origins: str = _setting("", "origins browsers may call from, separated by commas; empty: none")
     threads: int = _setting(0, "compute threads; 0: what the machine or container grants")
@@ -45,9 +45,9 @@ class Settings:
     )
     context: int = _setting(0, "context limit in tokens; 0: the model's own")
     kv_memory: int = _setting(0, "bytes for the KV cache; 0: by context, sequences and free memory")
-    max_sequences: int = _setting(64, "sequences that decode together")
-    max_queue: int = _setting(1024, "requests that may wait; one more is refused with 429")
-    step_tokens: int = _setting(512, "tokens computed in one step, prompts and answers together")
+    max_sequences: int = _setting(64, "sequences that decode together", least=1)
+    max_queue: int = _setting(1024, "requests that may wait; one more is refused with 429", least=1)
+    step_tokens: int = _setting(512, "tokens computed in one step, prompts and answers together", least=1)
     prefix_cache: bool = _setting(True, "share computed prefixes between requests")
     metrics_prefix: str = _setting("inhouse:", "prefix of metric names", ("inhouse:", "vllm:"))
     drain_seconds: int = _setting(30, "how long running requests may finish after SIGTERM")
@@ -97,8 +97,10 @@ def _convert(entry: Field[Any], value: Any, origin: str) -> Any:
     if choices and value not in choices:
         allowed = ", ".join(repr(c) for c in choices)
         raise UsageError(f"{where} is {value!r}, expected one of {allowed}", param=entry.name)
-    if isinstance(value, int) and value < 0:
-        raise UsageError(f"{where} is {value}, expected 0 or more", param=entry.name)
+    least, most = entry.metadata["least"], entry.metadata["most"]
+    if isinstance(value, int) and not least <= value <= most:
+        wanted = f"{least} or more" if most == 2**62 else f"{least} to {most}"
+        raise UsageError(f"{where} is {value}, expected {wanted}", param=entry.name)
     return value
 
 

@@ -5,12 +5,13 @@ Knows how to open a model and how text becomes a request; knows nothing of proto
 
 import queue
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 
+from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
-from inhouse.engine.engine import Engine
+from inhouse.engine.engine import Engine, StepReport
 from inhouse.engine.request import EngineConfig, Event, SamplingParams, make_request
 from inhouse.engine.text import TextAssembler, TextEnd, TextEvent, TextFailed
 from inhouse.load.model import LoadedModel, open_model
@@ -32,7 +33,10 @@ class Session:
         self.model = model
         self.tokenizer: Tokenizer = model.tokenizer
         self.defaults = default_params(model.generation)
-        self.engine = Engine(model.executor, config, self.tokenizer.eos_ids, model.digest)
+        self.on_step: Callable[[StepReport], None] | None = None  # whoever watches; called in the engine's thread
+        self.engine = Engine(
+            model.executor, config, self.tokenizer.eos_ids, model.digest, on_step=lambda step: self._stepped(step)
+        )
 
     @classmethod
     def open(cls, reference: str, settings: Settings | None = None, progress: Progress = silent) -> Self:
@@ -73,15 +77,23 @@ class Session:
         }  # fmt: skip
 
     def chat_ids(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **template_kwargs: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """The prompt of a chat: the model's template rendered, special tokens read as such.
 
         A template of the model's own writes its BOS itself; before our default one the tokenizer's is put.
+        `template_kwargs` are further variables of the template; its own three may not be among them (UsageError).
         """
-        text = self.model.chat_template.render(
-            list(messages), add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
+        extra = {"add_generation_prompt": add_generation_prompt} | dict(template_kwargs or {})
+        taken = {"self", "messages", "tools"} & set(extra)
+        if taken or not isinstance(extra["add_generation_prompt"], bool):
+            names = ", ".join(sorted(taken or {"add_generation_prompt"}))
+            raise UsageError(f"chat_template_kwargs may not set {names}", param="chat_template_kwargs")
+        text = self.model.chat_template.render(list(messages), **extra)
         return self.tokenizer.encode(text, add_special=self.model.chat_template.is_default)
 
     def prompt_ids(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -105,7 +117,7 @@ class Session:
         events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         assembler = TextAssembler(
             self.tokenizer, prompt, stops, skip_special=skip_special,
-            stop_choice=lambda choice: self.engine.stop_choice(name, choice),
+            stop_choice=lambda choice: self.engine.cancel(name, choice),
         )  # fmt: skip
         self.engine.submit(make_request(name, prompt, params or self.defaults, max_tokens), events.put)
         try:
@@ -116,6 +128,10 @@ class Session:
                         return
         finally:
             self.engine.cancel(name)
+
+    def _stepped(self, step: StepReport) -> None:
+        if self.on_step is not None:
+            self.on_step(step)
 
     def close(self) -> None:
         """Ends what runs and frees the model."""

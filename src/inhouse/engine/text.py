@@ -6,7 +6,7 @@ the queue (event loop or terminal), never in the engine's thread.
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 from inhouse.core.errors import InhouseError
@@ -19,13 +19,15 @@ Reason = Literal["stop", "length", "cancelled"]
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text of one choice. `tokens` are the ids that arrived since the last delta; `logprobs` those of the tokens
-    whose text is wholly given by now (empty unless asked for), so that joined tokens equal joined text."""
+    """New text of one choice. `tokens` are the ids that arrived since the last delta, up to the one that completed a
+    stop string; `logprobs` those of the tokens whose text is wholly given by now (empty unless asked for), so that
+    joined tokens equal joined text; `offsets` say at which character of the answer each of them begins."""
 
     choice: int
     text: str
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
+    offsets: tuple[int, ...] = ()
     time: float = 0.0
 
 
@@ -62,8 +64,9 @@ class _Choice:
     stops: StopStrings
     pieces: int = 0  # characters detokenised so far, withheld ones included
     given: int = 0  # characters handed out
-    withheld: deque[tuple[int, TokenLogprob]] = field(default_factory=deque)  # (end offset, logprob)
+    withheld: deque[tuple[int, int, TokenLogprob]] = field(default_factory=deque)  # (begin, end, logprob)
     stopped: str | None = None
+    tokens: int = 0  # up to the one that completed a stop string
 
 
 class TextAssembler:
@@ -116,19 +119,22 @@ class TextAssembler:
     def _tokens(self, event: TokenEvent) -> list[TextEvent]:
         """One delta for the tokens of an event; nothing once a stop string has ended the choice."""
         choice = self._choice(event.choice)
-        text = ""
+        if choice.stopped is not None:  # drawn before the engine heard of the stop
+            return []
+        text, used = "", 0
         for i, token in enumerate(event.tokens):
+            piece = choice.detokenizer.push([token])
+            begin, choice.pieces = choice.pieces, choice.pieces + len(piece)
+            if event.logprobs:
+                choice.withheld.append((begin, choice.pieces, event.logprobs[i]))
+            text += self._through_stops(choice, piece)
+            used = i + 1
             if choice.stopped is not None:
                 break
-            piece = choice.detokenizer.push([token])
-            choice.pieces += len(piece)
-            if event.logprobs:
-                choice.withheld.append((choice.pieces, event.logprobs[i]))
-            text += self._through_stops(choice, piece)
+        choice.tokens += used
         if choice.stopped is not None and self._stop_choice is not None:
             self._stop_choice(event.choice)
-        delta = self._delta(event.choice, choice, text, event.tokens, event.time)
-        return [delta] if delta.text or delta.logprobs or delta.tokens else []
+        return [self._delta(event.choice, choice, text, event.tokens[:used], event.time)]
 
     def _through_stops(self, choice: _Choice, piece: str) -> str:
         """What of `piece` (and of text withheld before) may be given."""
@@ -142,9 +148,9 @@ class TextAssembler:
     def _delta(self, index: int, choice: _Choice, text: str, tokens: tuple[int, ...], time: float) -> TextDelta:
         choice.given += len(text)
         ready = []
-        while choice.withheld and choice.withheld[0][0] <= choice.given:
-            ready.append(choice.withheld.popleft()[1])
-        return TextDelta(index, text, tokens, tuple(ready), time)
+        while choice.withheld and choice.withheld[0][1] <= choice.given:
+            ready.append(choice.withheld.popleft())
+        return TextDelta(index, text, tokens, tuple(r[2] for r in ready), tuple(r[0] for r in ready), time)
 
     def _finish(self, event: Finished) -> list[TextEvent]:
         """Gives what was withheld for a stop string that never came, then the end."""
@@ -155,12 +161,10 @@ class TextAssembler:
             if choice.stopped is None:
                 text += choice.stops.flush()
             delta = self._delta(event.choice, choice, text, (), 0.0)
-            if choice.stopped is None and choice.withheld:
-                rest = tuple(logprob for _, logprob in choice.withheld)
-                delta = TextDelta(event.choice, text, (), delta.logprobs + rest)
             if delta.text or delta.logprobs:
                 out.append(delta)
         stop: str | int | None = choice.stopped if choice.stopped is not None else event.stop_token
         reason: Reason = "stop" if choice.stopped is not None else event.reason.value
-        out.append(TextEnd(event.choice, reason, event.usage, event.timings, event.seed, event.last, stop))
+        usage = event.usage if choice.stopped is None else replace(event.usage, completion_tokens=choice.tokens)
+        out.append(TextEnd(event.choice, reason, usage, event.timings, event.seed, event.last, stop))
         return out

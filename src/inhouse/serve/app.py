@@ -6,7 +6,7 @@ are off; the OpenAPI document itself is at /openapi.json.
 
 import hmac
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,14 +20,28 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from inhouse.core.errors import InhouseError, UsageError
 from inhouse.core.settings import Settings
 from inhouse.serve import metrics as prometheus
-from inhouse.serve.observe import observe_engine
+from inhouse.serve.observe import observe_engine, watch_steps
 from inhouse.serve.openai import error_body
 from inhouse.serve.pool import Pool
 from inhouse.serve.routes import router
+from inhouse.serve.schema import (
+    ChatRequest,
+    CompletionRequest,
+    Message,
+    ResponseFormat,
+    StreamOptions,
+    TextPart,
+)
 from inhouse.serve.shapes import ModelCard, ModelList, Status, describe, errors
 
 MAX_BODY = 32 * 1024 * 1024  # bytes; 8 million tokens of text, far beyond any context
 OPEN_PATHS = ("/health", "/ready")  # probes need no key
+
+FIELDS = frozenset(
+    name
+    for model in (ChatRequest, CompletionRequest, Message, TextPart, StreamOptions, ResponseFormat)
+    for name in model.model_fields
+)
 
 log = logging.getLogger("inhouse.serve")
 
@@ -43,6 +57,8 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     app = FastAPI(title="Inhouse", version="1", docs_url=None, redoc_url=None, lifespan=lifespan)
     app.state.pool = pool
     app.state.metrics = prometheus.Metrics(settings.metrics_prefix)
+    for session in pool.sessions().values():
+        watch_steps(app.state.metrics, session)
     app.include_router(router)
     app.include_router(_status_routes(pool))
     _add_error_table(app)
@@ -85,17 +101,14 @@ def _status_routes(pool: Pool) -> APIRouter:
     async def ready() -> Response:
         """Requests are served: 200; while starting or draining, or when an engine is damaged for good: 503."""
         damaged = [name for name, session in pool.sessions().items() if session.engine.error is not None]
-        good = bool(pool.sessions()) and not pool.draining and not damaged
-        state = (
-            "ready"
-            if good
-            else "draining"
-            if pool.draining
-            else f"damaged: {', '.join(damaged)}"
-            if damaged
-            else "starting"
-        )
-        return JSONResponse({"status": state}, 200 if good else 503)
+        state = "ready"
+        if pool.draining:
+            state = "draining"
+        elif damaged:
+            state = f"damaged: {', '.join(damaged)}"
+        elif not pool.sessions():
+            state = "starting"
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
 
     @status.get("/metrics", tags=["status"], response_class=PlainTextResponse, responses=errors(401))
     async def metrics(http: Request) -> Response:
@@ -121,7 +134,7 @@ def _add_error_table(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        plain = InhouseError(str(error.detail))
+        plain = InhouseError("the body is not JSON in UTF-8" if error.status_code == 400 else str(error.detail))
         body = error_body(plain)
         body["error"] |= {"code": f"http_{error.status_code}", "type": "invalid_request_error"}
         return JSONResponse(body, error.status_code, getattr(error, "headers", None))
@@ -134,15 +147,36 @@ def _add_error_table(app: FastAPI) -> None:
 
 def _explain(error: RequestValidationError) -> UsageError:
     """The first fault of a body, with the path of the field that has it."""
-    first = error.errors()[0]
-    path = ".".join(str(part) for part in first["loc"] if part != "body")
+    faults = error.errors()
+    first = faults[0]
+    path = _path(first["loc"])
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return UsageError(f"unknown field {path!r}", remedy="Fields are listed in /openapi.json", param=path)
     if first["type"] == "json_invalid":
         return UsageError(f"the body is not JSON: {first.get('ctx', {}).get('error', message)}")
-    where = f"{path}: " if path else ""
-    return UsageError(f"{where}{message}", param=path or None)
+    if not path and first["type"] == "missing":
+        return UsageError("the body is empty", remedy="Send a JSON object")
+    if not path and first["type"] in ("model_attributes_type", "model_type"):
+        return UsageError(
+            "the body is no JSON object", remedy="Send one, with the header Content-Type: application/json"
+        )
+    if sum(_path(fault["loc"]) == path for fault in faults) > 1:  # a union: no branch fits
+        message = "the value has none of the allowed shapes"
+    if not path:  # a rule over several fields; its message begins with the one to blame
+        path = message.split(" ", 1)[0]
+        return UsageError(message, param=path if path in FIELDS else None)
+    return UsageError(f"{path}: {message}", param=path)
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """`messages.0.content`: where a fault is, without the names that pydantic gives to branches of a union."""
+    return ".".join(str(part) for part in location if isinstance(part, int) or part in FIELDS or _is_unknown(part))
+
+
+def _is_unknown(part: str) -> bool:
+    """Whether a part of a location is a name that the client wrote, rather than one of pydantic's own."""
+    return part != "body" and part not in ("str", "int", "float", "bool") and "[" not in part and "-" not in part
 
 
 class _Gate:

@@ -7,10 +7,8 @@ protocol.
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from functools import partial
-from types import TracebackType
-from typing import Self
 
-from inhouse.engine.request import Event, Request
+from inhouse.engine.request import Event, PromptEvent, Request
 from inhouse.engine.session import Session
 from inhouse.engine.text import TextAssembler, TextEnd, TextEvent, TextFailed
 
@@ -18,12 +16,12 @@ from inhouse.engine.text import TextAssembler, TextEnd, TextEvent, TextFailed
 class Call:
     """The requests of one call and the queue by which their events come back.
 
-    Use as an async context manager: leaving it, for whatever reason (done, error, the client went away), cancels
-    what still runs, so that its blocks are free at the next step.
+    `open` submits, `events` gives what comes, `close` cancels what still runs (for whatever reason: an error, the
+    client went away), so that its blocks are free at the next step. `close` is safe at any time.
 
     Args:
         session: the model that answers.
-        requests: one for each prompt; submitted in `__aenter__`, where a refusal (too long, queue full) is raised.
+        requests: one for each prompt.
         stops, skip_special, include_stop: see TextAssembler.
     """
 
@@ -47,24 +45,27 @@ class Call:
                 stops,
                 skip_special=skip_special,
                 include_stop=include_stop,
-                stop_choice=partial(session.engine.stop_choice, request.id),
+                stop_choice=partial(session.engine.cancel, request.id),
             )
             for request in requests
         ]
 
-    async def __aenter__(self) -> Self:
+    def open(self) -> None:
+        """Submits the requests; raises the refusal of the first that is refused (too long, queue full)."""
         try:
             for index, request in enumerate(self._requests):
                 self._session.engine.submit(request, partial(self._deliver, index))
         except BaseException:
-            self._cancel()
+            self.close()
             raise
-        return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._cancel()
+    def close(self) -> int:
+        """Cancels what still runs; returns how many requests that were."""
+        running = list(self._running)
+        self._running.clear()
+        for index in running:
+            self._session.engine.cancel(self._requests[index].id)
+        return len(running)
 
     def _deliver(self, index: int, events: list[Event]) -> None:
         """Called in the engine's thread; a loop that has closed meanwhile wants nothing any more."""
@@ -73,16 +74,15 @@ class Call:
         except RuntimeError:
             self._session.engine.cancel(self._requests[index].id)
 
-    def _cancel(self) -> None:
-        for index in self._running:
-            self._session.engine.cancel(self._requests[index].id)
-        self._running.clear()
-
     async def events(self) -> AsyncIterator[tuple[int, int, TextEvent]]:
         """(request index, choice, event) until every choice of every request has ended."""
         while self._running:
             index, events = await self._queue.get()
             for event in self._assemblers[index].feed(events):
+                if isinstance(event, PromptEvent):  # one prompt, all its choices
+                    for choice in range(self._requests[index].params.n):
+                        yield index, choice, event
+                    continue
                 if isinstance(event, TextEnd | TextFailed) and event.last:
                     self._running.discard(index)
-                yield index, getattr(event, "choice", 0), event
+                yield index, event.choice, event

@@ -62,10 +62,10 @@ TABLE: tuple[Row, ...] = (
     Row("prefix_cache_hits", "counter", "prompt tokens found in the prefix cache"),
     Row("num_preemptions", "counter", "sequences sent back to the queue because blocks ran out"),
     Row("admission_rejections", "counter", "requests refused at the door", ("reason",)),
-    Row("prompt_tokens", "counter", "prompt tokens of requests that ended"),
+    Row("prompt_tokens", "counter", "prompt tokens that were computed or found"),
     Row("prompt_tokens_cached", "counter", "of these, tokens taken from the prefix cache"),
     Row("generation_tokens", "counter", "tokens generated"),
-    Row("request_success", "counter", "requests that ended, by reason", ("finished_reason",)),
+    Row("request_success", "counter", "choices that ended: stop, length, abort, error", ("finished_reason",)),
     Row("corrupted_requests", "counter", "requests that ended because a step failed"),
     Row("iteration_tokens_total", "histogram", "tokens computed in a step", (), _ITERATION),
     Row("request_prompt_tokens", "histogram", "prompt tokens a request", (), _TOKENS),
@@ -96,6 +96,7 @@ class Metrics:
     def __init__(self, prefix: str = "inhouse:") -> None:
         self._registry = CollectorRegistry()
         self._metrics: dict[str, Any] = {}
+        self._totals: dict[tuple[str, str], float] = {}
         for row in TABLE:
             extra = {"buckets": row.buckets} if row.buckets else {}
             labels = ("model_name", "engine", *row.labels)
@@ -108,6 +109,13 @@ class Metrics:
     def count(self, name: str, model: str, amount: float = 1, *labels: str) -> None:
         """Adds to a counter."""
         self._child(name, model, labels).inc(amount)
+
+    def total(self, name: str, model: str, value: float) -> None:
+        """Brings a counter up to a total that is counted elsewhere."""
+        before = self._totals.get((name, model), 0.0)
+        if value > before:
+            self._totals[name, model] = value
+            self.count(name, model, value - before)
 
     def level(self, name: str, model: str, value: float) -> None:
         """Sets a gauge."""

@@ -45,6 +45,12 @@ class CallObserver:
             self._end(index, event)
         elif isinstance(event, TextFailed):
             self._metrics.count("corrupted_requests", self._model)
+            self._metrics.count("request_success", self._model, 1, "error")
+
+    def aborted(self, requests: int) -> None:
+        """That many requests were still running when the client went away."""
+        if requests:
+            self._metrics.count("request_success", self._model, requests, "abort")
 
     def _delta(self, index: int, event: TextDelta) -> None:
         if not event.tokens:
@@ -56,7 +62,6 @@ class CallObserver:
         if key in self._last:
             self._observe("inter_token_latency_seconds", event.time - self._last[key])
         self._last[key] = event.time
-        self._metrics.count("generation_tokens", self._model, len(event.tokens))
 
     def _end(self, index: int, event: TextEnd) -> None:
         """Counts a choice; what belongs to the whole request is counted with its last choice."""
@@ -66,14 +71,8 @@ class CallObserver:
         self._observe("request_generation_tokens", usage.completion_tokens)
         if usage.completion_tokens > 1:
             self._observe("request_time_per_output_token_seconds", timings.decode / (usage.completion_tokens - 1))
-        if timings.preemptions:
-            self._metrics.count("num_preemptions", self._model, timings.preemptions)
         if not event.last:
             return
-        self._metrics.count("prompt_tokens", self._model, usage.prompt_tokens)
-        self._metrics.count("prompt_tokens_cached", self._model, usage.cached_tokens)
-        self._metrics.count("prefix_cache_queries", self._model, usage.prompt_tokens)
-        self._metrics.count("prefix_cache_hits", self._model, usage.cached_tokens)
         self._observe("request_prompt_tokens", usage.prompt_tokens)
         self._observe("request_max_num_generation_tokens", self._longest[index])
         self._observe("request_params_n", request.params.n)
@@ -90,8 +89,19 @@ class CallObserver:
 
 
 def observe_engine(metrics: Metrics, session: Session) -> None:
-    """Sets the gauges of one engine from its counters; called when metrics are read."""
+    """Brings gauges and totals up to the engine's own counters, which see every request however it ends."""
     stats = session.engine.stats()
     metrics.level("num_requests_running", session.name, stats.running)
     metrics.level("num_requests_waiting", session.name, stats.waiting)
     metrics.level("kv_cache_usage_perc", session.name, stats.kv_usage)
+    metrics.total("prompt_tokens", session.name, stats.prompt_tokens)
+    metrics.total("prompt_tokens_cached", session.name, stats.prefix_hits)
+    metrics.total("generation_tokens", session.name, stats.generation_tokens)
+    metrics.total("prefix_cache_queries", session.name, stats.prefix_queries)
+    metrics.total("prefix_cache_hits", session.name, stats.prefix_hits)
+    metrics.total("num_preemptions", session.name, stats.preemptions)
+
+
+def watch_steps(metrics: Metrics, session: Session) -> None:
+    """Observes every step of the session's engine from now on."""
+    session.on_step = lambda step: metrics.observe("iteration_tokens_total", session.name, step.tokens)

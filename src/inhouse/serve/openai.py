@@ -13,6 +13,7 @@ from typing import Any
 from inhouse.core.errors import InhouseError, UsageError
 from inhouse.engine.request import PromptEvent, SamplingParams, TokenLogprob, Usage
 from inhouse.engine.text import TextDelta, TextEnd, TextEvent, TextFailed
+from inhouse.model.tokens.detokenize import Detokenizer
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.serve.schema import ChatRequest, CompletionRequest, SamplingFields
 
@@ -98,23 +99,31 @@ def chat_logprobs_body(tokenizer: Tokenizer, entries: Sequence[TokenLogprob]) ->
     return {"content": [_chat_logprob(tokenizer, entry) for entry in entries], "refusal": None}
 
 
+def _exact_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text, or its bytes spelled out where they are no text, so that two tokens never look alike."""
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
 def completion_logprobs_body(
-    tokenizer: Tokenizer, entries: Sequence[TokenLogprob | int], offset: int
+    tokenizer: Tokenizer, entries: Sequence[TokenLogprob | int], offsets: Sequence[int]
 ) -> dict[str, Any]:
-    """`choices[].logprobs` of the completion route; an int stands for a token without one (the prompt's first)."""
-    body: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    """`choices[].logprobs` of the completion route; an int stands for a token without one (the prompt's first).
+    `offsets`: the character of the choice's text at which each token begins."""
+    body: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": list(offsets)}
     for entry in entries:
         token = entry if isinstance(entry, int) else entry.token
-        text, _ = _token_text(tokenizer, token)
+        text = _exact_text(tokenizer, token)
         body["tokens"].append(text)
-        body["text_offset"].append(offset)
-        offset += len(text)
         if isinstance(entry, int):
             body["token_logprobs"].append(None)
             body["top_logprobs"].append(None)
             continue
         body["token_logprobs"].append(entry.logprob)
-        top = {_token_text(tokenizer, t)[0]: p for t, p in entry.top}
+        top = {_exact_text(tokenizer, t): p for t, p in entry.top}
         body["top_logprobs"].append(top | {text: entry.logprob} if entry.top else None)
     return body
 
@@ -124,8 +133,8 @@ class _ChoiceState:
     """What one choice of a reply has so far."""
 
     text: list[str] = field(default_factory=list)
-    length: int = 0  # characters given
     logprobs: list[TokenLogprob | int] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # of their texts, the echo's characters before them included
     end: TextEnd | None = None
     started: bool = False
 
@@ -159,6 +168,10 @@ class Reply:
     created: int = field(default_factory=lambda: int(time.time()))
     _states: dict[int, _ChoiceState] = field(default_factory=dict)
 
+    def position(self, request: int, choice: int) -> int:
+        """The index, in the body, of a choice of one of the call's requests."""
+        return request * (self.choices // self.prompts) + choice
+
     def _state(self, index: int) -> _ChoiceState:
         return self._states.setdefault(index, _ChoiceState())
 
@@ -185,12 +198,13 @@ class Reply:
             raise event.error
         if isinstance(event, TextDelta):
             state.text.append(event.text)
-            state.length += len(event.text)
             state.logprobs += event.logprobs
+            state.offsets += self._shifted(index, event.offsets)
         elif isinstance(event, TextEnd):
             state.end = event
         elif isinstance(event, PromptEvent) and self.echo:
             state.logprobs += [*self.echo_ids[index][:1], *event.logprobs]
+            state.offsets += _offsets(self.tokenizer, self.echo_ids[index])
 
     def chunks(self, index: int, event: TextEvent) -> list[dict[str, Any]]:
         """The stream chunks that an event gives: the role first, text as it comes, one with the finish reason."""
@@ -201,7 +215,8 @@ class Reply:
             out += self._opening(index, state)
         self.take(index, event)
         if isinstance(event, TextDelta) and (event.text or event.logprobs):
-            out.append(self._delta_chunk(index, event.text, self._logprobs(event.logprobs, state.length, event.text)))
+            offsets = self._shifted(index, event.offsets)
+            out.append(self._delta_chunk(index, event.text, self._logprobs(event.logprobs, offsets)))
         elif isinstance(event, TextEnd):
             out.append(self._delta_chunk(index, "", None, event.reason))
         return out
@@ -215,17 +230,23 @@ class Reply:
             delta = {"role": "assistant", "content": "", "refusal": None}
             return [self._chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})]
         if self.echo:
-            logprobs = completion_logprobs_body(self.tokenizer, state.logprobs, 0) if self.logprobs else None
-            state.length += len(self.echo[index])
+            logprobs = (
+                completion_logprobs_body(self.tokenizer, state.logprobs, state.offsets) if self.logprobs else None
+            )
             return [self._delta_chunk(index, self.echo[index], logprobs)]
         return []
 
-    def _logprobs(self, entries: Sequence[TokenLogprob], length: int, text: str) -> dict[str, Any] | None:
+    def _shifted(self, index: int, offsets: Sequence[int]) -> list[int]:
+        """Offsets in the answer as offsets in the choice's text, which the echo may begin."""
+        before = len(self.echo[index]) if self.echo else 0
+        return [before + offset for offset in offsets]
+
+    def _logprobs(self, entries: Sequence[TokenLogprob], offsets: Sequence[int]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
         if self.chat:
             return chat_logprobs_body(self.tokenizer, entries)
-        return completion_logprobs_body(self.tokenizer, entries, length - len(text))
+        return completion_logprobs_body(self.tokenizer, entries, offsets)
 
     def _whole_choice(self, index: int) -> dict[str, Any]:
         state = self._state(index)
@@ -235,10 +256,9 @@ class Reply:
             logprobs = chat_logprobs_body(self.tokenizer, entries) if self.logprobs else None
             message = {"role": "assistant", "content": text, "refusal": None}
             return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
-        offset = 0
         if self.echo:
             text = self.echo[index] + text
-        logprobs = completion_logprobs_body(self.tokenizer, state.logprobs, offset) if self.logprobs else None
+        logprobs = completion_logprobs_body(self.tokenizer, state.logprobs, state.offsets) if self.logprobs else None
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
     def _delta_chunk(
@@ -263,6 +283,15 @@ class Reply:
             "id": self.id, "object": kind, "created": self.created, "model": self.model,
             "system_fingerprint": self.fingerprint,
         }  # fmt: skip
+
+
+def _offsets(tokenizer: Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The character at which each id's text begins; ids of one split character share theirs."""
+    detokenizer, begins, length = Detokenizer(tokenizer), [], 0
+    for token in ids:
+        begins.append(length)
+        length += len(detokenizer.push([token]))
+    return begins
 
 
 def sse(body: Mapping[str, Any] | str) -> bytes:

@@ -6,15 +6,16 @@ Reads top to bottom as a request runs: prepare (text to ids, ids to requests), o
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from inhouse.core.errors import InhouseError, UsageError
+from inhouse.engine.request import MAX_CHOICES, SamplingParams, make_request
 from inhouse.engine.request import Request as EngineRequest
-from inhouse.engine.request import SamplingParams, make_request
 from inhouse.engine.session import Session
 from inhouse.engine.text import TextFailed
 from inhouse.serve.calls import Call
@@ -29,7 +30,7 @@ from inhouse.serve.openai import (
     sse,
 )
 from inhouse.serve.pool import Pool
-from inhouse.serve.schema import MAX_CHOICES, ChatRequest, CompletionRequest, SamplingFields
+from inhouse.serve.schema import ChatRequest, CompletionRequest, SamplingFields
 from inhouse.serve.shapes import ChatCompletion, TextCompletion, generates
 
 router = APIRouter()
@@ -75,12 +76,24 @@ def _chat_ids(session: Session, body: ChatRequest) -> list[int]:
         for m in body.messages
     ]
     add = True if body.add_generation_prompt is None else body.add_generation_prompt
-    return session.chat_ids(messages, add_generation_prompt=add, **(body.chat_template_kwargs or {}))
+    with _naming("messages"):
+        return session.chat_ids(messages, add_generation_prompt=add, template_kwargs=body.chat_template_kwargs)
 
 
 def _prompt_ids(session: Session, body: CompletionRequest) -> list[list[int]]:
     add = body.add_special_tokens is not False
-    return [session.prompt_ids(p, add_special=add) if isinstance(p, str) else p for p in body.prompts()]
+    with _naming("prompt"):
+        return [session.prompt_ids(p, add_special=add) if isinstance(p, str) else p for p in body.prompts()]
+
+
+@contextmanager
+def _naming(field: str) -> Iterator[None]:
+    """Gives an error of the tokenizer or template the name of the field that it came from."""
+    try:
+        yield
+    except InhouseError as error:
+        error.param = error.param if error.param in ("chat_template_kwargs",) else field
+        raise
 
 
 def _requests(
@@ -131,26 +144,27 @@ async def _answer(
         include_stop=bool(body.include_stop_str_in_output),
     )
     try:
-        await call.__aenter__()
+        call.open()
     except InhouseError as error:
         observer.rejected(error)
+        error.param = error.param or ("messages" if reply.chat else "prompt")
         raise
-    per_prompt = body.n or 1
     if body.stream:
         return StreamingResponse(
-            _stream(call, reply, observer, per_prompt),
+            _stream(call, reply, observer),
             media_type="text/event-stream",
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-    return await _whole(http, call, reply, observer, per_prompt)
+    return await _whole(http, call, reply, observer)
 
 
-async def _whole(http: Request, call: Call, reply: Reply, observer: CallObserver, per_prompt: int) -> Response:
+async def _whole(http: Request, call: Call, reply: Reply, observer: CallObserver) -> Response:
+    """The whole body, or nothing for a client that has gone away meanwhile."""
+
     async def run() -> dict[str, Any]:
-        async with _entered(call):
-            async for index, choice, event in call.events():
-                observer.see(index, event)
-                reply.take(index * per_prompt + choice, event)
+        async for index, choice, event in call.events():
+            observer.see(index, event)
+            reply.take(reply.position(index, choice), event)
         return reply.whole()
 
     work = asyncio.ensure_future(run())
@@ -164,6 +178,7 @@ async def _whole(http: Request, call: Call, reply: Reply, observer: CallObserver
         for task in (work, gone):
             task.cancel()
         await asyncio.gather(work, gone, return_exceptions=True)
+        observer.aborted(call.close())
 
 
 async def _disconnected(http: Request) -> None:
@@ -172,29 +187,18 @@ async def _disconnected(http: Request) -> None:
         pass
 
 
-async def _stream(call: Call, reply: Reply, observer: CallObserver, per_prompt: int) -> AsyncIterator[bytes]:
+async def _stream(call: Call, reply: Reply, observer: CallObserver) -> AsyncIterator[bytes]:
     """The events of a stream. An error after the first byte is a data event, as the SDKs expect."""
-    async with _entered(call):
+    try:
         async for index, choice, event in call.events():
             observer.see(index, event)
             if isinstance(event, TextFailed):
                 yield sse(error_body(event.error))
                 return
-            for chunk in reply.chunks(index * per_prompt + choice, event):
+            for chunk in reply.chunks(reply.position(index, choice), event):
                 yield sse(chunk)
-    if reply.include_usage:
-        yield sse(reply.usage_chunk())
-    yield sse("[DONE]")
-
-
-class _entered:
-    """Leaves a call that has been entered already, whatever happens in between."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-
-    async def __aenter__(self) -> None:
-        return
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self._call.__aexit__(*error)
+        if reply.include_usage:
+            yield sse(reply.usage_chunk())
+        yield sse("[DONE]")
+    finally:
+        observer.aborted(call.close())

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from inhouse.core.errors import UnsupportedError
+from inhouse.engine.request import MAX_CHOICES
 
-MAX_CHOICES = 128
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16  # OpenAI allows 4; longer lists are common with local models
 MAX_BIASES = 1024
@@ -50,15 +50,32 @@ HARMLESS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def refuse_unsupported(body: Any) -> Any:
-    """Raises UnsupportedError for the first field of `body` that asks for something we cannot honour."""
+# The same for fields of a message; clients send our own answers back, with the nulls and empty lists that SDKs add.
+REFUSED_OF_MESSAGE: Mapping[str, str] = {
+    "annotations": "answers here cite nothing",
+    "audio": "models here read and write text only",
+    "function_call": f"tool calls: {_NOT_BUILT}",
+    "refusal": "an earlier refusal is to be sent as content",
+    "tool_call_id": f"tool calls: {_NOT_BUILT}",
+    "tool_calls": f"tool calls: {_NOT_BUILT}",
+}
+
+FORMATS_REFUSED = ("json_object", "json_schema")
+
+
+def refuse_unsupported(body: Any, table: Mapping[str, str] = REFUSED) -> Any:
+    """`body` without the fields of a table of refusals; raises UnsupportedError for the first that asks for something.
+
+    Null and the values of HARMLESS ask for nothing; nor does an empty list in a message.
+    """
     if not isinstance(body, dict):
         return body
     kept = dict(body)
-    for name, reason in REFUSED.items():
+    for name, reason in table.items():
         if name in kept:
             value = kept.pop(name)
-            if not any(value is h or (type(value) is type(h) and value == h) for h in HARMLESS.get(name, (None,))):
+            harmless: tuple[Any, ...] = HARMLESS.get(name, (None,)) if table is REFUSED else (None, [])
+            if not any(value is h or (type(value) is type(h) and value == h) for h in harmless):
                 raise UnsupportedError(f"the field {name!r} cannot be honoured: {reason}", param=name)
     return kept
 
@@ -91,12 +108,30 @@ class ResponseFormat(_Strict):
 
     type: Literal["text"]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, body: Any) -> Any:
+        if isinstance(body, dict) and body.get("type") in FORMATS_REFUSED:
+            reason = f"constrained output: {_NOT_BUILT}"
+            raise UnsupportedError(f"{body['type']} cannot be honoured: {reason}", param="response_format")
+        return body
+
 
 class TextPart(_Strict):
     """One part of a message."""
 
     type: Literal["text"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, body: Any) -> Any:
+        kind = body.get("type") if isinstance(body, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise UnsupportedError(
+                f"a part of type {kind!r} cannot be honoured: models here read text only", param="messages"
+            )
+        return body
 
 
 class Message(_Strict):
@@ -105,6 +140,11 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[TextPart], Field(min_length=1)]
     name: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse(cls, body: Any) -> Any:
+        return refuse_unsupported(body, REFUSED_OF_MESSAGE)
 
     def text(self) -> str:
         """The content as one string; parts stand on lines of their own, as vLLM and llama.cpp have it."""
