@@ -51,7 +51,7 @@ def command(
     if prompt is None and not interactive:
         prompt = _read_stdin()
     if not interactive and not raw and not (prompt or "").strip():
-        raise UsageError("the prompt is empty", remedy="Write a message, or --raw to begin from nothing", param="prompt")
+        raise UsageError("the prompt is empty", remedy="Write one, or --raw to begin from nothing", param="prompt")
     from inhouse.cli.chat import Chat, typed_lines
     from inhouse.engine.session import Session
 
