@@ -1,5 +1,6 @@
 """Chat templates: all vectors that a real Jinja2 renders, transformers as the oracle for tools, hostile templates."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
 from inhouse.core.errors import UsageError
@@ -138,6 +140,12 @@ def test_words_that_templates_use() -> None:
         render("a\n{% if %}")
 
 
+TWO = "{% set x=range(99999)|list %}{% set y=range(99999)|list %}"
+MAPPED = "{% set a=[[]]|batch(9999, x)|first %}{% set b=[[]]|batch(9999, y)|first %}"  # no literal holds them
+TREES = (
+    "{% set n=namespace(a=[0], b=[0]) %}{% for i in range(27) %}{% set n.a=[n.a]+[n.a] %}{% set n.b=[n.b]+[n.b] %}"
+    "{% endfor %}"
+)
 HOSTILE = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "huge range": "{% for a in range(10**12) %}{% endfor %}",
@@ -167,6 +175,45 @@ HOSTILE = {
     "mutation": "{% set _ = messages.append(1) %}",
     "file": "{% include '/etc/passwd' %}",
     "lipsum": "{{ lipsum(n=1000000) }}",
+    "repeated list compared": TWO + "{{ [x]*900000 == [y]*900000 }}",
+    "repeated little": TWO + "{{ [x]*300 == [y]*300 }}",
+    "filled list compared": TWO + "{{ [1]|batch(9000,x)|list == [1]|batch(9000,y)|list }}",
+    "mapped list compared": TWO + MAPPED + "{{ a == b }}",
+    "mapped list ordered": TWO + MAPPED + "{{ a < b }}",
+    "mapped list in a chain": TWO + MAPPED + "{{ 1 < 2 != 3 in [4] or a == b == a }}",
+    "mapped list in a list": TWO + MAPPED + "{{ a in [b] }}",
+    "mapped list not in a stream": TWO + MAPPED + "{{ a not in [b]|select }}",
+    "mapped list in values": TWO + MAPPED + "{{ a in {'k': b}.values() }}",
+    "mapped list is in": TWO + MAPPED + "{{ a is in [b] }}",
+    "mapped list is": TWO + MAPPED + "{{ a is eq b }}",
+    "mapped list selected": TWO + MAPPED + "{{ [a]|select('equalto', b)|list }}",
+    "mapped list counted": TWO + MAPPED + "{{ [a].count(b) }}",
+    "mapped list sorted": TWO + MAPPED + "{{ [a, b]|sort|length }}",
+    "mapped list unique": TWO + MAPPED + "{{ [a, b]|unique|list|length }}",
+    "mapped list changed": TWO + MAPPED + "{% for i in [a, b] %}{{ loop.changed(i) }}{% endfor %}",
+    "doubling compared": TREES + "{{ n.a == n.b }}",
+    "doubling in": TREES + "{{ n.a in [n.b] }}",
+    "long list searched": TWO + "{% for i in x %}{{ (i ~ 'z') in x }}{% endfor %}",
+    "long text searched": "{% set s = 'x' * 9000000 %}{% for i in range(99999) %}{{ 'y' in s }}{% endfor %}",
+    "long text compared": "{% set s='x'*9000000 %}{% set t='x'*9000000 %}{% for i in range(99999) %}{{s==t}}{%endfor%}",
+    "long text cut": "{% set s = 'x' * 9000000 %}{% for i in range(99999) %}{{ s[1:]|length }}{% endfor %}",
+    "tuple as a key": "{% set t=((1,)*90000,)*90000 %}{{ {t: 1} }}",
+    "tuple as an index": "{% set t=(1,)*900000 %}{% set d={} %}{% for i in range(99999) %}{{ d[t] }}{% endfor %}",
+    "tuple got": "{% set t=(1,)*900000 %}{% set d={} %}{% for i in range(99999) %}{{ d.get(t) }}{% endfor %}",
+    "lists added up": "{{ ([range(9999)|list]*5000)|sum(start=[])|length }}",
+    "stream joined": "{{ (['a'*1000000]|batch(9999, 'a'*1000000)|first|select|join)|length }}",
+    "list joined": "{{ ''.join(['a'*1000000]|batch(9999, 'a'*1000000)|first)|length }}",
+    "tabs": "{{ ('\t'*1000000).expandtabs(9999)|length }}",
+    "lines indented": "{{ ('\n'*1000000)|indent(9999)|length }}",
+    "lines wrapped": "{{ ('x'*1000000)|wordwrap(1, wrapstring='y'*10000)|length }}",
+    "fields of a format": "{{ ('{0}'*9000).format('x'*1000000)|length }}",
+    "printf of a list": TWO + MAPPED + "{{ '%s' % [a, b] }}",
+    "bytes": "{{ (1).to_bytes(10**9, 'big')|length }}",
+    "translation": "{{ ('a'*1000000).translate({97: 'b'*100000})|length }}",
+    "division": "{% set a = 2**60000 %}{% set b = a*a*a*a*a*a*a*a %}{{ b*b // (b+1) }}",
+    "namespace printed": TWO
+    + "{% set n=namespace(x=[x,x]) %}{{ range(99999)|map('default', n)|map('replace','','')|list"
+    "|length }}{{ ([n]*90000)|string|length }}",
     "type error": "{{ none + 'a' }}",
     "undefined": "{{ foo.bar }}",
 }
@@ -178,6 +225,29 @@ def test_hostile_templates_end_soon_with_a_clear_error(name: str) -> None:
     with pytest.raises(UsageError, match="chat template"):
         ChatTemplate(HOSTILE[name]).render([dict(message) for message in USER])
     assert time.process_time() - begun < 10
+
+
+def test_comparisons_mean_what_they_mean_in_jinja() -> None:
+    """Against a plain Jinja2: metering changes no truth value."""
+    plain = jinja2.Environment()
+    sides = ["1", "2.5", "'a'", "'ab'", "[1,2]", "(1,)", "{'a': 1}", "v", "range(3)",
+             "{'a': 1}.values()", "{'a': 1}.items()", "{'a': 1}.keys()", "[1, 2]|select"]  # fmt: skip
+    ops = ("==", "!=", "<", ">=", "in", "not in", "is eq", "is in")
+    compared = 0
+    for left, op, right in itertools.product(sides, ops, sides):
+        source = f"{{{{ {left} {op} ({right}) }}}}"
+        try:
+            wanted = plain.from_string(source).render(v=[1, 2])
+        except TypeError:
+            with pytest.raises(UsageError, match="TypeError"):
+                ChatTemplate(source).render([], v=[1, 2])
+            continue
+        assert ChatTemplate(source).render([], v=[1, 2]) == wanted, source
+        compared += 1
+    assert compared > 600
+    chains = "{{ 1 < 2 < 3 }}{{ 1 < 3 < 2 }}{{ 1 in [1] == true }}{{ 'abcdef'[1:-1:2] }}{{ v[:1] }}{{ [1,2]|sum }}"
+    tail = "{{ [{'n': 2}, {'n': 3}]|sum('n', 1) }}{{ [3,1,2]|sort }}{{ {('a', v|length): 1} }}{{ 'x'.split('x') }}"
+    assert ChatTemplate(chains + tail).render([], v=[1, 2]) == plain.from_string(chains + tail).render(v=[1, 2])
 
 
 def test_a_long_conversation_is_within_the_budget(realdata: Path) -> None:
