@@ -82,6 +82,10 @@ def test_sliding_windows(config: dict[str, Any], changes: dict[str, Any], window
         ({"layer_types": ["sliding_attention"] * 5}, "sliding_attention"),
         ({"sliding_window": 128}, "sliding_window"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"_attn_scale": 0.5}, "_attn_scale"),
+        ({"unsloth_scale": 2.0}, "unsloth_scale"),
+        ({"max_sequence_length": 99}, "max_sequence_length"),
+        ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
@@ -149,6 +153,56 @@ def test_no_config_crashes(inputs: int) -> None:
     assert read > inputs // 10
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LINEAR = {"type": "linear", "factor": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN},
+            "rope_parameters and rope_scaling.*factor",
+        ),
+        ({"rope_parameters": YARN, "rope_scaling": YARN | {"factor": 2.0}}, "rope_parameters and rope_scaling.*factor"),
+        ({"rope_parameters": LINEAR, "rope_scaling": LINEAR | {"rope_theta": 5e5}}, "differ in rope_theta"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta = 10000, and rope_theta = 5000"),
+        ({"rope_theta": 0}, "rope_theta = 0"),
+        ({"rope_theta": -1.0}, "rope_theta = -1"),
+        ({"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "rope_theta = 0"),
+        ({"layer_types": ["full_attention"] * 4}, "4 layer_types for 5"),
+        ({"layer_types": []}, "0 layer_types for 5"),
+    ],
+)
+def test_contradictions_are_named(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(FormatError, match=named):
+        resolve(LLAMA | changes)
+
+
+@pytest.mark.parametrize("config", [MISTRAL, QWEN2, QWEN3])
+def test_a_negative_window_is_refused_also_where_nothing_slides(config: dict[str, Any]) -> None:
+    with pytest.raises(FormatError, match="sliding_window = -3"):
+        resolve(config | {"sliding_window": -3})
+
+
+def test_rope_keys_that_agree_are_fine() -> None:
+    newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+    both = resolve(LLAMA | {"rope_parameters": newer, "rope_scaling": LINEAR | {"rope_type": None}})[0]
+    assert both == resolve(LLAMA | {"rope_scaling": LINEAR})[0]
+    assert (both.rope.scaling, both.rope.factor) == ("linear", 2.0)
+    five = {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    assert resolve(LLAMA | five)[0].rope.theta == 5e5
+
+
+def test_gguf_type_none_does_not_scale() -> None:
+    names = names_of(LLAMA, GGUF)
+    plain = resolve(gguf("llama"), names)[0]
+    assert resolve(gguf("llama", rope__scaling__type="none", rope__scaling__factor=4.0), names)[0] == plain
+    absent = resolve(gguf("llama", rope__scaling__factor=4.0), names)[0]
+    assert (absent.rope.scaling, absent.rope.factor) == ("linear", 4.0)
+    assert absent == resolve(gguf("llama", rope__scaling__type="linear", rope__scaling__factor=4.0), names)[0]
+
+
 def test_tied_by_config_but_with_a_head_of_its_own() -> None:
     assert resolve(LLAMA)[0].tied
     assert not resolve(LLAMA, ["lm_head.weight"])[0].tied
@@ -176,10 +230,12 @@ def test_derive_finds_every_weight_once(table: dict[str, str], config: dict[str,
     assert list(found) == list(weight_specs(spec))
     assert sorted(d.source for d in found.values()) == sorted(names)
     assert all(found[name].shape == weight.shape for name, weight in weight_specs(spec).items())
-    with pytest.raises(FormatError, match=r"lacks 1 tensors: .*3"):
+    with pytest.raises(FormatError, match=r"lacks 1 tensor: .*3"):
         family.derive(spec, [n for n in names if n != found["layers.3.attn.k.weight"].source])
-    with pytest.raises(FormatError, match=r"beyond what .* uses, 1 tensors: stray\.weight"):
+    with pytest.raises(FormatError, match=r"beyond what .* uses, 1 tensor: stray\.weight"):
         family.derive(spec, [*names, "stray.weight"])
+    with pytest.raises(FormatError, match="2 tensors: a, b"):
+        family.derive(spec, [*names, "b", "a"])
 
 
 def test_old_llama_checkpoints_may_bring_their_frequencies() -> None:

@@ -15,7 +15,8 @@ def inverse_frequencies(rope: RopeSpec, context_length: int) -> npt.NDArray[np.f
     """float32 [dim / 2]: radians a position, for positions below `context_length`.
 
     Computed in float64 and rounded once. The dynamic scaling depends on the length: it is fixed here for the
-    whole context, so that a token's values never depend on how long its sequence has grown.
+    whole context, so that a token's values never depend on how long its sequence has grown. Families give it the
+    trained length, up to which it is the original's.
     """
     steps = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
     theta = _dynamic_theta(rope, context_length) if rope.scaling == "dynamic" else rope.theta

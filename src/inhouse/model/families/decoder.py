@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 
+from inhouse.core.errors import FormatError
 from inhouse.model.families.family import Tensors
 from inhouse.model.families.fields import Fields
 from inhouse.model.families.ropes import context_length, rope_from_gguf, rope_from_hf
@@ -15,11 +16,15 @@ ACTIVATIONS: Mapping[str, str] = {
 
 # Keys of config.json that name, train, save or sample a model, and never change its forward pass.
 INERT_HF = (
-    "_*", "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map", "use_cache",
+    "_name_or_path", "_commit_hash", "_attn_implementation", "_attn_implementation_internal",
+    "_attn_implementation_autoset", "_flash_attn_2_enabled", "_experts_implementation", "_from_model_config",
+    "_auto_class", "_original_object_hash", "_diffusers_version",
+    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map", "use_cache",
     "*_token_id", "initializer_range", "*_dropout", "*_pdrop", "pretraining_tp", "output_attentions",
     "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "use_bfloat16",
     "task_specific_params", "id2label", "label2id", "problem_type", "finetuning_task", "prefix", "tokenizer_class",
-    "max_sequence_length", "unsloth_*", "max_length", "min_length", "do_sample", "early_stopping", "num_beams",
+    "unsloth_fixed", "unsloth_version", "unsloth_template", "max_length",
+    "min_length", "do_sample", "early_stopping", "num_beams",
     "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
@@ -130,14 +135,25 @@ def _activation(fields: Fields) -> str:
     return ACTIVATIONS[name]
 
 
+def hf_window(fields: Fields) -> int:
+    """The key `sliding_window`: 4096 where it is absent, 0 where it is null. Raises FormatError where it is negative,
+    also if no layer slides."""
+    window = fields.integer("sliding_window", 0 if fields.has("sliding_window") else 4096)
+    if window < 0:
+        raise FormatError(f"config.json has sliding_window = {window}, expected 0 or more", param="sliding_window")
+    return window
+
+
 def hf_windows(fields: Fields, window: int, sliding: tuple[bool, ...]) -> tuple[int, ...]:
     """[layers] from the sliding window and which layers slide; `layer_types` decides where the config has it.
-    () where no layer slides."""
+    () where no layer slides. Raises FormatError for a list of another length."""
     types = fields.raw("layer_types")
     if types is not None:
         known = {"full_attention": False, "sliding_attention": True}
         if not isinstance(types, list) or not all(isinstance(t, str) and t in known for t in types):
             raise fields.unsupported("layer_types", types)
+        if len(types) != (layers := fields.integer("num_hidden_layers")):
+            raise FormatError(f"config.json has {len(types)} layer_types for {layers} layers", param="layer_types")
         sliding = tuple(known[t] for t in types)
         if any(sliding) and not window:
             raise fields.unsupported("layer_types", types)

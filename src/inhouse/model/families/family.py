@@ -99,6 +99,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _none(names: Collection[str], verb: str, remedy: str) -> None:
     if names:
-        first = sorted(names)
+        first, plural = sorted(names), "" if len(names) == 1 else "s"
         shown = ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
-        raise FormatError(f"the checkpoint {verb} {len(first)} tensors: {shown}", remedy=remedy, param=first[0])
+        raise FormatError(f"the checkpoint {verb} {len(first)} tensor{plural}: {shown}", remedy=remedy, param=first[0])

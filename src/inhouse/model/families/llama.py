@@ -18,7 +18,7 @@ def _llama(fields: Fields, tensors: Tensors) -> ModelSpec:
 
 def _mistral(fields: Fields, tensors: Tensors) -> ModelSpec:
     """arXiv 2310.06825: every layer slides unless `sliding_window` is null."""
-    window = fields.integer("sliding_window", 0 if fields.has("sliding_window") else 4096)
+    window = decoder.hf_window(fields)
     layers = min(fields.integer("num_hidden_layers"), LIMITS["layers"])
     windows = decoder.hf_windows(fields, window, (True,) * layers)
     return decoder.from_hf(fields, tensors, "mistral", windows=windows, context=131072)

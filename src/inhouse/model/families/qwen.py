@@ -10,7 +10,7 @@ def _windows(fields: Fields) -> tuple[int, ...]:
     """Layers from `max_window_layers` on slide, where `use_sliding_window` is on."""
     layers = min(fields.integer("num_hidden_layers"), LIMITS["layers"])
     first = fields.integer("max_window_layers", 28)
-    window = fields.integer("sliding_window", 0 if fields.has("sliding_window") else 4096)
+    window = decoder.hf_window(fields)
     if not fields.flag("use_sliding_window", False):
         window = 0
     return decoder.hf_windows(fields, window, tuple(i >= first for i in range(layers)))
