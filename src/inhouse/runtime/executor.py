@@ -38,6 +38,11 @@ class Executor(Protocol):
         """Makes room for that many blocks in each state group (block ids 0..n-1), dropping what was stored.
         Raises CapacityError when memory does not suffice."""
 
+    def reserve(self, rows: int, sampled: int, sequences: int) -> None:
+        """Makes room, beside the state, for steps of at most `rows` tokens, `sampled` rows of logits and `sequences`
+        sequences, so that no such step allocates; a larger one still runs. Raises CapacityError when memory does not
+        suffice."""
+
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         """Runs a Program over the step: role -> array (`logits` [S, vocab], `hidden` [T, width], `pooled` [N, width]).
         Raises ExecutorError, and UsageError for a step that breaks the table above."""

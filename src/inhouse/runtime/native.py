@@ -138,7 +138,7 @@ class NativeExecutor:
         self._blocks = counts
 
     def reserve(self, rows: int, sampled: int, sequences: int) -> None:
-        """Makes room for steps of that many rows, so that no later step allocates."""
+        """See Executor.reserve; pages that no step has touched take no memory yet."""
         check(self._lib, self._lib.ih_reserve(self._open(), rows, sampled, sequences))
 
     def run(self, program: str, step: Step) -> Mapping[str, F32]:

@@ -104,6 +104,9 @@ class TorchExecutor:
             self._caches, self._blocks = {}, {}
             raise CapacityError(f"no memory for {dict(blocks)} blocks of state: {error}") from error
 
+    def reserve(self, rows: int, sampled: int, sequences: int) -> None:
+        """Nothing to do: torch makes each tensor of a step when it is needed and keeps what it freed."""
+
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         """See Executor.run."""
         require(self._programs, program)
