@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from numbers import Real
 from typing import TypeAlias
 
 import numpy as np
@@ -18,6 +19,7 @@ from inhouse.core.errors import InhouseError, UsageError
 MAX_CHOICES = 128  # n
 MAX_LOGPROBS = 128  # alternatives a token
 MAX_BIAS = 100.0  # |logit_bias|, as OpenAI
+MAX_TEMPERATURE = 1e6  # the draw has long been uniform there
 
 Tap: TypeAlias = Callable[[int, npt.NDArray[np.float32]], None]
 """Called in the engine's thread with (position of the first row, logits float32 [rows, vocab]); the array is valid
@@ -26,13 +28,12 @@ again, and its first positions come again."""
 
 
 def _between(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-    """Raises UsageError unless low <= value <= high (low < value where open)."""
-    good = math.isfinite(value) and (low < value if open_low else low <= value) and value <= high
-    if not good:
-        bracket, end = "(" if open_low else "[", "inf)" if math.isinf(high) else f"{high:g}]"
-        raise UsageError(
-            f"{name} is {value!r}, allowed is {bracket}{low:g}, {end}", remedy=f"Choose {name} within it", param=name
-        )
+    """Raises UsageError unless value is a finite number and low <= value <= high (low < value where open)."""
+    if not isinstance(value, Real) or not isinstance(value, int) and not math.isfinite(value):
+        raise UsageError(f"{name} is {value!r}, it must be a finite number", remedy=f"Give {name} one", param=name)
+    if not (low < value if open_low else low <= value) or value > high:
+        allowed = f"at least {low}" if math.isinf(high) else f"within {'(' if open_low else '['}{low}, {high}]"
+        raise UsageError(f"{name} is {value!r}, it must be {allowed}", remedy=f"Choose {name} so", param=name)
 
 
 def _whole(name: str, value: int, low: float, high: float) -> None:
@@ -63,7 +64,7 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over output
     frequency_penalty: float = 0.0  # over output
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    seed: int | None = None  # None: the engine draws one and tells it in Finished
+    seed: int | None = None  # -(2**63)..2**64 - 1, negative ones modulo 2**64; None: the engine draws and tells it
     n: int = 1
     logprobs: int | None = None  # None: no logprobs; k: the token's own and those of the k likeliest
     stop_token_ids: tuple[int, ...] = ()
@@ -73,7 +74,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # id sequences that must not appear in the output
 
     def __post_init__(self) -> None:
-        _between("temperature", self.temperature, 0, math.inf)
+        _between("temperature", self.temperature, 0, MAX_TEMPERATURE)
         _whole("top_k", self.top_k, -1, math.inf)
         _between("top_p", self.top_p, 0, 1, open_low=True)
         _between("min_p", self.min_p, 0, 1)
@@ -110,7 +111,8 @@ class Request:
 
     The context rule, the same on every route: a prompt that leaves no room for one token, or an explicit max_tokens
     beyond the room, is a ContextLengthError with both numbers; without max_tokens the room is the limit, and the
-    answer that reaches it ends with "length".
+    answer that reaches it ends with "length". The room is that of the context, or of the blocks where they hold less.
+    min_tokens beyond max_tokens or the room is a UsageError.
     """
 
     id: str
@@ -130,6 +132,12 @@ class Request:
             _whole("max_tokens", self.max_tokens, 0, math.inf)
         if self.max_tokens == 0 and self.params.n > 1:
             raise UsageError(f"n is {self.params.n} with max_tokens 0", remedy="Nothing is drawn; use n 1", param="n")
+        least = self.params.min_tokens
+        if self.max_tokens is not None and least > self.max_tokens:
+            raise UsageError(
+                f"min_tokens is {least}, more than max_tokens, which is {self.max_tokens}",
+                remedy=f"Choose min_tokens of at most {self.max_tokens}", param="min_tokens",
+            )  # fmt: skip
         if self.prompt_logprobs is not None:
             _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
@@ -251,7 +259,7 @@ class EngineConfig:
 
     context_length: int | None = None  # tokens; None: the model's own, or what of it fits the memory
     max_running: int = 32  # sequences in a step; each may hold a whole context of blocks
-    max_queue: int = 1024  # sequences that wait
+    max_queue: int = 1024  # requests that wait, beside those for which max_running leaves a slot
     step_tokens: int = 512  # tokens a step; more: faster prompts, longer pauses between tokens of the others
     logit_rows: int = 64  # rows of logits a step (4 * vocab bytes each); at least max_running is used
     prefix_cache: bool = True

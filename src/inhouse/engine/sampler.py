@@ -15,6 +15,8 @@ from inhouse.engine.scheduler import Draw
 from inhouse.engine.sequence import Sequence
 from inhouse.runtime.sampling import F32, I32, NOT_A_NUMBER, ROW, U32, Sampler
 
+MOST = 2**31 - 1  # top_k of a row is an int32; what is beyond the vocabulary filters nothing
+
 
 @dataclass(slots=True)
 class _Arrays:
@@ -43,7 +45,7 @@ class _Arrays:
             (
                 sequence.seed, len(sequence.tokens), begin, self.biased,
                 start, min(start + sequence.prompt_length, self.recorded), self.recorded,
-                logit_row, choice, max(sequence.request.params.top_k, 0),
+                logit_row, choice, min(max(sequence.request.params.top_k, 0), MOST),
                 len(self.masks) - 1 if recipe.mask is not None else -1, *recipe.numbers,
             )
         )  # fmt: skip
