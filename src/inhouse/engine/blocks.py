@@ -102,13 +102,6 @@ class BlockPool:
         block = self._found.get(key.digest)
         return block if block is not None and self._keys[block] == key else None
 
-    def forget(self) -> None:
-        """Drops all published content (weights or adapter changed)."""
-        self._free.extend(self._idle)
-        self._idle.clear()
-        self._keys.clear()
-        self._found.clear()
-
     def check(self, tables: Iterable["array[int]"]) -> None:
         """Asserts the invariants: each block in one place, references equal to the holders, index true to the keys."""
         held = [0] * self.count

@@ -126,6 +126,7 @@ class Engine:
         self.context_length = min(self.config.context_length or programs.context_length, programs.context_length)
         counts = dict(self.config.blocks or self._plan_blocks())
         executor.allocate(counts)
+        executor.reserve(self._step_tokens, self._logit_rows, self.config.max_running)
         self.state_bytes = sum(counts[g.name] * memory.block_bytes(g, executor.kv_dtype) for g in programs.groups)
         self._eos = frozenset(eos_ids)
         self._digest = f"{digest}/{executor.kv_dtype}"
@@ -147,8 +148,10 @@ class Engine:
 
     def _plan_blocks(self) -> dict[str, int]:
         """Blocks by the budget. A context that nobody asked for is lowered to what fits (LEAST_CONTEXT at least)."""
-        budget = self.config.kv_budget if self.config.kv_budget is not None else memory.default_kv_budget()
         programs, kv_dtype, chunk = self.executor.programs, self.executor.kv_dtype, self._longest_chunk
+        budget = self.config.kv_budget
+        if budget is None:
+            budget = memory.default_kv_budget(programs, self._step_tokens, self._logit_rows)
         if self.config.context_length is None:
             fitting = memory.context_for(programs, kv_dtype, budget, chunk)
             self.context_length = min(self.context_length, max(fitting, LEAST_CONTEXT))
@@ -158,19 +161,34 @@ class Engine:
         )  # fmt: skip
 
     @property
+    def _chunked(self) -> bool:
+        """May a prompt be run in several steps."""
+        return all(group.chunkable for group in self.executor.programs.groups)
+
+    @property
     def _longest_chunk(self) -> int:
         """Tokens of one sequence in one step at most: the budget, or a whole prompt where state forbids chunks."""
-        chunked = all(group.chunkable for group in self.executor.programs.groups)
-        return self.config.step_tokens if chunked else self.context_length
+        return self.config.step_tokens if self._chunked else self.context_length
+
+    @property
+    def _step_tokens(self) -> int:
+        """Tokens of a step at most: the budget, unless one chunk alone is longer."""
+        return max(self.config.step_tokens, self._longest_chunk)
+
+    @property
+    def _logit_rows(self) -> int:
+        """Rows of logits of a step at most; where prompts run whole, those of all its tokens may be wanted."""
+        limit = max(self.config.logit_rows, self.config.max_running)
+        return min(limit, self._step_tokens) if self._chunked else self._step_tokens
 
     # ---- for callers, any thread ----------------------------------------------------------------------------------
 
     def submit(self, request: Request, sink: Sink) -> str:
         """Queues a request; its events go to `sink`, in the engine's thread, one list a step. Returns its id.
 
-        Raises, before anything is queued: UsageError (an id outside the vocabulary), ContextLengthError,
-        CapacityError (queue full; more choices or blocks than there are), ConflictError (the id is in use),
-        UnavailableError (draining, closed, or the executor is damaged).
+        Raises, before anything is queued: UsageError (an id outside the vocabulary, more choices than sequences can
+        run, min_tokens beyond the room), ContextLengthError (beyond the context or all blocks), CapacityError (queue
+        full), ConflictError (the id is in use), UnavailableError (draining, closed, or the executor is damaged).
         """
         limit = self._limit(request)
         self._check_ids(request)
@@ -195,10 +213,6 @@ class Engine:
         with self._changed:
             self._mail.cancelled.append((request_id, choice))
             self._changed.notify_all()
-
-    def stop_choice(self, request_id: str, choice: int) -> None:
-        """`cancel` of one choice (a stop string was found above)."""
-        self.cancel(request_id, choice)
 
     def stream(self, request: Request) -> Iterator[Event]:
         """Submits and yields the events until the last; leaving early cancels. Not for the engine's thread.
@@ -279,11 +293,19 @@ class Engine:
                 prompt_tokens=prompt, max_tokens=wanted, context_length=self.context_length,
             )  # fmt: skip
         if max(prompt, prompt + (wanted or 0) - 1) > self.capacity:
-            raise CapacityError(
+            raise ContextLengthError(
                 f"the request needs state for {prompt + (wanted or 0)} tokens, there are blocks for {self.capacity}",
-                remedy="Ask for less, or give the engine more memory for state", capacity=self.capacity,
+                remedy="Shorten the prompt, lower max_tokens, or start with more --kv-memory",
+                param="max_tokens" if prompt <= self.capacity else None, prompt_tokens=prompt, capacity=self.capacity,
             )  # fmt: skip
-        return min(self.context_length, self.capacity + 1) if wanted is None else prompt + wanted
+        limit = min(self.context_length, self.capacity + 1) if wanted is None else prompt + wanted
+        least = request.params.min_tokens
+        if least > limit - prompt:
+            raise UsageError(
+                f"min_tokens is {least}, beside the prompt of {prompt} tokens there is room for {limit - prompt}",
+                remedy=f"Choose min_tokens of at most {limit - prompt}", param="min_tokens",
+            )  # fmt: skip
+        return limit
 
     def _check_ids(self, request: Request) -> None:
         """Every id lies in the vocabulary."""
@@ -302,11 +324,14 @@ class Engine:
             raise self._refusal
         if request.id in self._sinks:
             raise ConflictError(f"a request {request.id!r} is living", remedy="Use a new id")
-        if request.params.n > self.config.max_running:
-            raise CapacityError(
-                f"n is {request.params.n}, the engine runs {self.config.max_running} sequences at most", param="n"
-            )
-        waiting = len(self._scheduler.waiting) + len(self._mail.submitted)
+        most = self.config.max_running
+        if request.params.n > most:
+            raise UsageError(
+                f"n is {request.params.n}, the engine runs {most} sequences at most (max_sequences)",
+                remedy=f"Choose n of at most {most}, or start with a larger --max-sequences", param="n",
+            )  # fmt: skip
+        submitted = [sequence for sequence, _ in self._mail.submitted]
+        waiting = self._scheduler.waiting_before(submitted, request.params.n)
         if waiting >= self.config.max_queue:
             raise CapacityError(
                 f"{waiting} sequences wait, the queue holds {self.config.max_queue}", remedy="Try again later"

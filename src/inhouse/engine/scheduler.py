@@ -111,6 +111,18 @@ class Scheduler:
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=lambda s: s.rank)
 
+    def waiting_before(self, submitted: Iterable[Sequence], choices: int) -> int:
+        """How many sequences a newcomer of that many choices would wait behind: of those in the queue and those
+        submitted but not yet added, the ones for which no slot is free. 0 if a slot is left for it. A snapshot; any
+        thread may ask."""
+        pending = [*self.waiting, *submitted]
+        free = self._config.max_running - sum(s.choices for s in [*self.running])
+        for begun, sequence in enumerate(pending):
+            if sequence.choices > free:
+                return len(pending) - begun
+            free -= sequence.choices
+        return 0
+
     # ---- schedule -------------------------------------------------------------------------------------------------
 
     def schedule(self) -> Plan:

@@ -1,12 +1,12 @@
 """Bytes: what weights, state, activations and workspace take, and how many blocks of state fit.
 
-The one formula: the engine allocates by it, and the planner advises by it. Knows Programs and the machine's memory;
-allocates nothing.
+The engine allocates state by it: exactly, down to the byte, for the blocks; what a step needs beside them (activations
+and workspace) is estimated, so that it is left free before state takes its share. Knows Programs and the machine's
+memory; allocates nothing.
 """
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -17,22 +17,8 @@ from inhouse.runtime.packed import Packed
 from inhouse.runtime.program import Axis, DType, Program, ProgramSet, StateGroup
 from inhouse.runtime.step import BLOCK_SIZE
 
-STATE_SHARE = 0.6  # of the available memory that state may take when no budget is given
+STATE_SHARE = 0.6  # of the memory left beside a step's own that state may take when no budget is given
 CGROUP = Path("/sys/fs/cgroup")
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes of one model in service."""
-
-    weights: int
-    state: int
-    activations: int
-    workspace: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.state + self.activations + self.workspace
 
 
 def weight_bytes(weights: Mapping[str, Weight]) -> int:
@@ -133,9 +119,11 @@ def kv_blocks_for(
     return {name: max(int(share * blocks), blocks) for name, blocks in each.items()}
 
 
-def default_kv_budget(share: float = STATE_SHARE) -> int:
-    """Bytes for state when the user names none: a share of what is available now (weights are mapped already)."""
-    return int(available_bytes() * share)
+def default_kv_budget(programs: ProgramSet, step_tokens: int, logit_rows: int, share: float = STATE_SHARE) -> int:
+    """Bytes for state when the user names none: a share of what is available now (weights are mapped already) less
+    what a step of `step_tokens` tokens with `logit_rows` rows of logits needs."""
+    needed = activation_bytes(programs, step_tokens, logit_rows) + workspace_bytes(step_tokens, threads_available())
+    return int(max(available_bytes() - needed, 0) * share)
 
 
 def threads_available() -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 from inhouse.engine.request import Event, Failed, Finished, SamplingParams, Timings, make_request
 from inhouse.engine.session import Session
+from inhouse.plan.memory import weight_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def measure(session: Session, cell: Cell, rounds: int = 3, seed: int = 0) -> Mea
     draw = random.Random(seed)
     runs = [_round(session, cell, draw) for _ in range(rounds + 1)][1:]
     prefill, decode, first = (statistics.median(column) for column in zip(*runs, strict=True))
-    weights = sum(w.nbytes for w in session.model.weights.values())
+    weights = weight_bytes(session.model.weights)
     steps = decode / cell.streams
     return Measured(
         cell.name, cell.streams, cell.prompt, cell.answer, prefill, decode, first, steps * weights / 1e9, rounds

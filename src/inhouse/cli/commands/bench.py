@@ -30,6 +30,7 @@ def command(
 ) -> None:
     """Measures prompts, one stream and several, cold start and memory. Random prompts, greedy, end tokens ignored."""
     from inhouse.engine.session import Session
+    from inhouse.plan.memory import weight_bytes
     from inhouse.tune.measure import CELLS, fit, measure
 
     settings = common.settings(
@@ -41,7 +42,7 @@ def command(
         engine = session.engine
         report |= {
             "executor": session.model.executor.name,
-            "weights_bytes": sum(w.nbytes for w in session.model.weights.values()),
+            "weights_bytes": weight_bytes(session.model.weights),
             "kv_dtype": session.model.executor.kv_dtype,
             "state_bytes": engine.state_bytes,
         }
