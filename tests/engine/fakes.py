@@ -64,6 +64,7 @@ class FakeExecutor:
     def __init__(self, programs: ProgramSet, *, fail_when: int = -1, nan_when: int = -1) -> None:
         self.programs = programs
         self.steps: list[Step] = []
+        self.reserved: tuple[int, int, int] | None = None
         self.closed = False
         self.broken = False
         self._fail_when, self._nan_when = fail_when, nan_when
@@ -74,10 +75,17 @@ class FakeExecutor:
         self._blocks = dict(blocks)
         self._cells = {name: np.full((count, BLOCK_SIZE, 3), -1, np.int64) for name, count in blocks.items()}
 
+    def reserve(self, rows: int, sampled: int, sequences: int) -> None:
+        assert self._blocks, "state comes first"
+        self.reserved = rows, sampled, sequences
+
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         assert program == "step"
         assert not self.closed
         check_step(self.programs, step, self._blocks)
+        size = step.tokens.size, step.sampled.size, step.lengths.size
+        assert self.reserved is not None, "no room was made"
+        assert all(now <= room for now, room in zip(size, self.reserved, strict=True)), "larger than announced"
         self.steps.append(step)
         if self.broken or self._fail_when in step.tokens:
             raise ExecutorError("the fake was told to fail")

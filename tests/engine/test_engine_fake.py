@@ -199,7 +199,7 @@ def test_one_choice_can_be_stopped_alone() -> None:
     params = SamplingParams(seed=5, n=3, ignore_eos=True)
     result = Result()
     engine.submit(make_request("n", range(8, 20), params, 10), result.feed)
-    drive(engine, lambda step: engine.stop_choice("n", 1) if step == 4 else None)
+    drive(engine, lambda step: engine.cancel("n", 1) if step == 4 else None)
     assert result.finished[1].reason is FinishReason.CANCELLED
     assert len(result.tokens[1]) == 4
     assert len(result.tokens[0]) == len(result.tokens[2]) == 10

@@ -14,6 +14,8 @@ from inhouse.core.errors import ContextLengthError
 from inhouse.engine.engine import Engine
 from inhouse.engine.request import EngineConfig, Request, SamplingParams, make_request
 from inhouse.load.model import LoadedModel, open_model
+from inhouse.plan import memory
+from inhouse.runtime.native import NativeExecutor
 from inhouse.runtime.sampling_native import NativeSampler
 from tests.engine.driving import Result, run_all
 
@@ -59,6 +61,25 @@ def executor(request: pytest.FixtureRequest) -> str:
 
         torch.set_num_threads(1)  # two that share a busy machine spin against each other: 80 times slower
     return str(request.param)
+
+
+@pytest.mark.parametrize("file", ["hf", "Q8_0"])
+def test_no_step_allocates_and_the_plan_covers_them(stories: Path, file: str) -> None:
+    """Whatever T, S and N a step has, its room was made at the start, and the memory formula had planned for it."""
+    model = open_model(path_of(stories, file), executor="native", threads=2, cache=False)
+    executor = model.executor
+    assert isinstance(executor, NativeExecutor)
+    config = EngineConfig(blocks={"full": 160}, max_running=8, step_tokens=64, logit_rows=16)
+    engine = Engine(executor, config, model.tokenizer.eos_ids, model.digest, start=False)
+    room = executor.nbytes
+    planned = memory.activation_bytes(executor.programs, 64, 16) + memory.workspace_bytes(64, 2)
+    assert 0 < room - engine.state_bytes <= planned
+    params = SamplingParams(seed=1, ignore_eos=True, n=2)
+    run_all(engine, [make_request(str(i), range(5, 6 + 20 * i), params, 4) for i in range(7)])
+    run_all(engine, [make_request("scored", range(5, 105), SamplingParams(), 0, prompt_logprobs=1)])
+    assert executor.nbytes == room
+    engine.close()
+    model.close()
 
 
 @pytest.mark.parametrize("file", ["hf", "F32"])

@@ -14,7 +14,7 @@ from inhouse.model.build import build
 from inhouse.model.families.table import resolve
 from inhouse.plan import memory
 from inhouse.runtime.packed import pack_gguf
-from inhouse.runtime.program import Axis, Op, Program, ProgramSet, Value
+from inhouse.runtime.program import Axis, Op, Program, ProgramSet, StateGroup, Value
 from inhouse.runtime.sampling import ReferenceSampler
 from inhouse.store.gguf import open_gguf
 from tests.engine.fakes import FakeExecutor, paged, programs, window
@@ -78,6 +78,33 @@ def test_a_context_that_nobody_asked_for_is_lowered_to_the_memory() -> None:
         engine(kv_budget=one, context_length=2048)
     with pytest.raises(CapacityError, match="one sequence of 256 tokens needs"):
         engine(kv_budget=5000)
+
+
+def test_what_a_step_needs_is_left_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a budget, state takes its share of what is left beside activations and workspace."""
+    models = programs(paged(), context=4096)
+    step = memory.activation_bytes(models, 32, 32) + memory.workspace_bytes(32, memory.threads_available())
+    one = memory.sequence_bytes(models, "f32", 1024, 32)
+    monkeypatch.setattr(memory, "available_bytes", lambda: step + int(one / memory.STATE_SHARE) + 1)
+    assert memory.default_kv_budget(models, 32, 32) == one
+    config = EngineConfig(max_running=2, step_tokens=32)
+    engine = Engine(FakeExecutor(models), config, sampler=ReferenceSampler(), start=False)
+    assert engine.context_length == 1024
+    monkeypatch.setattr(memory, "available_bytes", lambda: step // 2)
+    with pytest.raises(CapacityError, match="the budget is 0"):
+        Engine(FakeExecutor(models), config, sampler=ReferenceSampler(), start=False)
+
+
+def test_room_for_steps_is_made_once_and_for_the_largest() -> None:
+    def reserved(*groups: StateGroup, **limits: Any) -> tuple[int, int, int] | None:
+        executor = FakeExecutor(programs(*groups))
+        Engine(executor, EngineConfig(**limits), sampler=ReferenceSampler(), start=False)
+        return executor.reserved
+
+    assert reserved(step_tokens=100, logit_rows=8, max_running=12) == (100, 12, 12)
+    assert reserved(step_tokens=10, logit_rows=64, max_running=4) == (10, 10, 4)
+    whole = replace(paged(), chunkable=False)
+    assert reserved(whole, step_tokens=100, logit_rows=8, max_running=4) == (256, 256, 4)
 
 
 def test_available_memory_is_bounded_by_the_cgroup(tmp_path: Path) -> None:
