@@ -107,7 +107,8 @@ void Model::size_attention() {
     }
   }
   if (attention_.scratch_floats == 0) return;
-  attention_.scratch = std::make_unique_for_overwrite<float[]>(static_cast<size_t>(attention_.scratch_floats * threads_));
+  attention_.scratch =
+      std::make_unique_for_overwrite<float[]>(static_cast<size_t>(attention_.scratch_floats * threads_));
   const size_t bytes = static_cast<size_t>(attention_.partial_floats) * sizeof(float);
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();

@@ -1,4 +1,5 @@
-// Every body at one level but the packed ones, and the table that exports them. Included by isa/*.cc after the level's vocabulary.
+// Every body at one level but the packed ones, and the table that exports them. Included by isa/*.cc after the level's
+// vocabulary.
 // clang-format off: each needs the ones before it.
 #include "ops/math-inl.h"
 #include "ops/rows-inl.h"
