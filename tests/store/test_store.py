@@ -3,21 +3,23 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from inhouse.core.errors import CapacityError, ConflictError, FormatError, NotFoundError
+from inhouse.core.errors import CapacityError, ConflictError, FormatError, NotFoundError, UnavailableError
 from inhouse.store.blobs import hash_file
 from inhouse.store.store import Store, check_inner_path
 from inhouse.store.version import NewVersion, StoredFile, Summary
+from tests.store.tables import dump
 
 pytestmark = pytest.mark.null
 NEW = NewVersion("m", "gguf", [], Summary())
@@ -46,7 +48,7 @@ def sources(folder: Path) -> list[tuple[str, Path]]:
 def listing(store: Store) -> list[str]:
     data = store.home.data
     files = [str(path.relative_to(data)) for path in data.rglob("*") if not path.name.startswith("catalog.db")]
-    return [*sorted(files), store.catalog.dump()]
+    return [*sorted(files), dump(store)]
 
 
 def test_a_version_is_seen_under_its_own_names(store: Store, source: Path) -> None:
@@ -119,6 +121,83 @@ def test_a_blob_cut_short_later_is_found(store: Store, source: Path) -> None:
         store.verify(version)
     store.add(NEW, sources(source))
     store.verify(version)
+
+
+def _lose(view: Path) -> None:
+    (view / "config.json").unlink()
+
+
+def _retarget(view: Path) -> None:
+    target = os.readlink(view / "model.gguf")
+    (view / "config.json").unlink()
+    (view / "config.json").symlink_to(target)
+
+
+def _dangle(view: Path) -> None:
+    (view / "chat/tool.jinja").unlink()
+    (view / "chat/tool.jinja").symlink_to("../nothing")
+
+
+def _replace(view: Path) -> None:
+    (view / "config.json").unlink()
+    (view / "config.json").write_text("{}")
+
+
+def _add(view: Path) -> None:
+    (view / "tokenizer.json").write_text("{}")
+
+
+def _fold(view: Path) -> None:
+    (view / "config.json").unlink()
+    (view / "config.json").mkdir()
+
+
+def _empty(view: Path) -> None:
+    shutil.rmtree(view)
+    view.mkdir()
+
+
+def _file(view: Path) -> None:
+    shutil.rmtree(view)
+    view.write_text("")
+
+
+def _elsewhere(view: Path) -> None:
+    view.rename(view.parent.parent / "moved")
+    view.symlink_to("../moved")
+
+
+@pytest.mark.parametrize("damage", [_lose, _retarget, _dangle, _replace, _add, _fold, _empty, _file, _elsewhere])
+def test_a_damaged_view_is_found_and_made_anew(store: Store, source: Path, damage: Callable[[Path], None]) -> None:
+    files = [*sources(source), ("chat/tool.jinja", source / "model.gguf")]
+    version = store.add(NEW, files).version
+    assert store.check() == []  # a view that was never asked for is no fault
+    view = store.folder(version)
+    damage(view)
+    assert ["m:1: its folder in views is damaged" in problem for problem in store.check()] == [True]
+    assert store.folder(version) == view
+    for path, original in files:
+        assert (view / path).is_symlink()
+        assert (view / path).resolve().parent == store.home.blobs.resolve()
+        assert (view / path).read_bytes() == original.read_bytes()
+    assert len([path for path in view.rglob("*") if not path.is_dir()]) == len(files)
+    assert store.check(deep=True) == []
+    assert list(store.home.tmp.iterdir()) == []
+
+
+def test_a_whole_view_is_left_alone(store: Store, source: Path) -> None:
+    version = store.add(NEW, sources(source)).version
+    before = store.folder(version).stat().st_ino
+    assert store.folder(version).stat().st_ino == before
+
+
+def test_a_view_that_cannot_be_made_is_an_error_that_says_so(store: Store, source: Path) -> None:
+    version = store.add(NEW, sources(source)).version
+    store.home.views.rmdir()
+    store.home.views.write_text("")
+    with pytest.raises(UnavailableError, match="cannot be made"):
+        store.folder(version)
+    assert list(store.home.tmp.iterdir()) == []
 
 
 def test_a_sweep_waits_for_those_who_add(store: Store) -> None:

@@ -177,7 +177,7 @@ class Blobs:
                 blobs, nbytes = blobs + 1, nbytes + found.st_size
         for leftover in list(os.scandir(self._tmp)):
             nbytes += leftover.stat(follow_symlinks=False).st_size
-            _remove(Path(leftover.path))
+            remove_tree(Path(leftover.path))
             leftovers += 1
         self.flush()
         return Swept(blobs, leftovers, nbytes)
@@ -318,7 +318,8 @@ def _disk_error(error: OSError, name: str, size: int, folder: Path) -> CapacityE
     return FormatError(f"{name} cannot be stored: {error.strerror}")
 
 
-def _remove(path: Path) -> None:
+def remove_tree(path: Path) -> None:
+    """Deletes a file, a link or a folder with all in it, as far as that is possible; none there is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

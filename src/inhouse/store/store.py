@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from inhouse.core.errors import CapacityError, FormatError, InhouseError
+from inhouse.core.errors import CapacityError, FormatError, InhouseError, UnavailableError
 from inhouse.core.progress import Progress, silent
 from inhouse.store import lock
-from inhouse.store.blobs import PREFIX, Blobs, How, Swept
+from inhouse.store.blobs import PREFIX, Blobs, How, Swept, remove_tree
 from inhouse.store.catalog import Catalog
 from inhouse.store.home import PRIVATE, Home
 from inhouse.store.version import NewVersion, StoredFile, Version
@@ -90,9 +90,11 @@ class Store:
         return Added(version, fresh)
 
     def folder(self, version: Version) -> Path:
-        """A folder that shows the version's files under their own names; made when first asked for.
+        """A folder that shows the version's files under their own names; made when first asked for, and made
+        anew if it is not what it should be.
 
-        Raises NotFoundError or FormatError if a content is missing or has another size than was stored.
+        Raises NotFoundError or FormatError if a content is missing or has another size than was stored,
+        UnavailableError if the folder cannot be made.
         """
         view = self.home.views / version.digest
         for file in version.files:
@@ -103,26 +105,44 @@ class Store:
                     remedy="The content was damaged; import the model again.",
                     param=file.path,
                 )
-        if not view.is_dir():
+        if not self._is_whole(version, view):
             with lock.shared(self.home.lock):
                 self._make_view(version, view)
         return view
 
+    def _is_whole(self, version: Version, view: Path) -> bool:
+        return view.is_dir() and not self._view_faults(version, view)
+
+    def _view_faults(self, version: Version, view: Path) -> list[str]:
+        """Paths in the view that lack, that are no link to the right content, or that are none of the version's."""
+        wanted = {file.path: self._link_target(file) for file in version.files}
+        found = _links(view)
+        return sorted(path for path in wanted.keys() | found.keys() if wanted.get(path, "") != found.get(path, ""))
+
+    def _link_target(self, file: StoredFile) -> str:
+        up = "../" * (2 + len(PurePosixPath(file.path).parts) - 1)
+        return f"{up}{self.home.blobs.name}/{PREFIX}{file.blob}"
+
     def _make_view(self, version: Version, view: Path) -> None:
-        temporary = self.home.tmp / secrets.token_hex(16)
-        temporary.mkdir(mode=PRIVATE)
-        for file in version.files:
-            check_inner_path(file.path)
-            link = temporary / file.path
-            link.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
-            up = "../" * (2 + len(PurePosixPath(file.path).parts) - 1)
-            link.symlink_to(f"{up}{self.home.blobs.name}/{PREFIX}{file.blob}")
+        temporary, old = (self.home.tmp / secrets.token_hex(16) for _ in range(2))
         try:
+            temporary.mkdir(mode=PRIVATE)
+            for file in version.files:
+                link = temporary / check_inner_path(file.path)
+                link.parent.mkdir(mode=PRIVATE, parents=True, exist_ok=True)
+                link.symlink_to(self._link_target(file))
+            if os.path.lexists(view) and not self._is_whole(version, view):
+                os.rename(view, old)
             os.rename(temporary, view)
-        except OSError:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not view.is_dir():  # else another process made it meanwhile
-                raise
+        except OSError as error:
+            if not self._is_whole(version, view):  # else another process made it meanwhile
+                raise UnavailableError(
+                    f"{version.ref}: its folder {view} cannot be made: {error.strerror}",
+                    remedy="Check the disk and its permissions.",
+                ) from None
+        finally:
+            remove_tree(temporary)
+            remove_tree(old)
 
     def verify(self, version: Version, progress: Progress = silent) -> None:
         """Reads every file of a version whole. Raises NotFoundError or FormatError naming what is damaged."""
@@ -166,7 +186,15 @@ class Store:
                         problems.append(f"{version.ref}: {file.path} does not have its {file.size} bytes")
                 except InhouseError as error:
                     problems.append(f"{version.ref}: {file.path}: {error.message}")
+            problems += self._check_view(version)
         return problems
+
+    def _check_view(self, version: Version) -> list[str]:
+        view = self.home.views / version.digest
+        if not os.path.lexists(view) or self._is_whole(version, view):  # it is derived, and need not be there
+            return []
+        faults = ", ".join(self._view_faults(version, view)) or "it is no folder"
+        return [f"{version.ref}: its folder in views is damaged ({faults}); opening the model makes it anew"]
 
     @contextmanager
     def adding(self) -> Iterator[None]:
@@ -183,6 +211,22 @@ class Store:
         folder = self.home.downloads / key
         folder.mkdir(mode=PRIVATE, exist_ok=True)
         return folder
+
+
+def _links(view: Path) -> dict[str, str | None]:
+    """What lies in a view: path -> where the link points, None for what is no link. Empty if it is no folder."""
+    found: dict[str, str | None] = {}
+    if view.is_symlink():
+        return found
+    for folder, folders, files in os.walk(view):
+        for name in (*folders, *files):
+            path = Path(folder, name)
+            inner = path.relative_to(view).as_posix()
+            if path.is_symlink():
+                found[inner] = os.readlink(path)
+            elif name in files:
+                found[inner] = None
+    return found
 
 
 def check_inner_path(path: str) -> str:
