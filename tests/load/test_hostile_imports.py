@@ -13,6 +13,7 @@ from inhouse.load.importer import import_model
 from inhouse.store.store import Store
 from tests.fuzz.mutate import damage, damage_json
 from tests.load.checkpoints import copy_hf
+from tests.store.tables import dump
 
 pytestmark = [pytest.mark.null, pytest.mark.realdata]
 SECONDS = 10.0  # one import of this small model, on a busy machine
@@ -28,7 +29,7 @@ VICTIMS = (
 
 def state(store: Store) -> tuple[list[str], str]:
     files = sorted(path.name for folder in (store.home.blobs, store.home.tmp) for path in folder.iterdir())
-    return files, store.catalog.dump()
+    return files, dump(store)
 
 
 def mutant(data: bytes, name: str, rng: Random) -> bytes:

@@ -15,6 +15,7 @@ from inhouse.core.errors import CapacityError, FormatError, InhouseError, NotFou
 from inhouse.load.importer import import_model
 from inhouse.store.store import Store
 from tests.load.checkpoints import Arrays, change, copy_hf
+from tests.store.tables import dump
 
 pytestmark = [pytest.mark.null, pytest.mark.realdata]
 NOT_MODELS = ("catalog.db", "catalog.db-wal", "catalog.db-shm", "lock")
@@ -35,7 +36,7 @@ def folder(stories: Path, tmp_path: Path) -> Path:
 def snapshot(store: Store) -> list[str]:
     data = store.home.data
     files = [str(path.relative_to(data)) for path in data.rglob("*") if path.name not in NOT_MODELS]
-    return [*sorted(files), store.catalog.dump()]
+    return [*sorted(files), dump(store)]
 
 
 def edit_json(path: Path, **values: Any) -> None:

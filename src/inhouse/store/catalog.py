@@ -196,14 +196,6 @@ class Catalog:
                 problems.append(f"{version.ref}: its files do not hash to its digest")
         return problems
 
-    def dump(self) -> str:
-        """All tables as text, for comparing two states of a store."""
-        tables = ("models", "versions", "files", "aliases")
-        with self._reading():
-            return "\n".join(
-                f"{t} {row}" for t in tables for row in self._db.execute(f"SELECT * FROM {t} ORDER BY 1, 2")
-            )
-
     def _refuse_if_used(self, chosen: Sequence[int], removed: Sequence[Version]) -> None:
         refs = {version.ref for version in removed}
         for row, version in zip(chosen, removed, strict=True):
