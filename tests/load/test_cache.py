@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from inhouse.core.errors import CapacityError, FormatError, NotFoundError
@@ -64,6 +67,112 @@ def test_every_flipped_bit_is_seen(model: tuple[Described, Plan], pack: Path) ->
         pack.write_bytes(damaged)
         with pytest.raises(FormatError):
             reopen(pack, model)
+
+
+def exchanged(whole: bytes, spot: int) -> bytes:
+    return whole[:spot] + whole[spot + 8 : spot + 16] + whole[spot : spot + 8] + whole[spot + 16 :]
+
+
+def cancelled(whole: bytes, spot: int) -> bytes:
+    """The top bits of two neighbouring words flipped: their sum stays."""
+    damaged = bytearray(whole)
+    damaged[spot + 7] ^= 0x80
+    damaged[spot + 15] ^= 0x80
+    return bytes(damaged)
+
+
+@pytest.mark.parametrize("damage", [exchanged, cancelled])
+def test_damage_that_keeps_the_sum_is_seen(
+    model: tuple[Described, Plan], pack: Path, damage: Callable[[bytes, int], bytes]
+) -> None:
+    whole = pack.read_bytes()
+    for weight in reopen(pack, model).weights.values():
+        if isinstance(weight, Packed):
+            spot = whole.index(weight.data.tobytes())
+            assert whole[spot : spot + 8] != whole[spot + 8 : spot + 16]
+            pack.write_bytes(damage(whole, spot))
+            with pytest.raises(FormatError, match="is damaged"):
+                reopen(pack, model)
+
+
+@pytest.fixture
+def large(pack: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pack that counts as large; its time is older than any tick of the clock."""
+    monkeypatch.setattr(cache, "VERIFY_BYTES", 0)
+    os.utime(pack, (5, 7))
+    return pack
+
+
+def test_a_large_pack_is_compared_once_for_each_file(
+    model: tuple[Described, Plan], large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[int] = []
+
+    def checksum(raw: npt.NDArray[np.uint8]) -> int:
+        compared.append(raw.nbytes)
+        return zlib.crc32(raw.data)
+
+    monkeypatch.setattr(cache, "_checksum", checksum)
+    count = len(reopen(large, model).weights)
+    assert len(compared) == count
+    reopen(large, model)
+    assert len(compared) == count
+    os.utime(large, (5, 9))
+    reopen(large, model)
+    assert len(compared) == 2 * count
+    shutil.copy2(large, large.with_name("copy"))
+    os.replace(large.with_name("copy"), large)  # another inode, the same time and size
+    reopen(large, model)
+    assert len(compared) == 3 * count
+    reopen(large, model)
+    assert len(compared) == 3 * count
+
+
+def test_a_large_pack_that_changed_is_compared_again(model: tuple[Described, Plan], large: Path) -> None:
+    weights = reopen(large, model).weights
+    whole = large.read_bytes()
+    spot = whole.index(next(w for w in weights.values() if isinstance(w, Packed)).data.tobytes())
+    large.write_bytes(exchanged(whole, spot))
+    for _ in range(2):
+        with pytest.raises(FormatError, match="is damaged"):
+            reopen(large, model)
+
+
+def test_a_large_pack_damaged_before_its_first_opening_is_never_marked(
+    model: tuple[Described, Plan], large: Path
+) -> None:
+    damaged = bytearray(large.read_bytes())
+    damaged[cache.PAGE] ^= 1
+    large.write_bytes(damaged)
+    with pytest.raises(FormatError, match="is damaged"):
+        reopen(large, model)
+    assert [path.name for path in large.parent.iterdir()] == [large.name]
+
+
+def test_a_large_pack_opens_where_no_mark_can_be_made(model: tuple[Described, Plan], large: Path) -> None:
+    (large.parent / f"{large.name}.verified").mkdir()
+    assert reopen(large, model).digest == "digest"
+    assert len(list(large.parent.iterdir())) == 2
+
+
+def test_marks_go_with_their_packs(model: tuple[Described, Plan], large: Path) -> None:
+    reopen(large, model)
+    assert len(list(large.parent.iterdir())) == 2
+    forget_packs(large.parent, KEY.identity)
+    assert list(large.parent.iterdir()) == []
+    write_pack(large.parent, KEY, "digest", bind(model[0].source, model[1]), pack_size(model[1].parts))
+    reopen(large, model)
+    make_room(large.parent, 0)
+    assert list(large.parent.iterdir()) == []
+
+
+def test_packs_of_an_older_form_are_not_opened_and_are_forgotten(model: tuple[Described, Plan], pack: Path) -> None:
+    older = PackKey(KEY.identity, KEY.quantize, pack=1)
+    os.rename(pack, pack.parent / older.file_name)
+    with pytest.raises(NotFoundError):
+        reopen(pack, model)
+    assert forget_packs(pack.parent, KEY.identity) > 0
+    assert list(pack.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize("length", [0, 10, 4095, 5000, -1])

@@ -93,6 +93,28 @@ def test_a_damaged_cache_is_made_anew_with_a_note(stories: Path) -> None:
     opened(stories / "hf").close()
 
 
+def test_exchanged_words_in_the_cache_cost_a_note_not_the_answer(stories: Path) -> None:
+    model = opened(stories / "hf", quantize="q8")
+    expected = greedy(model, [1, 403], 8)
+    model.close()
+    pack = next(Home.find().packs.glob("*.pack"))
+    data = pack.read_bytes()
+    pack.write_bytes(data[:4096] + data[4104:4112] + data[4096:4104] + data[4112:])
+    model = opened(stories / "hf", quantize="q8")
+    assert model.report.cache == "made"
+    assert any("made anew" in note for note in model.report.notes)
+    assert greedy(model, [1, 403], 8) == expected
+    model.close()
+
+
+def test_a_stored_model_with_a_damaged_view_opens(stories: Path) -> None:
+    with Store() as store:
+        view = store.folder(import_model(stories / "hf", "stories", store=store).version)
+    (view / "tokenizer.json").unlink()
+    opened("stories").close()
+    assert (view / "tokenizer.json").read_bytes() == (stories / "hf" / "tokenizer.json").read_bytes()
+
+
 def test_a_changed_model_is_packed_again(stories: Path, tmp_path: Path) -> None:
     folder = copy_hf(stories, tmp_path / "m")
     opened(folder).close()
