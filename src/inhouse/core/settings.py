@@ -43,6 +43,9 @@ class Settings:
     kv_dtype: str = _setting(
         "auto", "KV cache elements; auto: f32 for f32 models, else f16", ("auto", "f32", "f16", "bf16")
     )
+    activations: str = _setting(
+        "int8", "what quantised weights are multiplied with; float: slower, no rounding", ("int8", "float")
+    )
     context: int = _setting(0, "context limit in tokens; 0: the model's own")
     kv_memory: int = _setting(0, "bytes for the KV cache; 0: by context, sequences and free memory")
     max_sequences: int = _setting(64, "sequences that decode together", least=1)

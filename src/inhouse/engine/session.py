@@ -49,6 +49,7 @@ class Session:
             device=use.device,
             threads=use.threads or None,
             kv_dtype=use.kv_dtype,
+            activations=use.activations,
             context=use.context or None,
             progress=progress,
         )
@@ -66,8 +67,10 @@ class Session:
 
     @property
     def fingerprint(self) -> str:
-        """What must be equal for equal bytes: weights, and the executor with its instruction set."""
-        return f"inhouse-{self.model.digest[:12]}-{self.model.executor.name.replace('/', '-')}"
+        """What must be equal for equal bytes: weights, executor with its instruction set, cache, activations."""
+        executor = self.model.executor
+        rounding = "float" if self.model.programs is self.model.plain_programs else "int8"
+        return f"inhouse-{self.model.digest[:12]}-{executor.name.replace('/', '-')}-kv{executor.kv_dtype}-{rounding}"
 
     def facts(self) -> dict[str, Any]:
         """What clients of `/v1/models` may want to know."""

@@ -83,6 +83,7 @@ def open_model(
     device: str = "cpu",
     threads: int | None = None,
     kv_dtype: str = "auto",
+    activations: str = "int8",
     context: int | None = None,
     cache: bool = True,
     home: Home | None = None,
@@ -95,6 +96,8 @@ def open_model(
         executor: `native` or `torch`, the latter on `device`.
         threads: of packing and of the native executor; None: what the machine grants.
         kv_dtype: `f32`, `f16`, `bf16`, or `auto`: f32 for models of f32 matrices alone, else f16.
+        activations: `int8`: quantised rows meet quantised weights, exact integer products; `float`: they do not, which
+            is slower, and agrees with the torch executor to float precision.
         context: a lower limit of positions than the model's own.
         cache: keep packed weights in a file that the next start maps.
 
@@ -117,7 +120,7 @@ def open_model(
                 bound = load_weights(
                     located, described, plain, quantize, home if cache else None, report, threads, progress
                 )
-            programs = quantize_activations(plain, bound.plan.formats)
+            programs = plain if activations == "float" else quantize_activations(plain, bound.plan.formats)
             with _Timer(report, "executor"):
                 made = executors.create(
                     executor,

@@ -13,6 +13,7 @@ Threads = Annotated[int | None, typer.Option(help="compute threads; default: all
 Executor = Annotated[str | None, typer.Option(help="native or torch")]
 Device = Annotated[str | None, typer.Option(help="device of the torch executor")]
 KvDtype = Annotated[str | None, typer.Option("--kv-dtype", help="KV cache elements: auto, f32, f16 or bf16")]
+Activations = Annotated[str | None, typer.Option(help="what quantised weights are multiplied with: int8 or float")]
 Context = Annotated[int | None, typer.Option(help="context limit in tokens")]
 
 

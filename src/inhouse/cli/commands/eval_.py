@@ -24,6 +24,7 @@ def command(
     executor: common.Executor = None,
     device: common.Device = None,
     kv_dtype: common.KvDtype = None,
+    activations: common.Activations = None,
     context: common.Context = None,
     json: common.Json = False,
 ) -> None:
@@ -33,7 +34,14 @@ def command(
 
     content = read_text(text)
     shared = {"threads": threads, "context": context, "max_sequences": 1}
-    use = common.settings(quantize=quantize, executor=executor, device=device, kv_dtype=kv_dtype, **shared)
+    use = common.settings(
+        quantize=quantize,
+        executor=executor,
+        device=device,
+        kv_dtype=kv_dtype,
+        activations=activations,
+        **shared,
+    )
     bar = ProgressBar()
     with ExitStack() as stack:
         session = stack.enter_context(Session.open(model, use, bar))

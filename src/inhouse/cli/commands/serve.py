@@ -23,6 +23,7 @@ def command(
     executor: common.Executor = None,
     device: common.Device = None,
     kv_dtype: common.KvDtype = None,
+    activations: common.Activations = None,
     context: common.Context = None,
     kv_memory: Annotated[str | None, typer.Option(help="memory for the KV cache, such as 2GiB")] = None,
     max_sequences: Annotated[int | None, typer.Option(help="sequences that decode together")] = None,
@@ -37,7 +38,8 @@ def command(
     """Serves models at /v1 until SIGTERM or Ctrl-C; answers that run then are finished first."""
     settings = common.settings(
         host=host, port=port, api_key=api_key, quantize=quantize, threads=threads, executor=executor, device=device,
-        kv_dtype=kv_dtype, context=context, kv_memory=kv_memory, max_sequences=max_sequences, max_queue=max_queue,
+        kv_dtype=kv_dtype, activations=activations, context=context, kv_memory=kv_memory,
+        max_sequences=max_sequences, max_queue=max_queue,
         step_tokens=step_tokens, prefix_cache=prefix_cache, metrics_prefix=metrics_prefix,
         cors_origins=cors_origins, drain_seconds=drain_seconds, log_level=log_level,
     )  # fmt: skip
