@@ -18,7 +18,8 @@ ctest --test-dir build/sanitized --output-on-failure --parallel "$jobs"
 
 if command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null; then
   configure aarch64 -DCMAKE_TOOLCHAIN_FILE=aarch64.cmake
-  ctest --test-dir build/aarch64 --output-on-failure --parallel "$jobs"
+  echo "native-test: threads_test is left out under qemu-user, which fails an assertion of its own when a process with threads forks"
+  ctest --test-dir build/aarch64 --output-on-failure --parallel "$jobs" --exclude-regex threads_test
 else
   echo "native-test: no aarch64-linux-gnu-g++ or no qemu-aarch64 here; the NEON level was not built"
 fi

@@ -110,7 +110,10 @@ ih_status ih_write_blocks(ih_model* model, int32_t group, const int32_t* blocks,
 }
 
 ih_status ih_run(ih_model* model, int32_t program, const ih_step* step, ih_output* outputs) {
-  return guarded([&] { return model->model->run(program, *step, outputs); });
+  return guarded([&]() -> Status {
+    if (step == nullptr || outputs == nullptr) return Status::usage("ih_run needs a step and room for its outputs");
+    return model->model->run(program, *step, outputs);
+  });
 }
 
 int64_t ih_guard_add(const void* begin, int64_t bytes) {

@@ -78,9 +78,9 @@ int64_t strange(std::mt19937_64& rng, int64_t number) {
     case 0:
       return -1;
     case 1:
-      return number + 1;
+      return static_cast<int64_t>(static_cast<uint64_t>(number) + 1);  // may be a bound already: wraps
     case 2:
-      return number - 1;
+      return static_cast<int64_t>(static_cast<uint64_t>(number) - 1);
     case 3:
       return static_cast<int64_t>(rng() % 64);
     case 4:
