@@ -112,7 +112,7 @@ def test_missing_left_over_and_misshapen_tensors_are_named(folder: Path) -> None
         edit.update(arrays)
 
     change(folder, lambda edit: edit.__delitem__(name))
-    with pytest.raises(FormatError, match=f"lacks 1 tensors: {name}"):
+    with pytest.raises(FormatError, match=f"lacks 1 tensor: {name}"):
         planned(folder)
     change(folder, restore)
     change(folder, lambda edit: edit.update({"model.layers.3.extra": arrays[name]}))

@@ -100,7 +100,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], type[InhouseError], str]] = {
     "missing tensor": (
         lambda f: change(f, lambda a: a.__delitem__("model.layers.4.self_attn.o_proj.weight")),
         FormatError,
-        r"lacks 1 tensors: model\.layers\.4\.self_attn\.o_proj\.weight",
+        r"lacks 1 tensor: model\.layers\.4\.self_attn\.o_proj\.weight",
     ),
     "extra tensor": (
         lambda f: change(f, lambda a: a.update({"model.surprise": np.ones(3, np.float32)})),
