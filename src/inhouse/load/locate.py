@@ -3,6 +3,7 @@
 Knows the order of looking; does not read weights.
 """
 
+import difflib
 import hashlib
 import json
 import os
@@ -58,6 +59,8 @@ def locate(reference: str, home: Home | None = None) -> Located:
         return locate_path(DEMO_FOLDER, DEMO)
     if path.exists():
         return locate_path(path)
+    if difflib.get_close_matches(reference, [DEMO], 1) and "Did you mean" not in found.remedy:
+        found.remedy = f"Did you mean {DEMO}?"
     raise found
 
 
