@@ -8,9 +8,7 @@ Every token of a piece but its first is scored. Perplexity is exp of the mean ne
 """
 
 import math
-import queue
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +17,6 @@ import numpy.typing as npt
 
 from inhouse.core.errors import ExecutorError, UsageError
 from inhouse.core.progress import Progress, silent
-from inhouse.engine.request import Event, Failed, Finished, Request, make_request
 from inhouse.engine.session import Session
 from inhouse.model.tokens.tokenizer import Tokenizer
 
@@ -75,22 +72,6 @@ def _window(protocol: str, context: int) -> int:
     return int(number)
 
 
-def score(session: Session, ids: list[int], take: Callable[[int, Rows], None]) -> None:
-    """Runs `ids` through the engine; `take(first, rows)` gets the logits that follow position first + i.
-
-    Raises ExecutorError if the step fails.
-    """
-    events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
-    plain = make_request(f"score-{uuid.uuid4().hex}", ids, max_tokens=0)
-    session.engine.submit(Request(plain.id, plain.prompt, plain.params, 0, tap=take), events.put)
-    while True:
-        for event in events.get():
-            if isinstance(event, Failed):
-                raise event.error
-            if isinstance(event, Finished):
-                return
-
-
 def log_softmax(rows: Rows) -> npt.NDArray[np.float64]:
     """Natural-log probabilities, float64 [n, vocab], of logits float32 [n, vocab]. Raises ExecutorError for NaN."""
     wide = rows.astype(np.float64)
@@ -140,7 +121,7 @@ def evaluate(
     for ids in texts:
         likelihood = _Likelihood(ids)
         if reference is None:
-            score(session, ids, likelihood)
+            session.engine.score(ids, tap=likelihood)
         else:
             other, klds, same = _compare(session, reference, ids, likelihood)
             theirs, agreed = theirs + other, agreed + same
@@ -161,7 +142,7 @@ def _compare(
 ) -> tuple[float, npt.NDArray[np.float64], int]:
     """Scores a piece with both: the reference's NLL, KL(reference || model) a position, and how often both agree."""
     kept: list[tuple[int, Rows]] = []
-    score(reference, ids, lambda first, rows: kept.append((first, rows.copy())))
+    reference.engine.score(ids, tap=lambda first, rows: kept.append((first, rows.copy())))
     expected = _Likelihood(ids)
     klds: list[npt.NDArray[np.float64]] = []
     same = 0
@@ -179,7 +160,7 @@ def _compare(
         klds.append((np.exp(truth) * (truth - logs)).sum(axis=1))
         same += int((truth.argmax(axis=1) == logs.argmax(axis=1)).sum())
 
-    score(session, ids, take)
+    session.engine.score(ids, tap=take)
     return expected.total, np.concatenate(klds), same
 
 

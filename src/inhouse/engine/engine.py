@@ -10,7 +10,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from uuid import uuid4
@@ -214,7 +214,7 @@ class Engine:
             self._mail.cancelled.append((request_id, choice))
             self._changed.notify_all()
 
-    def stream(self, request: Request) -> Iterator[Event]:
+    def stream(self, request: Request) -> Generator[Event, None, None]:
         """Submits and yields the events until the last; leaving early cancels. Not for the engine's thread.
         Raises what `submit` raises, when the first event is asked for."""
         events: SimpleQueue[list[Event]] = SimpleQueue()

@@ -3,17 +3,17 @@
 Knows how to open a model and how text becomes a request; knows nothing of protocols.
 """
 
-import queue
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Self
 
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
 from inhouse.engine.engine import Engine, StepReport
-from inhouse.engine.request import EngineConfig, Event, SamplingParams, make_request
-from inhouse.engine.text import TextAssembler, TextEnd, TextEvent, TextFailed
+from inhouse.engine.request import EngineConfig, SamplingParams, make_request
+from inhouse.engine.text import TextAssembler, TextEvent
 from inhouse.load.model import LoadedModel, open_model
 from inhouse.model.tokens.tokenizer import Tokenizer
 
@@ -117,20 +117,14 @@ class Session:
         Raises what `Engine.submit` raises; a failed step is a TextFailed event.
         """
         name = f"local-{uuid.uuid4().hex}"
-        events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
         assembler = TextAssembler(
             self.tokenizer, prompt, stops, skip_special=skip_special,
             stop_choice=lambda choice: self.engine.cancel(name, choice),
         )  # fmt: skip
-        self.engine.submit(make_request(name, prompt, params or self.defaults, max_tokens), events.put)
-        try:
-            while True:
-                for event in assembler.feed(events.get()):
-                    yield event
-                    if isinstance(event, TextEnd | TextFailed) and event.last:
-                        return
-        finally:
-            self.engine.cancel(name)
+        request = make_request(name, prompt, params or self.defaults, max_tokens)
+        with closing(self.engine.stream(request)) as events:
+            for event in events:
+                yield from assembler.feed([event])
 
     def _stepped(self, step: StepReport) -> None:
         if self.on_step is not None:
