@@ -36,6 +36,16 @@ IH_API const char* ih_isa_available(int32_t i);
 // Threads of a step where none are asked for: $INHOUSE_THREADS, else the cgroup's quota, at most the affinity mask.
 IH_API int32_t ih_default_threads(void);
 
+typedef enum ih_probe_kind {
+  IH_PROBE_READ = 0,  // bytes a second out of memory
+  IH_PROBE_DOT = 1,   // operations a second of int8 dot products (a multiply and an add are two)
+  IH_PROBE_FMA = 2,   // the same for f32 fused multiply-adds
+} ih_probe_kind;
+
+// What this machine reaches at most with `threads` threads (0: the default), the best of a few tries; takes about a
+// tenth of a second, and 256 MiB of memory for IH_PROBE_READ.
+IH_API ih_status ih_probe(const char* isa, int32_t kind, int32_t threads, double* per_second);
+
 // ---- models --------------------------------------------------------------------------------------------------------
 
 typedef struct ih_weight {

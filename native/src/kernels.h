@@ -105,6 +105,10 @@ struct Kernels {
   void (*exp_weights)(const float* x, int64_t n, float top, float inverse, float* w, float* sums);
   // Merges the partials of partitions [begin, end), each `stride` floats after the one before, and writes y.
   void (*attend_merge)(const AttentionTask& task, int begin, int end, float* partials, int64_t stride);
+  // Yardsticks of benchmarks (ops/probe-inl.h): each gives the work it has done; `sink` keeps it from being left out.
+  double (*probe_dot)(int64_t loops, int32_t* sink);
+  double (*probe_fma)(int64_t loops, int32_t* sink);
+  double (*probe_read)(const uint8_t* p, int64_t bytes, int32_t* sink);
 };
 
 // A partial result: v_dim sums padded to 16, then the maximum of the scores and the sum of the weights.

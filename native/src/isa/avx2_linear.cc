@@ -14,6 +14,9 @@ void add_linears_avx2(Kernels& kernels) {
   kernels.unpack_row = avx2::unpack_row;
   kernels.quantize_row = avx2::quantize_row;
   kernels.quantize_tile = avx2::quantize_tile;
+  kernels.probe_dot = avx2::probe_dot;
+  kernels.probe_fma = avx2::probe_fma;
+  kernels.probe_read = avx2::probe_read;
 }
 
 }  // namespace inhouse

@@ -14,6 +14,9 @@ void add_linears_avx512(Kernels& kernels) {
   kernels.unpack_row = avx512::unpack_row;
   kernels.quantize_row = avx512::quantize_row;
   kernels.quantize_tile = avx512::quantize_tile;
+  kernels.probe_dot = avx512::probe_dot;
+  kernels.probe_fma = avx512::probe_fma;
+  kernels.probe_read = avx512::probe_read;
 }
 
 }  // namespace inhouse

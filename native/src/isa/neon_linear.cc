@@ -14,6 +14,9 @@ void add_linears_neon(Kernels& kernels) {
   kernels.unpack_row = neon::unpack_row;
   kernels.quantize_row = neon::quantize_row;
   kernels.quantize_tile = neon::quantize_tile;
+  kernels.probe_dot = neon::probe_dot;
+  kernels.probe_fma = neon::probe_fma;
+  kernels.probe_read = neon::probe_read;
 }
 
 }  // namespace inhouse

@@ -14,6 +14,9 @@ void add_linears_scalar(Kernels& kernels) {
   kernels.unpack_row = scalar::unpack_row;
   kernels.quantize_row = scalar::quantize_row;
   kernels.quantize_tile = scalar::quantize_tile;
+  kernels.probe_dot = scalar::probe_dot;
+  kernels.probe_fma = scalar::probe_fma;
+  kernels.probe_read = scalar::probe_read;
 }
 
 }  // namespace inhouse
