@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from inhouse.core.errors import ExecutorError
 from inhouse.runtime.program import Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
-from inhouse.runtime.step import BLOCK_SIZE, I32, Step, check_step
+from inhouse.runtime.step import BLOCK_SIZE, I32, Step, check_step, step_rules
 
 F32 = npt.NDArray[np.float32]
 VOCAB = 61
@@ -31,10 +31,12 @@ def window(size: int, name: str = "window") -> StateGroup:
 
 
 def programs(*groups: StateGroup, context: int = 256) -> ProgramSet:
-    """A ProgramSet whose Program is never read."""
+    """A ProgramSet whose Program never runs; its ops only name the state groups."""
+    groups = groups or (paged(),)
     logits = Value(0, Axis.SAMPLED, VOCAB, DType.F32)
-    step = Program("step", (Op("embed", (), (), (logits,), {}),), {"logits": logits})
-    return ProgramSet({"step": step}, {}, groups or (paged(),), VOCAB, context)
+    reads = [Op("attention", (), (), (), {"group": group.name, "cross": False}) for group in groups]
+    step = Program("step", (Op("act", (), (), (logits,), {}), *reads), {"logits": logits})
+    return ProgramSet({"step": step}, {}, groups, VOCAB, context)
 
 
 def mix(before: int, token: int) -> int:
@@ -82,7 +84,7 @@ class FakeExecutor:
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         assert program == "step"
         assert not self.closed
-        check_step(self.programs, step, self._blocks)
+        check_step(step_rules(self.programs, program), step, self._blocks)
         size = step.tokens.size, step.sampled.size, step.lengths.size
         assert self.reserved is not None, "no room was made"
         assert all(now <= room for now, room in zip(size, self.reserved, strict=True)), "larger than announced"

@@ -14,7 +14,7 @@ from inhouse.model.rewrite import quantize_activations
 from inhouse.runtime.executor import Executor
 from inhouse.runtime.ops import Builder
 from inhouse.runtime.packed import Packed, pack_float, quantize, quantize_rows_reference
-from inhouse.runtime.program import Axis, ProgramSet, StateGroup, StateKind, WeightSpec
+from inhouse.runtime.program import ProgramSet, StateGroup, StateKind, WeightSpec
 from inhouse.runtime.step import Step
 from inhouse.runtime.torch_executor import TorchExecutor, to_torch
 from tests.runtime_torch.tiny import Tiny, step_of, tiny, worst
@@ -199,21 +199,24 @@ def encoder_decoder() -> tuple[ProgramSet, dict[str, Any]]:
     arrays = {name: rng.normal(size=(8, 8), scale=0.3).astype(np.float32) for name in ("q", "k", "v")}
     arrays["table"] = rng.normal(size=(11, 8)).astype(np.float32)
     weights = {n: WeightSpec(n, a.shape, "embedding" if n == "table" else "linear") for n, a in arrays.items()}
-    heads: dict[str, Any] = {"heads": 2, "kv_heads": 2, "head_dim": 4, "v_dim": 4, "scale": 0.5, "group": "cross"}
+    heads: dict[str, Any] = {"heads": 2, "kv_heads": 2, "head_dim": 4, "v_dim": 4, "scale": 0.5}
     encode = Builder("encode", weights)
     encode.layer = 0
-    x = encode.one("embed", weights=["table"], axis=Axis.ENCODER.value)
+    x = encode.one("embed", weights=["table"])
     q, k, v = encode.op("linears", x, weights=["q", "k", "v", "", "", ""])
-    y = encode.one("attention", q, k, v, mask="bidirectional", **heads)
+    y = encode.one("attention", q, k, v, mask="bidirectional", group="encoder", **heads)
     encode.op("write_cross", *encode.op("linears", y, weights=["k", "v", "", ""]), group="cross")
     pooled = encode.one("pool", y, mode="mean")
     step = Builder("step", weights)
     step.layer = 0
     (q,) = step.op("linears", step.one("embed", weights=["table"]), weights=["q", ""])
-    hidden = step.one("attention", q, cross=True, **heads)
+    hidden = step.one("attention", q, cross=True, group="cross", **heads)
     programs = {"encode": encode.finish(pooled=pooled), "step": step.finish(hidden=hidden)}
-    group = StateGroup("cross", StateKind.CROSS, (0,), 2, 4, 4, chunkable=False, shareable=False)
-    return ProgramSet(programs, weights, (group,), 11, 64), arrays
+    groups = [
+        StateGroup(name, kind, (0,), 2, 4, 4, chunkable=False, shareable=False)
+        for name, kind in (("cross", StateKind.CROSS), ("encoder", StateKind.PAGED))
+    ]
+    return ProgramSet(programs, weights, tuple(groups), 11, 64), arrays
 
 
 def softmax_attention(q: Any, k: Any, v: Any) -> Any:
@@ -227,20 +230,22 @@ def softmax_attention(q: Any, k: Any, v: Any) -> Any:
 def test_cross_attention_reads_what_encode_wrote() -> None:
     programs, arrays = encoder_decoder()
     executor = TorchExecutor(programs, arrays)
-    executor.allocate({"cross": 6})
+    executor.allocate({"cross": 6, "encoder": 6})
     sources = [[1, 2, 3] * 6, [7, 8]]
     table = np.array([[4, 1], [2, -1]], np.int32)
-    none: Any = ids()
     encode = Step(
-        tokens=none, positions=none, sequences=none, lengths=ids(0, 0), tables={"cross": table}, sampled=none,
-        adapters=ids(0, 0), encoder_tokens=ids(*sources[0], *sources[1]), encoder_sequences=ids(*[0] * 18, 1, 1),
+        tokens=ids(*sources[0], *sources[1]), positions=ids(*range(18), 0, 1), sequences=ids(*[0] * 18, 1, 1),
+        lengths=ids(18, 2), tables={"cross": table, "encoder": table[:, ::-1].copy() + 1}, sampled=ids(),
+        adapters=ids(0, 0),
     )  # fmt: skip
+    encode.tables["encoder"][1] = [0, -1]
     step = Step(
         tokens=ids(5, 6, 9), positions=ids(0, 1, 0), sequences=ids(0, 0, 1), lengths=ids(2, 1),
-        tables={"cross": table}, sampled=none, adapters=ids(0, 0),
+        tables={"cross": table}, sampled=ids(), adapters=ids(0, 0), encoder_lengths=ids(18, 2),
     )  # fmt: skip
-    with pytest.raises(UsageError, match="nothing encoded"):
-        executor.run("step", step)
+    for lengths, match in ((ids(18, 0), "encoder_lengths 0"), (ids(18, 17), "lacks a block"), (ids(33, 2), "short")):
+        with pytest.raises(UsageError, match=match):
+            executor.run("step", replace(step, encoder_lengths=lengths))
     pooled = executor.run("encode", encode)["pooled"]
     hidden = executor.run("step", step)["hidden"]
     for n, (source, rows) in enumerate(zip(sources, ([5, 6], [9]), strict=True)):
@@ -254,3 +259,29 @@ def test_cross_attention_reads_what_encode_wrote() -> None:
 def test_a_spec_with_another_context_builds_its_own_frequencies(model: Tiny) -> None:
     longer = build(replace(model.spec, context_length=128))
     assert longer.context_length == 128
+
+
+def test_a_prefix_is_seen_whole() -> None:
+    rng = np.random.default_rng(1)
+    arrays = {"table": rng.normal(size=(11, 8)).astype(np.float32)}
+    builder = Builder("step", {"table": WeightSpec("table", (11, 8), "embedding")})
+    builder.layer = 0
+    x = builder.one("embed", weights=["table"])
+    attrs: dict[str, Any] = {"heads": 2, "kv_heads": 2, "head_dim": 4, "v_dim": 4, "scale": 0.5, "group": "kv"}
+    program = builder.finish(hidden=builder.one("attention", x, x, x, mask="prefix", **attrs))
+    group = StateGroup("kv", StateKind.PAGED, (0,), 2, 4, 4, chunkable=False)
+    programs = ProgramSet({"step": program}, {"table": WeightSpec("table", (11, 8), "embedding")}, (group,), 11, 64)
+    executor = TorchExecutor(programs, arrays)
+    executor.allocate({"kv": 4})
+    tokens = [1, 2, 3, 4, 5, 6]
+    step = Step(
+        tokens=ids(*tokens), positions=ids(*range(6)), sequences=ids(*[0] * 6), lengths=ids(6),
+        tables={"kv": np.array([[2]], np.int32)}, sampled=ids(), adapters=ids(0), prefixes=ids(4),
+    )  # fmt: skip
+    hidden = executor.run("step", step)["hidden"]
+    values = arrays["table"][tokens]
+    for row in range(6):
+        keys = values[: max(row + 1, 4)]
+        np.testing.assert_allclose(hidden[row], softmax_attention(values[row : row + 1], keys, keys)[0], rtol=1e-5)
+    with pytest.raises(UsageError, match="prefix ends beyond"):
+        executor.run("step", replace(step, prefixes=ids(7)))

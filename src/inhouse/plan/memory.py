@@ -57,7 +57,7 @@ def context_for(programs: ProgramSet, kv_dtype: str, budget: int, step_tokens: i
 
 def activation_bytes(programs: ProgramSet, step_tokens: int, logit_rows: int) -> int:
     """Bytes of the values that live at once, in the worst op of any Program; S and N axes have logit_rows rows."""
-    sizes = {Axis.TOKENS: step_tokens, Axis.ENCODER: step_tokens, Axis.ROUTED: step_tokens}
+    sizes = {Axis.TOKENS: step_tokens, Axis.ROUTED: step_tokens}
     return max((_peak(p, sizes, logit_rows) for p in programs.programs.values()), default=0)
 
 

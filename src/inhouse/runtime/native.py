@@ -14,7 +14,7 @@ from inhouse.runtime.native_flat import flatten
 from inhouse.runtime.native_library import COutput, CStep, CWeight, check, library
 from inhouse.runtime.packed import FORMATS, Packed
 from inhouse.runtime.program import ProgramSet
-from inhouse.runtime.step import I32, Step, check_step
+from inhouse.runtime.step import I32, Step, check_step, step_rules
 
 _KV_NUMBERS = {"f32": 0, "f16": 1, "bf16": 2}
 assert set(_KV_NUMBERS) == set(KV_DTYPES)
@@ -67,6 +67,7 @@ class NativeExecutor:
         self._lib = library()
         self._programs, self._kv_dtype = programs, kv_dtype
         self._kept = self._gather(programs, weights)
+        self._rules = {name: step_rules(programs, name) for name in programs.programs}
         self._numbers = {name: i for i, name in enumerate(programs.programs)}
         self._groups = {group.name: i for i, group in enumerate(programs.groups)}
         self._blocks = dict.fromkeys(self._groups, 0)
@@ -144,11 +145,9 @@ class NativeExecutor:
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         """See Executor.run."""
         require(self._programs, program)
-        check_step(self._programs, step, self._blocks)
+        check_step(self._rules[program], step, self._blocks)
         if step.adapters.any():
             raise UnsupportedError("the native executor has no LoRA adapters loaded", param="adapters")
-        if step.encoder_tokens.size:
-            raise UnsupportedError("the native executor runs no encoder rows", param="encoder_tokens")
         which = self._programs.programs[program]
         c_step, kept = self._c_step(step)
         outputs = (COutput * max(len(which.outputs), 1))()
@@ -160,7 +159,8 @@ class NativeExecutor:
     def _c_step(self, step: Step) -> tuple[CStep, object]:
         """The step's pointers, and what must live as long as they are used."""
         count = max(len(self._groups), 1)
-        tables = [step.tables[name] for name in self._groups]
+        none = np.zeros((step.lengths.size, 0), np.int32)  # groups that the Program does not name
+        tables = [step.tables.get(name, none) for name in self._groups]
         pointers = (ctypes.c_void_p * count)(*[_pointer(t) for t in tables])
         widths = (ctypes.c_int64 * count)(*[t.shape[1] for t in tables])
         arrays = (step.tokens, step.positions, step.sequences, step.lengths, step.sampled)

@@ -126,12 +126,15 @@ def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> l
     """q [A, heads * head_dim], k [A, kv_heads * head_dim], v [A, kv_heads * v_dim] -> y [A, heads * v_dim].
 
     self: k and v of each row are stored in `group`'s cache at that row's position, then read back with all
-    that the mask admits; cross: q alone, K and V come from the group that `encode` wrote.
-    score = scale * q.k; softcap > 0: cap * tanh(score / cap); window > 0: the last `window` positions;
-    optional weights: (ALiBi slopes [heads] | relative bias [buckets, heads], sinks [heads])."""
+    that the mask admits; cross: q alone, K and V are positions 0..encoder_lengths[n] of a cross group.
+    score = scale * q.k; softcap > 0: cap * tanh(score / cap). Which keys a query at p sees: causal: k <= p;
+    prefix: k <= p, and k < prefixes[n]; bidirectional: all stored; window > 0: of those |p - k| < window only.
+    optional weights: (ALiBi slopes [heads] | relative bias table [buckets, heads] of T5, sinks [heads]); buckets of
+    relative bias look both ways unless the mask is causal."""
     heads, kv = _int(attrs, "heads"), _int(attrs, "kv_heads")
     head_dim, v_dim = _int(attrs, "head_dim"), _int(attrs, "v_dim")
     _need(attrs["mask"] in MASKS, f"unknown mask {attrs['mask']}")
+    _need(attrs["mask"] != "prefix" or not attrs["window"], "the prefix mask takes no window")
     _need(heads % kv == 0 and xs[0].width == heads * head_dim, "q must be heads * head_dim wide")
     if attrs["cross"]:
         _need(len(xs) == 1, "cross attention takes q alone")
@@ -141,8 +144,9 @@ def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> l
 
 
 def _write_cross(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """k [E, kv_heads * head_dim], v [E, kv_heads * v_dim] -> nothing; stored in the cross group for `layer`."""
-    _need(len(xs) == 2, "expected k and v")
+    """k [T, kv_heads * head_dim], v [T, kv_heads * v_dim] -> nothing; stored in the cross group `group` for the op's
+    layer, each row at its own position."""
+    _need(len(xs) == 2 and all(x.axis is Axis.TOKENS for x in xs), "expected k and v over tokens")
     return []
 
 
@@ -165,7 +169,7 @@ def _select_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) ->
 
 
 def _pool(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """x [T or E, W] -> y [N, W]: one row a sequence; normalize: divided by its L2 norm."""
+    """x [T, W] -> y [N, W]: one row a sequence; normalize: divided by its L2 norm."""
     _need(attrs["mode"] in POOLINGS, f"unknown pooling {attrs['mode']}")
     return [_f32(Axis.SEQUENCES, xs[0].width)]
 

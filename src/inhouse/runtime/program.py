@@ -26,7 +26,6 @@ class Axis(StrEnum):
 
     TOKENS = "T"  # tokens of the step
     SAMPLED = "S"  # rows whose logits are wanted
-    ENCODER = "E"  # encoder tokens
     ROUTED = "R"  # (token, expert) pairs, ordered by expert, then token
     SEQUENCES = "N"  # one row a sequence
 
@@ -43,7 +42,7 @@ class StateKind(StrEnum):
 
     PAGED = "paged"  # K and V of every position, in blocks
     WINDOW = "window"  # K and V of the last `window` positions, in blocks
-    CROSS = "cross"  # K and V of the encoder's output, written once by `encode`, keyed by content
+    CROSS = "cross"  # K and V of the encoder's output, in blocks by encoder position; written once by `encode`
     LATENT = "latent"  # compressed KV of MLA
     RECURRENT = "recurrent"  # fixed size a sequence (linear attention, state-space models)
 

@@ -10,11 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UsageError
-from inhouse.runtime.program import ProgramSet, StateKind
+from inhouse.runtime.program import ProgramSet, StateGroup, StateKind
 
 BLOCK_SIZE = 16  # positions in a block; divides the 256 positions of an attention partition
 
 I32 = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+
+
+def _zeros() -> I32:
+    return np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +28,9 @@ class Step:
     reads it during `run` and keeps nothing of it.
 
     Rows of one sequence are contiguous and in ascending position; sequences stand in the order of `lengths`.
-    Position p of sequence n lives in block `tables[group][n, p // BLOCK_SIZE]`, slot `p % BLOCK_SIZE`.
+    Position p of sequence n lives in block `tables[group][n, p // BLOCK_SIZE]`, slot `p % BLOCK_SIZE`. A cross group
+    is addressed alike, by encoder position: `encode`, whose tokens are the encoder's, writes it; `step` reads the
+    first `encoder_lengths[n]` positions. An array with a default that is left out becomes zeros of its length.
     """
 
     tokens: I32  # [T] token ids
@@ -33,8 +40,39 @@ class Step:
     tables: Mapping[str, I32]  # state group -> [N, M] block ids; -1 where none is lent
     sampled: I32  # [S] rows whose logits are wanted; may be empty
     adapters: I32  # [N] LoRA slot of each sequence; 0: none
-    encoder_tokens: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # [E]
-    encoder_sequences: I32 = field(default_factory=lambda: np.zeros(0, np.int32))  # [E]
+    types: I32 = field(default_factory=_zeros)  # [T] token types (BERT's segments)
+    prefixes: I32 = field(default_factory=_zeros)  # [N] positions below it see one another (mask `prefix`)
+    encoder_lengths: I32 = field(default_factory=_zeros)  # [N] encoder positions stored in the cross groups
+
+    def __post_init__(self) -> None:
+        for name, count in (("types", self.tokens), ("prefixes", self.lengths), ("encoder_lengths", self.lengths)):
+            if not getattr(self, name).size and count.size:
+                object.__setattr__(self, name, np.zeros(count.size, np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class StepRules:
+    """What one Program asks of its steps; made once by `step_rules`, used at every step."""
+
+    vocab_size: int
+    context_length: int
+    types: int  # rows of the smallest table that token types index; 0: none does
+    groups: tuple[StateGroup, ...]  # groups stored and read by the step's own positions
+    cross: tuple[StateGroup, ...]  # groups read by encoder position
+
+
+def step_rules(programs: ProgramSet, program: str) -> StepRules:
+    """The rules of the Program called `program`. Only the state groups that its ops name are asked for."""
+    own: dict[str, StateGroup] = {}
+    cross: dict[str, StateGroup] = {}
+    types: list[int] = []
+    for op in programs.programs[program].ops:
+        if "group" in op.attrs and isinstance(op.attrs["group"], str):
+            (cross if op.attrs.get("cross") else own)[op.attrs["group"]] = programs.group(op.attrs["group"])
+        if op.kind == "embed" and op.attrs["source"] == "types":
+            types.append(programs.weights[op.weights[0]].shape[0] - int(op.attrs["offset"]))
+    kept = tuple(group for group in own.values() if group.kind is not StateKind.RECURRENT)
+    return StepRules(programs.vocab_size, programs.context_length, min(types, default=0), kept, tuple(cross.values()))
 
 
 def _need(condition: bool, message: str) -> None:
@@ -53,21 +91,14 @@ def _within(name: str, array: I32, low: int, high: int) -> None:
         _need(low <= lowest and highest < high, f"{name} holds {lowest}..{highest}, allowed {low}..{high - 1}")
 
 
-def check_step(programs: ProgramSet, step: Step, blocks: Mapping[str, int]) -> None:
+def check_step(rules: StepRules, step: Step, blocks: Mapping[str, int]) -> None:
     """Proves a step well formed before any kernel sees it; raises UsageError naming the array and the value.
 
     An executor indexes memory by these arrays, so nothing unchecked may pass: this is what keeps a faulty
     scheduler from becoming memory corruption. `blocks` is what was allocated in each state group.
     """
-    for name in ("tokens", "positions", "sequences", "lengths", "sampled", "adapters"):
-        _array(name, getattr(step, name))
-    rows, count = step.tokens.size, step.lengths.size
-    _need(step.positions.size == rows and step.sequences.size == rows, "tokens, positions, sequences differ in length")
-    _need(step.adapters.size == count, "adapters must have one entry a sequence")
-    _within("tokens", step.tokens, 0, programs.vocab_size)
-    _within("positions", step.positions, 0, programs.context_length)
-    _within("sequences", step.sequences, 0, max(count, 1))
-    _within("sampled", step.sampled, 0, max(rows, 1))
+    _check_arrays(rules, step)
+    rows = step.tokens.size
     if rows:
         same = step.sequences[1:] == step.sequences[:-1]
         _need(bool(np.all(step.sequences[1:] >= step.sequences[:-1])), "sequences must ascend")
@@ -76,26 +107,47 @@ def check_step(programs: ProgramSet, step: Step, blocks: Mapping[str, int]) -> N
             "positions of one sequence must ascend by one",
         )
         _need(bool(np.all(step.positions < step.lengths[step.sequences])), "a position lies beyond its length")
-    for group in programs.groups:
-        if group.kind in (StateKind.PAGED, StateKind.WINDOW):
-            _check_table(group.name, group.window, step, blocks.get(group.name, 0))
+    _need(bool(np.all(step.prefixes <= step.lengths)), "a prefix ends beyond its length")
+    first = np.full(step.lengths.size, np.iinfo(np.int32).max, np.int32)
+    np.minimum.at(first, step.sequences, step.positions)
+    used = first != np.iinfo(np.int32).max
+    for group in rules.groups:
+        start = np.maximum(first - group.window + 1, 0) if group.window else np.zeros_like(first)
+        _check_table(group.name, step, blocks, used, start, step.lengths)
+    for group in rules.cross:
+        _need(bool(np.all(step.encoder_lengths[used] > 0)), "a sequence reads cross state and has encoder_lengths 0")
+        _check_table(group.name, step, blocks, used, np.zeros_like(first), step.encoder_lengths)
 
 
-def _check_table(name: str, window: int, step: Step, blocks: int) -> None:
-    """Every block that the step writes or reads must be lent: from the window's start to the last position."""
+def _check_arrays(rules: StepRules, step: Step) -> None:
+    """Type, length and range of every array but the tables."""
+    rows, count = step.tokens.size, step.lengths.size
+    for name, length in (
+        ("tokens", rows), ("positions", rows), ("sequences", rows), ("types", rows), ("lengths", count),
+        ("adapters", count), ("prefixes", count), ("encoder_lengths", count), ("sampled", step.sampled.size),
+    ):  # fmt: skip
+        array: I32 = getattr(step, name)
+        _array(name, array)
+        _need(array.size == length, f"{name} has {array.size} entries, needs {length}")
+    _within("tokens", step.tokens, 0, rules.vocab_size)
+    _within("positions", step.positions, 0, rules.context_length)
+    _within("sequences", step.sequences, 0, max(count, 1))
+    _within("lengths", step.lengths, 0, rules.context_length + 1)
+    _within("sampled", step.sampled, 0, max(rows, 1))
+    _within("types", step.types, 0, rules.types or np.iinfo(np.int32).max)
+    _within("prefixes", step.prefixes, 0, rules.context_length + 1)
+    _within("encoder_lengths", step.encoder_lengths, 0, rules.context_length + 1)
+
+
+def _check_table(name: str, step: Step, blocks: Mapping[str, int], used: Bools, start: I32, end: I32) -> None:
+    """Every block that the step writes or reads must be lent: positions start[n] to end[n] of each sequence used."""
     table = step.tables.get(name)
     if table is None:
         raise UsageError(f"ill-formed step: no block table for state group {name}")
     _array(f"tables[{name}]", table, 2)
-    _within(f"tables[{name}]", table, -1, max(blocks, 1))
+    _within(f"tables[{name}]", table, -1, max(blocks.get(name, 0), 1))
     _need(table.shape[0] == step.lengths.size, f"tables[{name}] must have one row a sequence")
-    if not step.tokens.size:
-        return
-    first = np.full(step.lengths.size, np.iinfo(np.int32).max, np.int32)
-    np.minimum.at(first, step.sequences, step.positions)
-    used = first != np.iinfo(np.int32).max
-    start = np.maximum(first - window + 1, 0) if window else np.zeros_like(first)
-    last = (step.lengths + BLOCK_SIZE - 1) // BLOCK_SIZE  # one past the last block
+    last = (end + BLOCK_SIZE - 1) // BLOCK_SIZE  # one past the last block
     _need(bool(np.all(last[used] <= table.shape[1])), f"tables[{name}] is too short for the lengths")
     column = np.arange(table.shape[1], dtype=np.int32)[None, :]
     needed = (column >= start[:, None] // BLOCK_SIZE) & (column < last[:, None]) & used[:, None]

@@ -10,15 +10,20 @@ from inhouse.core.errors import UnsupportedError
 from inhouse.runtime.program import Op
 
 
-def visible(queries: Tensor, keys: Tensor, *, mask: str = "causal", window: int = 0) -> Tensor:
-    """bool [..., Q, K]: whether the query at a position sees the key at a position (positions [..., Q], [..., K])."""
+def visible(
+    queries: Tensor, keys: Tensor, *, mask: str = "causal", window: int = 0, prefixes: Tensor | None = None
+) -> Tensor:
+    """bool [..., Q, K]: whether the query at a position sees the key at a position (positions [..., Q], [..., K]).
+    `prefixes` [...]: with the mask `prefix`, every query sees the keys below it."""
     gap = queries[..., :, None] - keys[..., None, :]
     if mask == "causal":
         seen = gap >= 0
         return seen & (gap < window) if window else seen
     if mask == "bidirectional":
         return gap.abs() < window if window else torch.ones_like(gap, dtype=torch.bool)
-    raise UnsupportedError(f"the torch executor has no attention mask {mask!r}")
+    if mask == "prefix" and prefixes is not None and not window:
+        return (gap >= 0) | (keys < prefixes[..., None])[..., None, :]
+    raise UnsupportedError(f"the torch executor has no attention mask {mask!r} here (window {window})")
 
 
 def relative_buckets(gap: Tensor, *, buckets: int, max_distance: int, both_ways: bool) -> Tensor:

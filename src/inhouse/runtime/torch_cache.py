@@ -25,7 +25,6 @@ class GroupCache:
         shape = (len(group.layers), blocks, BLOCK_SIZE)
         self.k = torch.zeros(*shape, group.kv_heads * group.head_dim, dtype=dtype, device=device)
         self.v = torch.zeros(*shape, group.kv_heads * group.v_dim, dtype=dtype, device=device)
-        self.encoded: dict[int, int] = {}  # cross groups: first block of a content -> its positions
 
     def write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Stores rows k, v [n, width] at (block, slot) [n], rounded to the cache's type."""
@@ -90,31 +89,22 @@ class StepRows:
         self._step, self._caches, self._device = step, caches, device
         self._counts = np.bincount(step.sequences, minlength=step.lengths.size)  # rows of each sequence
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])[:-1]  # first row of each sequence
-        self._encoded = np.bincount(step.encoder_sequences, minlength=step.lengths.size)
-        self._encoded_starts = np.concatenate([[0], np.cumsum(self._encoded)])[:-1]
         self._stored: dict[str, tuple[Tensor, Tensor]] = {}
         self._planned: dict[tuple[str, int, str, bool], list[_Plan]] = {}
 
     def ids(self, source: str, axis: Axis) -> Tensor:
-        if axis is Axis.ENCODER:
-            within = np.arange(self._step.encoder_tokens.size) - self._encoded_starts[self._step.encoder_sequences]
-            array = {"tokens": self._step.encoder_tokens, "positions": within}.get(source)
-        else:
-            array = {"tokens": self._step.tokens, "positions": self._step.positions}.get(source)
-        if array is None:  # token types: the step has none, all are type 0
-            array = np.zeros_like(self._step.encoder_tokens if axis is Axis.ENCODER else self._step.tokens)
-        return self._to(array)
+        if axis is not Axis.TOKENS:
+            raise UsageError(f"a step has no ids of axis {axis}")
+        arrays = {"tokens": self._step.tokens, "positions": self._step.positions, "types": self._step.types}
+        return self._to(arrays[source])
 
     def select(self, x: Tensor) -> Tensor:
         return x[self._to(self._step.sampled)]
 
     def sequences(self, axis: Axis) -> tuple[Tensor, int]:
-        rows = self._step.encoder_sequences if axis is Axis.ENCODER else self._step.sequences
-        return self._to(rows), self._step.lengths.size
+        return self._to(self._step.sequences), self._step.lengths.size
 
     def attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
-        if op.inputs[0].axis is Axis.ENCODER:
-            return self._encoder_attention(op, inputs, weights)
         cache = self._caches[str(op.attrs["group"])]
         if not op.attrs["cross"]:
             cache.write(op.layer, *self._slots(cache.group.name), inputs[1], inputs[2])
@@ -129,13 +119,7 @@ class StepRows:
 
     def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
         cache = self._caches[str(op.attrs["group"])]
-        sequences = self._step.encoder_sequences
-        positions = np.arange(sequences.size) - self._encoded_starts[sequences]
-        table = self._step.tables[cache.group.name]
-        blocks = _lent(cache.group.name, table[sequences, positions // BLOCK_SIZE])
-        cache.write(op.layer, self._to(blocks), self._to(positions % BLOCK_SIZE), k, v)
-        for n in np.flatnonzero(self._encoded).tolist():
-            cache.encoded[int(table[n, 0])] = int(self._encoded[n])
+        cache.write(op.layer, *self._slots(cache.group.name), k, v)
 
     def _slots(self, group: str) -> tuple[Tensor, Tensor]:
         """(block, slot) [T] of each row of the step; the same for every layer of a group."""
@@ -158,23 +142,15 @@ class StepRows:
         which = np.flatnonzero(self._counts == count)
         rows = self._starts[which][:, None] + np.arange(count)
         positions = self._step.positions[rows]
-        lengths = self._key_lengths(cache, which, cross)
+        lengths = (self._step.encoder_lengths if cross else self._step.lengths)[which]
         blocks, keys = self._key_blocks(cache, which, positions[:, 0], lengths, window)
         valid = self._to(keys < lengths[:, None])
         at = (self._to(positions), self._to(keys))
         seen = valid[:, None, :].expand(-1, count, -1)
         if not cross:
-            seen = seen & visible(*at, mask=mask, window=window)
+            prefixes = self._to(self._step.prefixes[which])
+            seen = seen & visible(*at, mask=mask, window=window, prefixes=prefixes)
         return _Plan(self._to(rows), self._to(blocks), valid, seen, at)
-
-    def _key_lengths(self, cache: GroupCache, which: I64, cross: bool) -> npt.NDArray[np.int32]:
-        if not cross:
-            return self._step.lengths[which]
-        firsts = self._step.tables[cache.group.name][which, 0]
-        missing = [int(n) for n, first in zip(which, firsts, strict=True) if int(first) not in cache.encoded]
-        if missing:
-            raise UsageError(f"sequence {missing[0]} has nothing encoded in {cache.group.name}; run `encode` first")
-        return np.array([cache.encoded[int(first)] for first in firsts], np.int32)
 
     def _key_blocks(
         self, cache: GroupCache, which: I64, first_query: I32, lengths: I32, window: int
@@ -187,23 +163,6 @@ class StepRows:
         lent = table[which[:, None], np.minimum(columns, table.shape[1] - 1)]
         keys = columns[..., None] * BLOCK_SIZE + np.arange(BLOCK_SIZE)
         return np.maximum(lent, 0), keys.reshape(which.size, -1)
-
-    def _encoder_attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
-        """Self-attention of encoder rows, each sequence apart and uncached."""
-        q, k, v = inputs
-        kv_heads = int(op.attrs["kv_heads"])
-        out = q.new_empty(q.shape[0], int(op.attrs["heads"]) * int(op.attrs["v_dim"]))
-        for n in np.flatnonzero(self._encoded).tolist():
-            rows = slice(int(self._encoded_starts[n]), int(self._encoded_starts[n] + self._encoded[n]))
-            heads = [
-                x[rows].reshape(1, int(self._encoded[n]), count, -1).transpose(1, 2)
-                for x, count in ((q, int(op.attrs["heads"])), (k, kv_heads), (v, kv_heads))
-            ]
-            at = torch.arange(int(self._encoded[n]), device=self._device)[None]
-            seen = visible(at, at, mask=str(op.attrs["mask"]), window=int(op.attrs["window"]))
-            y = attend_op(op, heads[0], heads[1], heads[2], seen, (at, at), weights)
-            out[rows] = y.transpose(1, 2).reshape(int(self._encoded[n]), -1)
-        return out
 
     def _to(self, array: npt.NDArray[np.generic]) -> Tensor:
         """On the device; integers as int64, which indexing needs."""

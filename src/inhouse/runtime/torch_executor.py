@@ -12,7 +12,7 @@ from inhouse.core.errors import CapacityError, ExecutorError, InhouseError, Unsu
 from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.program import Program, ProgramSet
-from inhouse.runtime.step import I32, Step, check_step
+from inhouse.runtime.step import I32, Step, check_step, step_rules
 from inhouse.runtime.torch_cache import GroupCache, StepRows
 from inhouse.runtime.torch_dense import forward
 from inhouse.runtime.torch_program import Observe, evaluate
@@ -69,6 +69,7 @@ class TorchExecutor:
                 found = tuple(weights[spec.name].shape) if spec.name in weights else "nothing"
                 raise UsageError(f"weight {spec.name} should have the shape {spec.shape}, found {found}")
         self._programs, self._kv_dtype, self._device = programs, kv_dtype, torch.device(device)
+        self._rules = {name: step_rules(programs, name) for name in programs.programs}
         given = {name: weights[name] for name in programs.weights}
         self._weights = to_torch(given, self._device, dtype) | to_torch(programs.constants, self._device)
         self._caches: dict[str, GroupCache] = {}
@@ -110,7 +111,7 @@ class TorchExecutor:
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         """See Executor.run."""
         require(self._programs, program)
-        check_step(self._programs, step, self._blocks)
+        check_step(self._rules[program], step, self._blocks)
         if step.adapters.any():
             raise UnsupportedError(f"the torch executor holds no adapter {int(step.adapters.max())}; slot 0 is none")
         try:
