@@ -123,7 +123,8 @@ def test_experts_of_one_format_get_quantised_rows_and_others_floats() -> None:
     builder = Builder("step", weights)
     x = builder.one("embed", weights=["table"])
     routing = builder.one("route", builder.one("linears", x, weights=["router", ""]), top_k=1)
-    y = builder.one("expert_linears", builder.one("dispatch", x, routing), routing, weights=["e0", "e1"])
+    rows = builder.one("dispatch", x, routing)
+    y = builder.one("expert_linears", rows, routing, weights=["e0", "e1", "", ""], experts=2)
     program = builder.finish(hidden=builder.one("combine", y, routing))
     programs = ProgramSet({"step": program}, weights, (), 9, 8)
     both = quantize_activations(programs, {"e0": "q8_0", "e1": "q4_0"}).programs["step"]

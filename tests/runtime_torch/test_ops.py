@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inhouse.core.errors import UnsupportedError
+from inhouse.runtime import torch_moe as moe
 from inhouse.runtime import torch_ops as ops
 from inhouse.runtime.ops import ACTIVATIONS, POOLINGS
 from inhouse.runtime.packed import quantize_rows_reference
@@ -40,9 +41,9 @@ def test_no_rows_are_no_trouble() -> None:
     assert ops.linears(ops.quantize_rows(none, group=8), [randn(5, 12)], [None])[0].shape == (0, 5)
     table = ops.rotary(torch.zeros(0, dtype=torch.int64), weight[:2])
     assert ops.rope(none, table, head_dim=4).shape == (0, 12)
-    routing = ops.route(torch.zeros(0, 4), top_k=2)
-    rows = ops.expert_linears(ops.dispatch(none, routing), routing, [randn(5, 12)] * 4)
-    assert ops.combine(rows, routing).shape == (0, 5)
+    routing = moe.route(torch.zeros(0, 4), top_k=2)
+    (rows,) = moe.expert_linears(moe.dispatch(none, routing), routing, [randn(5, 12)] * 4, [None] * 4, 4)
+    assert moe.combine(rows, routing).shape == (0, 5)
     for mode in POOLINGS:
         assert ops.pool(none, torch.zeros(0, dtype=torch.int64), 2, mode=mode).tolist() == [[0.0] * 12] * 2
 
@@ -123,34 +124,6 @@ def test_pooling_of_ragged_sequences() -> None:
         expected = torch.stack([of(p) if len(p) else torch.zeros(3) for p in parts])
         close(ops.pool(x, sequences, 4, mode=mode), expected)
         close(ops.pool(x, sequences, 4, mode=mode, normalize=True)[0], expected[0] / expected[0].norm())
-
-
-@pytest.mark.parametrize("normalize", [True, False])
-def test_mixture_of_experts_is_the_sum_over_experts(normalize: bool) -> None:
-    x, logits = randn(7, 8), randn(7, 4, seed=1)
-    logits[3] = 0.0  # a tie between all: the lower experts win
-    first, second = [randn(6, 8, seed=10 + e) for e in range(4)], [randn(8, 6, seed=20 + e) for e in range(4)]
-    routing = ops.route(logits, top_k=2, normalize=normalize)
-    hidden = ops.expert_linears(ops.dispatch(x, routing), routing, first)
-    ours = ops.combine(ops.expert_linears(torch.relu(hidden), routing, second), routing)
-    assert routing[3, :2].tolist() == [0.0, 1.0]
-    expected = torch.zeros(7, 8)
-    for t in range(7):
-        weights = torch.softmax(logits[t], -1)
-        best = sorted(range(4), key=lambda e: (-float(weights[e]), e))[:2]
-        total = sum(weights[e] for e in best) if normalize else 1.0
-        for e in best:
-            expected[t] += weights[e] / total * (second[e] @ torch.relu(first[e] @ x[t]))
-    close(ours, expected)
-
-
-def test_experts_may_take_quantised_rows_and_stand_idle() -> None:
-    x, routing = randn(3, 64), torch.tensor([[2.0, 1.0], [0.0, 1.0], [2.0, 1.0]])
-    experts = [randn(4, 64, seed=e) for e in range(3)]
-    rows = ops.quantize_rows(ops.dispatch(x, routing), group=32)
-    ours = ops.combine(ops.expert_linears(rows, routing, experts), routing)
-    exact = ops.quantize_rows(x, group=32).dequantize()
-    close(ours, torch.stack([experts[2] @ exact[0], experts[0] @ exact[1], experts[2] @ exact[2]]))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float, **options: Any) -> Tensor:

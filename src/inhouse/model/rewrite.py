@@ -80,6 +80,8 @@ class _Quantize(Rewriter):
             self._linears(op)
         elif op.kind == "expert_linears":
             self._experts(op)
+        elif op.kind == "head_linears":
+            self._heads(op)
         else:
             self.copy(op)
 
@@ -95,11 +97,26 @@ class _Quantize(Rewriter):
             self.bind(tuple(op.outputs[i] for i in which), made)
 
     def _experts(self, op: Op) -> None:
-        found = {self._groups.get(name, 0) for name in op.weights}
-        if len(found) > 1:  # the op multiplies all experts alike: floats are right for every format
-            found = {0}
+        """Each of the op's matrices on its own, since gate and up may differ in granularity. Where the experts of one
+        differ among themselves it takes floats, which are right for every format."""
+        half, experts = len(op.weights) // 2, int(op.attrs["experts"])
         x, routing = self.inputs(op)
-        self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, found.pop()), routing))))
+        by_group: dict[int, list[int]] = {}
+        for i in range(half // experts):
+            found = {self._groups.get(name, 0) for name in op.weights[i * experts : (i + 1) * experts]}
+            by_group.setdefault(found.pop() if len(found) == 1 else 0, []).append(i)
+        for group, which in by_group.items():
+            names = [op.weights[start + i * experts + e] for start in (0, half) for i in which for e in range(experts)]
+            made = self.emit(replace(op, inputs=(self._rows(x, group), routing), weights=tuple(names)))
+            self.bind(tuple(op.outputs[i] for i in which), made)
+
+    def _heads(self, op: Op) -> None:
+        """A head's elements must be whole groups of activations; else floats."""
+        (x,) = self.inputs(op)
+        group = self._groups.get(op.weights[0], 0)
+        if group and x.width // int(op.attrs["heads"]) % group:
+            group = 0
+        self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, group),))))
 
     def _rows(self, x: Value, group: int) -> Value:
         """`x` itself for float weights, else its quantised rows, made once."""

@@ -18,6 +18,8 @@ Infer = Callable[[Sequence[Value], Weights, Mapping[str, Attr]], list[Shape]]
 MASKS = ("causal", "bidirectional", "prefix")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu", "tanh", "sigmoid")
 POOLINGS = ("cls", "mean", "last", "max")
+SCORINGS = ("softmax", "sigmoid", "softmax_after", "sparsemixer")
+GROUP_SCORES = ("max", "top2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +159,8 @@ def _act(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Sh
 
 
 def _glu(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """gate [A, W], up [A, W] -> act(gate) * up."""
+    """gate [A, W], up [A, W] -> act(gate) * (up + offset); limit > 0: gate is first cut to at most `limit`, up to
+    -limit..limit."""
     _need(attrs["act"] in ACTIVATIONS, f"unknown activation {attrs['act']}")
     return _pair(xs, ws, attrs)
 
@@ -175,10 +178,30 @@ def _pool(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[S
 
 
 def _route(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """router logits [T, experts] -> routing [T, 2 * top_k]: expert ids (as floats), then their weights; ties by
-    lower expert; softmax before the choice; `normalize`: weights divided by their sum."""
-    _need(len(xs) == 1 and _int(attrs, "top_k") <= xs[0].width, "top_k beyond the number of experts")
-    return [_f32(Axis.TOKENS, 2 * _int(attrs, "top_k"))]
+    """router logits [T, experts], correction [experts] or absent -> routing [T, 2 * top_k]: expert ids (as floats),
+    then their weights.
+
+    Scores are the softmax or the sigmoid of the logits (softmax, sigmoid) or the logits themselves (softmax_after). The
+    top_k experts of the largest score + correction are chosen, ties by lower index; groups > 0: only experts of the
+    top_groups best of `groups` equal runs, a run counting as its largest value (max) or its two largest (top2).
+    Weights are the scores, without the correction; normalize: divided by their sum; softmax_after: their softmax;
+    then times `scale`. sparsemixer (arXiv 2409.12136): two experts in turn, each with its softmax weight among those
+    not yet taken whose distance to the best, over max(|logit|, best), is at most 2 * jitter."""
+    _need(len(xs) == 1 and len(ws) <= 1, "expected router logits and at most a correction")
+    experts, top_k = xs[0].width, _int(attrs, "top_k")
+    groups, top_groups = _int(attrs, "groups"), _int(attrs, "top_groups")
+    _need(attrs["scoring"] in SCORINGS, f"unknown scoring {attrs['scoring']}")
+    _need(attrs["group_score"] in GROUP_SCORES, f"unknown group score {attrs['group_score']}")
+    if ws and ws[0] is not None:
+        _vector(ws[0], experts)
+    reach = experts
+    if groups:
+        _need(groups > 0 and experts % groups == 0 and 1 <= top_groups <= groups, "groups do not divide the experts")
+        _need(attrs["group_score"] != "top2" or experts // groups >= 2, "groups of one expert have no two best")
+        reach = experts // groups * top_groups
+    _need(1 <= top_k <= reach, f"top_k is {top_k}, {reach} experts can be chosen")
+    _need(attrs["scoring"] != "sparsemixer" or (top_k == 2 and not groups), "sparsemixer takes two experts, no groups")
+    return [_f32(Axis.TOKENS, 2 * top_k)]
 
 
 def _dispatch(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
@@ -188,11 +211,22 @@ def _dispatch(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> li
 
 
 def _expert_linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """x [R, in], routing [T, 2k], one weight [out, in] an expert -> y [R, out]."""
-    _need(len(xs) == 2 and bool(ws) and ws[0] is not None, "expected routed rows, routing and experts")
-    assert ws[0] is not None
-    _need(all(w is not None and w.shape == ws[0].shape for w in ws), "experts differ in shape")
-    return [_f32(Axis.ROUTED, ws[0].shape[0])]
+    """x [R, in], routing [T, 2k], n * experts weights [out_i, in], as many biases [out_i] or absent, both by i, then by
+    expert -> n values [R, out_i]: each row times its expert's matrices."""
+    experts = _int(attrs, "experts")
+    _need(len(xs) == 2 and xs[0].axis is Axis.ROUTED, "expected routed rows and routing")
+    _need(experts >= 1 and len(ws) > 0 and len(ws) % (2 * experts) == 0, "expected weights, then as many biases")
+    half, shapes = len(ws) // 2, []
+    for first in range(0, half, experts):
+        weights = ws[first : first + experts]
+        shape = weights[0].shape if weights[0] is not None else ()
+        _need(len(shape) == 2 and all(w is not None and w.shape == shape for w in weights), "experts differ in shape")
+        _need(shape[1] == xs[0].width, f"experts take {shape[1]}, value has {xs[0].width}")
+        for bias in ws[half + first : half + first + experts]:
+            if bias is not None:
+                _vector(bias, shape[0])
+        shapes.append(_f32(Axis.ROUTED, shape[0]))
+    return shapes
 
 
 def _combine(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
@@ -201,10 +235,39 @@ def _combine(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> lis
     return [_f32(Axis.TOKENS, xs[0].width)]
 
 
+def _scale_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W], s [A, 1] -> y [A, W]: each row times its number."""
+    _need(len(xs) == 2 and xs[0].axis == xs[1].axis and xs[1].width == 1, "expected a value and a number a row")
+    return [_f32(xs[0].axis, xs[0].width)]
+
+
+def _concat(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, heads * a], y [A, heads * b] -> z [A, heads * (a + b)]: in each head x's elements, then y's."""
+    heads = _int(attrs, "heads")
+    _need(len(xs) == 2 and xs[0].axis == xs[1].axis, "expected two values over the same rows")
+    _need(heads >= 1 and xs[0].width % heads == 0 and xs[1].width % heads == 0, "widths must be multiples of heads")
+    return [_f32(xs[0].axis, xs[0].width + xs[1].width)]
+
+
+def _head_linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, heads * in], weight [heads * out, in] -> y [A, heads * out]: each head times its own out rows."""
+    heads = _int(attrs, "heads")
+    _need(len(xs) == 1 and len(ws) == 1 and ws[0] is not None and len(ws[0].shape) == 2, "expected a value, a matrix")
+    assert ws[0] is not None
+    rows, width = ws[0].shape
+    _need(heads >= 1 and rows % heads == 0 and xs[0].width == heads * width, "the matrix does not fit the heads")
+    return [_f32(xs[0].axis, rows)]
+
+
 ATTENTION_ATTRS: Mapping[str, Attr | None] = {
     "group": None, "heads": None, "kv_heads": None, "head_dim": None, "v_dim": None, "scale": None,
     "softcap": 0.0, "window": 0, "mask": "causal", "cross": False, "bias": "none",  # none | alibi | relative
     "buckets": 0, "max_distance": 0,
+}  # fmt: skip
+
+ROUTE_ATTRS: Mapping[str, Attr | None] = {
+    "top_k": None, "normalize": True, "scoring": "softmax", "scale": 1.0, "groups": 0, "top_groups": 0,
+    "group_score": "max", "jitter": 0.0,
 }  # fmt: skip
 
 OPS: Mapping[str, OpSpec] = {
@@ -218,17 +281,20 @@ OPS: Mapping[str, OpSpec] = {
     "attention": OpSpec(_attention, ATTENTION_ATTRS, 1e-5),
     "write_cross": OpSpec(_write_cross, {"group": None}, 0.0),
     "act": OpSpec(_act, {"act": None}, 2e-6),
-    "glu": OpSpec(_glu, {"act": "silu"}, 2e-6),
+    "glu": OpSpec(_glu, {"act": "silu", "limit": 0.0, "offset": 0.0}, 2e-6),
     "add": OpSpec(_pair, {}, 0.0),
     "mul": OpSpec(_pair, {}, 0.0),
     "scale": OpSpec(_same, {"by": None}, 0.0),
     "soft_cap": OpSpec(_same, {"cap": None}, 2e-6),
     "select_rows": OpSpec(_select_rows, {}, 0.0),
     "pool": OpSpec(_pool, {"mode": None, "normalize": False}, 2e-6),
-    "route": OpSpec(_route, {"top_k": None, "normalize": True}, 2e-6),
+    "route": OpSpec(_route, ROUTE_ATTRS, 2e-6),
     "dispatch": OpSpec(_dispatch, {}, 0.0),
-    "expert_linears": OpSpec(_expert_linears, {}, 2e-5),
+    "expert_linears": OpSpec(_expert_linears, {"experts": None}, 2e-5),
     "combine": OpSpec(_combine, {}, 2e-6),
+    "scale_rows": OpSpec(_scale_rows, {}, 0.0),
+    "concat": OpSpec(_concat, {"heads": 1}, 0.0),
+    "head_linears": OpSpec(_head_linears, {"heads": None}, 2e-5),
 }
 
 

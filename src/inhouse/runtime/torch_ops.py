@@ -84,10 +84,10 @@ def linears(x: Tensor | QuantRows, weights: Sequence[Tensor], biases: Sequence[T
     integer kernels' by float32 rounding alone (the codes and scales are the same).
     """
     rows = x.dequantize() if isinstance(x, QuantRows) else x
-    return [_linear(rows, w, b) for w, b in zip(weights, biases, strict=True)]
+    return [linear(rows, w, b) for w, b in zip(weights, biases, strict=True)]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b in the weight's type, or in autocast's where that is on."""
     if torch.is_autocast_enabled(x.device.type):
         return F.linear(x, weight, bias)
@@ -155,50 +155,22 @@ def pool(x: Tensor, sequences: Tensor, count: int, *, mode: str, normalize: bool
     return F.normalize(y.float(), dim=-1) if normalize else y
 
 
-def route(logits: Tensor, *, top_k: int, normalize: bool = True) -> Tensor:
-    """router logits [T, experts] -> [T, 2 * top_k]: expert ids as floats, best first, then their weights.
-
-    A stable sort breaks ties by the lower expert."""
-    weights, experts = torch.sort(torch.softmax(logits.float(), dim=-1), dim=-1, descending=True, stable=True)
-    weights, experts = weights[:, :top_k], experts[:, :top_k]
-    if normalize:
-        weights = weights / weights.sum(-1, keepdim=True)
-    return torch.cat([experts.float(), weights], dim=-1)
+def glu(gate: Tensor, up: Tensor, name: str, *, limit: float = 0.0, offset: float = 0.0) -> Tensor:
+    """act(gate) * (up + offset); limit > 0: gate at most that, up within -limit..limit."""
+    if limit > 0.0:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return act(gate, name) * (up if offset == 0.0 else up + offset)
 
 
-def _routed(routing: Tensor) -> tuple[Tensor, Tensor]:
-    """routing [T, 2k] -> (order [R] of flat (token, choice) pairs by expert, then token; experts [R] in that order)."""
-    top_k = routing.shape[1] // 2
-    flat = routing[:, :top_k].long().flatten()
-    order = torch.argsort(flat, stable=True)
-    return order, flat[order]
+def concat(x: Tensor, y: Tensor, *, heads: int) -> Tensor:
+    """x [rows, heads * a], y [rows, heads * b] -> [rows, heads * (a + b)]: in each head x's elements, then y's."""
+    parts = [v.reshape(len(v), heads, v.shape[1] // heads) for v in (x, y)]
+    return torch.cat(parts, dim=-1).flatten(1)
 
 
-def dispatch(x: Tensor, routing: Tensor) -> Tensor:
-    """x [T, width], routing [T, 2k] -> [R, width], a row for each (expert, token), by expert, then by token."""
-    order, _ = _routed(routing)
-    return x[order // (routing.shape[1] // 2)]
-
-
-def expert_linears(x: Tensor | QuantRows, routing: Tensor, experts: Sequence[Tensor]) -> Tensor:
-    """x [R, in] of `dispatch`, routing [T, 2k], a weight [out, in] an expert -> [R, out]."""
+def head_linears(x: Tensor | QuantRows, weight: Tensor, *, heads: int) -> Tensor:
+    """x [rows, heads * in], weight [heads * out, in] -> [rows, heads * out]: each head times its own rows."""
     rows = x.dequantize() if isinstance(x, QuantRows) else x
-    _, chosen = _routed(routing)
-    counts = torch.bincount(chosen, minlength=len(experts)).tolist()
-    parts = torch.split(rows, counts)
-    return torch.cat([_linear(part, w, None) for part, w in zip(parts, experts, strict=True)])
-
-
-def combine(y: Tensor, routing: Tensor) -> Tensor:
-    """y [R, width], routing [T, 2k] -> [T, width]: each token's experts, weighted, added in index order."""
-    tokens, top_k = routing.shape[0], routing.shape[1] // 2
-    order, _ = _routed(routing)
-    rows = torch.empty_like(order)
-    rows[order] = torch.arange(order.numel(), device=order.device)  # where each (token, choice) pair went
-    ascending = torch.argsort(routing[:, :top_k], dim=-1, stable=True)
-    rows = rows.reshape(tokens, top_k).gather(1, ascending)
-    weights = routing[:, top_k:].gather(1, ascending)
-    total = y[rows[:, 0]] * weights[:, :1]
-    for choice in range(1, top_k):
-        total = total + y[rows[:, choice]] * weights[:, choice : choice + 1]
-    return total
+    each = rows.reshape(len(rows), heads, -1).transpose(0, 1).to(weight.dtype)
+    y = torch.bmm(each, weight.reshape(heads, -1, weight.shape[1]).transpose(1, 2))
+    return y.transpose(0, 1).flatten(1)

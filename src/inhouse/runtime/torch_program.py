@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from inhouse.core.errors import UsageError
+from inhouse.runtime import torch_moe as moe
 from inhouse.runtime import torch_ops as ops
 from inhouse.runtime.program import Axis, Op, Program
 from inhouse.runtime.torch_ops import QuantRows
@@ -129,8 +130,26 @@ def _pool(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: R
     return [ops.pool(_tensor(xs[0]), sequences, count, mode=mode, normalize=normalize)]
 
 
+def _glu(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
+    limit, offset = float(op.attrs["limit"]), float(op.attrs["offset"])
+    return [ops.glu(_tensor(xs[0]), _tensor(xs[1]), str(op.attrs["act"]), limit=limit, offset=offset)]
+
+
 def _route(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
-    return [ops.route(_tensor(xs[0]), top_k=int(op.attrs["top_k"]), normalize=bool(op.attrs["normalize"]))]
+    a = op.attrs
+    return [
+        moe.route(
+            _tensor(xs[0]), ws[0] if ws else None, top_k=int(a["top_k"]), normalize=bool(a["normalize"]),
+            scoring=str(a["scoring"]), scale=float(a["scale"]), groups=int(a["groups"]),
+            top_groups=int(a["top_groups"]), group_score=str(a["group_score"]), jitter=float(a["jitter"]),
+        )
+    ]  # fmt: skip
+
+
+def _expert_linears(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
+    half = len(ws) // 2
+    weights = [_given(w) for w in ws[:half]]
+    return [*moe.expert_linears(xs[0], _tensor(xs[1]), weights, ws[half:], int(op.attrs["experts"]))]
 
 
 _OPS: Mapping[str, Run] = {
@@ -144,7 +163,7 @@ _OPS: Mapping[str, Run] = {
     "attention": _attention,
     "write_cross": _write_cross,
     "act": lambda op, xs, ws, rows: [ops.act(_tensor(xs[0]), str(op.attrs["act"]))],
-    "glu": lambda op, xs, ws, rows: [ops.act(_tensor(xs[0]), str(op.attrs["act"])) * _tensor(xs[1])],
+    "glu": _glu,
     "add": lambda op, xs, ws, rows: [_tensor(xs[0]) + _tensor(xs[1])],
     "mul": lambda op, xs, ws, rows: [_tensor(xs[0]) * _tensor(xs[1])],
     "scale": lambda op, xs, ws, rows: [_tensor(xs[0]) * float(op.attrs["by"])],
@@ -152,7 +171,10 @@ _OPS: Mapping[str, Run] = {
     "select_rows": lambda op, xs, ws, rows: [rows.select(_tensor(xs[0]))],
     "pool": _pool,
     "route": _route,
-    "dispatch": lambda op, xs, ws, rows: [ops.dispatch(_tensor(xs[0]), _tensor(xs[1]))],
-    "expert_linears": lambda op, xs, ws, rows: [ops.expert_linears(xs[0], _tensor(xs[1]), [_given(w) for w in ws])],
-    "combine": lambda op, xs, ws, rows: [ops.combine(_tensor(xs[0]), _tensor(xs[1]))],
+    "dispatch": lambda op, xs, ws, rows: [moe.dispatch(_tensor(xs[0]), _tensor(xs[1]))],
+    "expert_linears": _expert_linears,
+    "combine": lambda op, xs, ws, rows: [moe.combine(_tensor(xs[0]), _tensor(xs[1]))],
+    "scale_rows": lambda op, xs, ws, rows: [_tensor(xs[0]) * _tensor(xs[1])],
+    "concat": lambda op, xs, ws, rows: [ops.concat(_tensor(xs[0]), _tensor(xs[1]), heads=int(op.attrs["heads"]))],
+    "head_linears": lambda op, xs, ws, rows: [ops.head_linears(xs[0], _given(ws[0]), heads=int(op.attrs["heads"]))],
 }
