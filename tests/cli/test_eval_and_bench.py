@@ -90,8 +90,19 @@ def test_bench_reports_every_cell_with_its_size(stories: Path) -> None:
     told = json.loads(ended.stdout)
     assert told["cold_start_s"] is None
     assert told["executor"].startswith("native/")
+    assert [cell["cell"] for cell in told["cells"]] == ["prefill512", "decode32", "batch8", "batch32"]
     assert [cell["streams"] for cell in told["cells"]] == [1, 1, 8, 32]
+    assert told["left_out"] == ["decode2048"]
     for cell in told["cells"]:
         assert cell["prompt"] + cell["answer"] <= 512
         assert cell["prefill_tokens_s"] > 0
         assert (cell["decode_tokens_s"] > 0) == (cell["answer"] > 1)
+        assert cell["tokens_s"] == cell["prefill_tokens_s" if cell["answer"] == 1 else "decode_tokens_s"]
+        assert 0 < cell["share"] < 1.5
+        assert cell["gb_s"] * 1e9 < 1.5 * cell["peaks"]["read_bytes"]
+
+
+def test_bench_refuses_a_cell_that_is_not() -> None:
+    ended = here("bench", "demo", "--cells", "decode32,prefil")
+    assert ended.returncode == 2
+    assert "unknown cell 'prefil'" in ended.stderr

@@ -1,4 +1,5 @@
-"""Runs a workload on a session and reports its speed: prompts alone, one stream, several streams.
+"""Runs a workload on a session and reports its speed beside what the machine could reach: prompts alone, one stream,
+several streams.
 
 Prompts are random token ids, drawn from a fixed seed; answers ignore end tokens, so that every run does equal work.
 """
@@ -11,34 +12,61 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from inhouse.core.errors import UsageError
 from inhouse.engine.request import Event, Failed, Finished, SamplingParams, Timings, make_request
 from inhouse.engine.session import Session
-from inhouse.plan.memory import weight_bytes
+from inhouse.runtime.probe import Peaks
+from inhouse.tune.limits import Chunk, Work, step_work
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
     """One workload: `streams` sequences at once, each with a prompt and an answer of that many tokens."""
 
-    name: str
+    key: str
     streams: int
     prompt: int
     answer: int
+
+    @property
+    def prefill(self) -> bool:
+        """Whether it is the prompt that is measured; else it is what follows."""
+        return self.answer == 1
+
+
+CELLS: tuple[Cell, ...] = (
+    Cell("prefill512", 1, 512, 1),
+    Cell("prefill4096", 1, 4096, 1),
+    Cell("decode32", 1, 32, 128),
+    Cell("decode2048", 1, 2048, 128),
+    Cell("decode8192", 1, 8192, 128),
+    Cell("batch8", 8, 128, 128),
+    Cell("batch32", 32, 128, 128),
+)
+USUAL = ("prefill512", "decode32", "decode2048", "batch8", "batch32")
+SHRINKABLE = 512  # a prompt of at most this is cut to a short context; a longer one is what its cell is about
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Medians over the rounds. Rates are over all streams together, in tokens a second; `weights_gb_s` is the rate at
-    which decoding reads the packed weights (each step reads them once, however many streams share it)."""
+    """Medians over the rounds. Rates are over all streams together.
 
-    name: str
+    `tokens_s`, `gb_s` (weights and cache read), `gop_s` (integer, float and attention operations) and `share` (of the
+    roofline of `tune.limits`, at the peaks measured beside) are those of what the cell is about: the prompt where the
+    answer is one token, else what follows.
+    """
+
+    cell: str
     streams: int
     prompt: int
     answer: int
+    tokens_s: float
+    gb_s: float
+    gop_s: float
+    share: float
     prefill_tokens_s: float
     decode_tokens_s: float
     first_token_s: float
-    weights_gb_s: float
     rounds: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -46,30 +74,51 @@ class Measured:
         return asdict(self)
 
 
-CELLS: tuple[Cell, ...] = (
-    Cell("prefill 512", 1, 512, 1),
-    Cell("decode, 1 stream", 1, 32, 128),
-    Cell("decode, 8 streams", 8, 128, 128),
-    Cell("decode, 32 streams", 32, 128, 128),
-)
+def choose(keys: str) -> list[Cell]:
+    """The cells of a comma-separated list, `usual` or `all`; raises UsageError for an unknown one."""
+    names = {"usual": USUAL, "all": tuple(c.key for c in CELLS)}.get(keys, tuple(keys.split(",")))
+    known = {cell.key: cell for cell in CELLS}
+    for name in names:
+        if name not in known:
+            raise UsageError(f"unknown cell {name!r}", remedy=f"Known: {', '.join(known)}, usual, all", param="cells")
+    return [known[name] for name in names]
 
 
-def fit(cell: Cell, context: int, limit: int) -> Cell:
-    """The cell cut to a model's context and to the engine's limit of sequences."""
+def fit(cell: Cell, context: int, limit: int) -> Cell | None:
+    """The cell cut to the engine's limit of sequences and to a short context; None where it needs a longer one."""
+    if cell.prompt > SHRINKABLE and cell.prompt + cell.answer > context:
+        return None
     answer = min(cell.answer, max(1, context // 2))
-    return Cell(cell.name, min(cell.streams, limit), min(cell.prompt, context - answer), answer)
+    return Cell(cell.key, min(cell.streams, limit), min(cell.prompt, context - answer), answer)
 
 
-def measure(session: Session, cell: Cell, rounds: int = 3, seed: int = 0) -> Measured:
+def measure(session: Session, cell: Cell, peaks: Peaks, rounds: int = 3, seed: int = 0) -> Measured:
     """Runs a cell `rounds` times after one warm-up. Raises what the engine raises."""
     draw = random.Random(seed)
     runs = [_round(session, cell, draw) for _ in range(rounds + 1)][1:]
     prefill, decode, first = (statistics.median(column) for column in zip(*runs, strict=True))
-    weights = weight_bytes(session.model.weights)
-    steps = decode / cell.streams
+    rate = prefill if cell.prefill else decode
+    tokens, work = _work(session, cell)
+    times = rate / tokens  # how often a second that work is done
     return Measured(
-        cell.name, cell.streams, cell.prompt, cell.answer, prefill, decode, first, steps * weights / 1e9, rounds
-    )
+        cell.key, cell.streams, cell.prompt, cell.answer, rate, work.bytes_read * times / 1e9, work.ops * times / 1e9,
+        work.seconds(peaks) * times, prefill, decode, first, rounds,
+    )  # fmt: skip
+
+
+def _work(session: Session, cell: Cell) -> tuple[int, Work]:
+    """Tokens and least work of what the cell is about: the whole prompts, or one step in the middle of the answers."""
+    model, budget = session.model, session.engine.config.step_tokens
+    programs, weights, kv_dtype = model.programs, model.weights, model.executor.kv_dtype
+    if not cell.prefill:
+        chunk = Chunk(1, cell.prompt + cell.answer // 2)
+        return cell.streams, step_work(programs, weights, kv_dtype, [chunk] * cell.streams)
+    total = Work()
+    for past in range(0, cell.prompt, budget):
+        new = min(budget, cell.prompt - past)
+        last = past + new == cell.prompt
+        total += step_work(programs, weights, kv_dtype, [Chunk(new, past, int(last))])
+    return cell.prompt, total
 
 
 def _round(session: Session, cell: Cell, draw: random.Random) -> tuple[float, float, float]:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -13,12 +14,14 @@ from inhouse.cli.output import human_bytes, print_json, print_table
 from inhouse.core.errors import ExecutorError
 
 app = common.app()
+CELL_KEYS = "prefill512, prefill4096, decode32, decode2048, decode8192, batch8, batch32"
 
 
 @app.command(epilog="Example: inhouse bench demo --rounds 5 --json")
 def command(
     model: common.Reference,
     rounds: Annotated[int, typer.Option(min=1, help="counted rounds of each cell, after a warm-up")] = 3,
+    cells: Annotated[str, typer.Option(help="usual, all, or some of: " + CELL_KEYS)] = "usual",
     cold: Annotated[bool, typer.Option(help="also time a fresh process to its first token")] = True,
     quantize: common.Quantize = None,
     threads: common.Threads = None,
@@ -26,35 +29,60 @@ def command(
     device: common.Device = None,
     kv_dtype: common.KvDtype = None,
     context: common.Context = None,
+    kv_memory: Annotated[str | None, typer.Option(help="memory for the KV cache, such as 2GiB")] = None,
     json: common.Json = False,
 ) -> None:
-    """Measures prompts, one stream and several, cold start and memory. Random prompts, greedy, end tokens ignored."""
+    """Measures prompts, one stream and several, cold start and memory, each beside what this machine could reach.
+    Random prompts, greedy, end tokens ignored."""
     from inhouse.engine.session import Session
     from inhouse.plan.memory import weight_bytes
-    from inhouse.tune.measure import CELLS, fit, measure
+    from inhouse.tune.limits import fresh_peaks
+    from inhouse.tune.measure import choose, fit, measure
 
+    wanted = choose(cells)
     settings = common.settings(
         quantize=quantize, threads=threads, executor=executor, device=device, kv_dtype=kv_dtype, context=context,
-        prefix_cache=False,
+        kv_memory=kv_memory, prefix_cache=False,
     )  # fmt: skip
     report: dict[str, Any] = {"model": model, "cold_start_s": _cold_start(model, quantize) if cold else None}
     with Session.open(model, settings) as session:
         engine = session.engine
         report |= {
             "executor": session.model.executor.name,
+            "formats": session.model.report.formats,
             "weights_bytes": weight_bytes(session.model.weights),
             "kv_dtype": session.model.executor.kv_dtype,
             "state_bytes": engine.state_bytes,
+            "cells": [],
         }
-        cells = [fit(cell, engine.context_length, engine.config.max_running) for cell in CELLS]
-        report["cells"] = [measure(session, cell, rounds).to_dict() for cell in cells]
+        fitting = {cell.key: fit(cell, engine.context_length, engine.config.max_running) for cell in wanted}
+        report["left_out"] = [key for key, cell in fitting.items() if cell is None]
+        for cell in filter(None, fitting.values()):
+            peaks = fresh_peaks(settings.threads)  # before each cell: a virtual machine's bandwidth moves
+            report["cells"].append(measure(session, cell, peaks, rounds).to_dict() | {"peaks": asdict(peaks)})
         report["peak_rss_bytes"] = _peak_rss()
     if json:
         print_json(report)
-        return
-    print(f"{model} on {report['executor']}: weights {human_bytes(report['weights_bytes'])}, KV {report['kv_dtype']}")
-    print_table(report["cells"], list(report["cells"][0]))
-    if cold:
+    else:
+        _print(report)
+
+
+def _print(report: dict[str, Any]) -> None:
+    print(
+        f"{report['model']} on {report['executor']}: weights {human_bytes(report['weights_bytes'])}, "
+        f"KV {report['kv_dtype']}"
+    )
+    if report["cells"]:
+        shown = [key for key in report["cells"][0] if key != "peaks"]
+        print_table(report["cells"], shown)
+        peaks = report["cells"][-1]["peaks"]
+        print(
+            f"this machine at most: {peaks['read_bytes'] / 1e9:.1f} GB/s, {peaks['int8_ops'] / 1e9:.0f} int8 GOP/s, "
+            f"{peaks['f32_ops'] / 1e9:.0f} f32 GFLOP/s; `share` is of the time that these allow"
+        )
+    if report["left_out"]:
+        print(f"left out, the context is too short: {', '.join(report['left_out'])}")
+    if report["cold_start_s"] is not None:
         print(f"cold start to the first token: {report['cold_start_s']:.3f} s (process start, warm disk, median of 3)")
     print(f"peak memory of this process: {human_bytes(report['peak_rss_bytes'])}")
 
