@@ -1,5 +1,5 @@
-"""llama.cpp through its own tools: `llama_cpp.py MODEL.gguf --bin FOLDER` with llama-bench, llama-batched-bench and, for
-cold start and memory, llama-server."""
+"""llama.cpp through its own tools: `llama_cpp.py MODEL.gguf --bin FOLDER` with llama-bench, llama-batched-bench and,
+for cold start and memory, llama-server."""
 
 import json
 import os
