@@ -61,8 +61,10 @@ def peak_rss(pid: int | str = "self") -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def run_cells(wanted: str, generate: Generate, seed: int) -> None:
-    """Runs the cells in order, each once after a short warm-up, and tells their rates."""
+def run_cells(
+    wanted: str, generate: Generate, seed: int, more: Callable[[str], dict[str, object]] = lambda _: {}
+) -> None:
+    """Runs the cells in order, each once after a short warm-up, and tells their rates, and `more(cell)` beside."""
     generate([ids(32, seed + 1)], 8)
     for n, cell in enumerate(wanted.split(",")):
         if cell not in CELLS:
@@ -72,10 +74,12 @@ def run_cells(wanted: str, generate: Generate, seed: int) -> None:
         if new == 1:
             if prompt <= 512:
                 generate([ids(prompt, seed + 2)], 1)
-            tell(cell, prompt / generate(prompts, 1)[1], "tok/s")
+            tell(cell, prompt / generate(prompts, 1)[1], "tok/s", **more(cell))
         else:
             first, total = generate(prompts, new + 1)
-            tell(cell, streams * new / (total - first), "tok/s", prefill_tokens_s=streams * prompt / first)
+            tell(
+                cell, streams * new / (total - first), "tok/s", prefill_tokens_s=streams * prompt / first, **more(cell)
+            )
     if "rss" in wanted.split(","):
         tell("rss", peak_rss(), "B")
 

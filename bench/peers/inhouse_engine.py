@@ -4,6 +4,7 @@ import os
 import queue
 import sys
 import uuid
+from dataclasses import asdict
 
 sys.path.insert(0, os.path.dirname(__file__))
 import common
@@ -11,6 +12,7 @@ import common
 from inhouse.core.settings import load_settings
 from inhouse.engine.request import Failed, Finished, SamplingParams, TokenEvent, make_request
 from inhouse.engine.session import Session
+from inhouse.tune.measure import CELLS, least_work
 
 
 def main() -> None:
@@ -47,7 +49,12 @@ def main() -> None:
         if "cold" in given.cells.split(","):
             generate([common.ids(32, given.seed)], 1)
             common.tell("cold", common.process_age(), "s")
-        common.run_cells(given.cells, generate, given.seed)
+
+        def work(key: str) -> dict[str, object]:
+            tokens, least = least_work(session, next(cell for cell in CELLS if cell.key == key))
+            return {"work_tokens": tokens, "work": asdict(least), "kv": session.model.executor.kv_dtype}
+
+        common.run_cells(given.cells, generate, given.seed, work)
 
 
 main()

@@ -98,7 +98,7 @@ def measure(session: Session, cell: Cell, peaks: Peaks, rounds: int = 3, seed: i
     runs = [_round(session, cell, draw) for _ in range(rounds + 1)][1:]
     prefill, decode, first = (statistics.median(column) for column in zip(*runs, strict=True))
     rate = prefill if cell.prefill else decode
-    tokens, work = _work(session, cell)
+    tokens, work = least_work(session, cell)
     times = rate / tokens  # how often a second that work is done
     return Measured(
         cell.key, cell.streams, cell.prompt, cell.answer, rate, work.bytes_read * times / 1e9, work.ops * times / 1e9,
@@ -106,7 +106,7 @@ def measure(session: Session, cell: Cell, peaks: Peaks, rounds: int = 3, seed: i
     )  # fmt: skip
 
 
-def _work(session: Session, cell: Cell) -> tuple[int, Work]:
+def least_work(session: Session, cell: Cell) -> tuple[int, Work]:
     """Tokens and least work of what the cell is about: the whole prompts, or one step in the middle of the answers."""
     model, budget = session.model, session.engine.config.step_tokens
     programs, weights, kv_dtype = model.programs, model.weights, model.executor.kv_dtype
