@@ -113,7 +113,8 @@ def _share(figure: Mapping[str, Any]) -> float | None:
     """Share of the time that the machine's peaks, probed before that run, allow."""
     if "work" not in figure:
         return None
-    return float(figure["value"]) * Work(**figure["work"]).seconds(Peaks(**figure["peaks"])) / figure["work_tokens"]
+    least = Work(**figure["work"]).seconds(Peaks(**figure["peaks"])) / float(figure["work_tokens"])
+    return float(figure["value"]) * least
 
 
 def compared(entry: Mapping[str, Any], cell: str) -> Compared | None:
@@ -228,12 +229,11 @@ def http(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         for engine in dict.fromkeys(figure["engine"] for figure in figures):
             own = [f for f in figures if (f["load"], f["engine"]) == (load, engine)]
             if own:
-                median = {
-                    c: statistics.median(f["value"] for f in own if f["cell"] == c) for c in {f["cell"] for f in own}
-                }
+                cells, rounds = {f["cell"] for f in own}, len({f["round"] for f in own})
+                median = {c: statistics.median(f["value"] for f in own if f["cell"] == c) for c in cells}
                 yield (
                     f"| {load} | {engine} | {median['goodput']:.2f} | {median['first_token']:.2f} | "
-                    f"{median['between_tokens'] * 1000:.0f} | {median['output']:.0f} | {len({f['round'] for f in own})} |"
+                    f"{median['between_tokens'] * 1000:.0f} | {median['output']:.0f} | {rounds} |"
                 )
     yield ""
 
@@ -243,7 +243,8 @@ def quality(report: Mapping[str, Any]) -> Iterator[str]:
     yield from [
         "## What the formats keep", "",
         f"Written by `{report['command']}`. KL divergence (nats a token) to the float model on the same weights and",
-        "text; a peer's format is its weights' rounding alone, computed by us; ours includes its rounded activations.", "",
+        "text; a peer's format is its weights' rounding alone, computed by us; ours includes its rounded activations.",
+        "",
         "| model | format | whose | bits a weight | mean KL | 99 % KL | top-1 equal |",
         "|---|---|---|--:|--:|--:|--:|",
     ]  # fmt: skip
@@ -264,7 +265,7 @@ def demo(report: Mapping[str, Any]) -> Iterator[str]:
     yield from [
         "## The demo model", "",
         f"Machine: {info['processor']}, {info['cores']} cores, {info['system']}, CPython {info['python']},",
-        f"{info['date']}, load average before the run {info['load_before']:.2f}. Medians of five rounds after a warm-up.",
+        f"{info['date']}, load average before the run {info['load_before']:.2f}. Medians of five rounds, one warm-up.",
         "", '`inhouse run demo "hi"`, a whole process on a warm disk (median of five):', "",
         "| figure | value |", "|---|---|",
         f"| first byte of the answer | {report['runs'][0]['cold_start_s']:.3f} s |",
