@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from inhouse.engine.blocks import Copy
-from inhouse.engine.scheduler import Plan
+from inhouse.engine.plan import Plan
 from inhouse.runtime.step import I32, Step
 
 

@@ -19,14 +19,15 @@ from inhouse.core.errors import (
     CancelledError,
     CapacityError,
     ConflictError,
-    ContextLengthError,
     ExecutorError,
     InhouseError,
     UnavailableError,
     UnsupportedError,
     UsageError,
 )
+from inhouse.engine.admission import check_ids, limit_of
 from inhouse.engine.blocks import Blocks, root_digest
+from inhouse.engine.plan import Plan
 from inhouse.engine.recipe import make_recipe
 from inhouse.engine.request import (
     EngineConfig,
@@ -42,8 +43,9 @@ from inhouse.engine.request import (
     TokenLogprob,
 )
 from inhouse.engine.runner import Runner
-from inhouse.engine.scheduler import Plan, Scheduler
+from inhouse.engine.scheduler import Scheduler
 from inhouse.engine.sequence import Clock, Sequence
+from inhouse.engine.sizes import sizes_of
 from inhouse.plan import memory
 from inhouse.runtime.executor import Executor, require
 from inhouse.runtime.program import StateKind
@@ -51,7 +53,6 @@ from inhouse.runtime.sampling import Sampler
 from inhouse.runtime.sampling_native import NativeSampler
 
 SCHEDULED = (StateKind.PAGED, StateKind.WINDOW, StateKind.LATENT)  # kinds of state that grow in blocks
-LEAST_CONTEXT = 256  # tokens; below that an engine does not start rather than serve so little
 MAX_FAILURES = 3  # steps that fail one after another before the executor counts as damaged for good
 
 
@@ -123,15 +124,15 @@ class Engine:
             if group.kind not in SCHEDULED:
                 raise UnsupportedError(f"the engine cannot schedule state of kind {group.kind} ({group.name})")
         self.vocab_size = programs.vocab_size
-        self.context_length = min(self.config.context_length or programs.context_length, programs.context_length)
-        counts = dict(self.config.blocks or self._plan_blocks())
+        sizes = sizes_of(executor, self.config)
+        self.context_length, counts = sizes.context_length, sizes.blocks
         executor.allocate(counts)
-        executor.reserve(self._step_tokens, self._logit_rows, self.config.max_running)
+        executor.reserve(sizes.step_tokens, sizes.logit_rows, self.config.max_running)
         self.state_bytes = sum(counts[g.name] * memory.block_bytes(g, executor.kv_dtype) for g in programs.groups)
         self._eos = frozenset(eos_ids)
         self._digest = f"{digest}/{executor.kv_dtype}"
         self._blocks = Blocks(programs.groups, counts)
-        self.capacity = self._blocks.capacity(self._longest_chunk)  # tokens that one sequence can hold
+        self.capacity = self._blocks.capacity(sizes.longest_chunk)  # tokens that one sequence can hold
         self._scheduler = Scheduler(self._blocks, self.config, time.monotonic)
         self._runner = Runner(executor, sampler or NativeSampler())
         self._on_step = on_step
@@ -146,41 +147,6 @@ class Engine:
         if self._thread:
             self._thread.start()
 
-    def _plan_blocks(self) -> dict[str, int]:
-        """Blocks by the budget. A context that nobody asked for is lowered to what fits (LEAST_CONTEXT at least)."""
-        programs, kv_dtype, chunk = self.executor.programs, self.executor.kv_dtype, self._longest_chunk
-        budget = self.config.kv_budget
-        if budget is None:
-            budget = memory.default_kv_budget(programs, self._step_tokens, self._logit_rows)
-        if self.config.context_length is None:
-            fitting = memory.context_for(programs, kv_dtype, budget, chunk)
-            self.context_length = min(self.context_length, max(fitting, LEAST_CONTEXT))
-        return memory.kv_blocks_for(
-            programs, kv_dtype, budget,
-            context=self.context_length, sequences=self.config.max_running, step_tokens=chunk,
-        )  # fmt: skip
-
-    @property
-    def _chunked(self) -> bool:
-        """May a prompt be run in several steps."""
-        return all(group.chunkable for group in self.executor.programs.groups)
-
-    @property
-    def _longest_chunk(self) -> int:
-        """Tokens of one sequence in one step at most: the budget, or a whole prompt where state forbids chunks."""
-        return self.config.step_tokens if self._chunked else self.context_length
-
-    @property
-    def _step_tokens(self) -> int:
-        """Tokens of a step at most: the budget, unless one chunk alone is longer."""
-        return max(self.config.step_tokens, self._longest_chunk)
-
-    @property
-    def _logit_rows(self) -> int:
-        """Rows of logits of a step at most; where prompts run whole, those of all its tokens may be wanted."""
-        limit = max(self.config.logit_rows, self.config.max_running)
-        return min(limit, self._step_tokens) if self._chunked else self._step_tokens
-
     # ---- for callers, any thread ----------------------------------------------------------------------------------
 
     def submit(self, request: Request, sink: Sink) -> str:
@@ -190,8 +156,8 @@ class Engine:
         run, min_tokens beyond the room), ContextLengthError (beyond the context or all blocks), CapacityError (queue
         full), ConflictError (the id is in use), UnavailableError (draining, closed, or the executor is damaged).
         """
-        limit = self._limit(request)
-        self._check_ids(request)
+        limit = limit_of(request, self.context_length, self.capacity)
+        check_ids(request, self.vocab_size)
         recipe = make_recipe(request.params, self.vocab_size)
         seed = request.params.seed if request.params.seed is not None else int.from_bytes(os.urandom(8), "little")
         stops = frozenset(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
@@ -275,48 +241,6 @@ class Engine:
             self.executor.close()
 
     # ---- admission ------------------------------------------------------------------------------------------------
-
-    def _limit(self, request: Request) -> int:
-        """Tokens at which the request ends: the context rule of `Request`."""
-        prompt, room = len(request.prompt), self.context_length - len(request.prompt)
-        wanted = request.max_tokens
-        if room < (0 if wanted == 0 else 1):
-            raise ContextLengthError(
-                f"the prompt has {prompt} tokens, the context holds {self.context_length}",
-                remedy="Shorten the prompt", prompt_tokens=prompt, context_length=self.context_length,
-            )  # fmt: skip
-        if wanted is not None and wanted > room:
-            raise ContextLengthError(
-                f"the prompt has {prompt} tokens and max_tokens is {wanted}: {prompt + wanted} in all, "
-                f"the context holds {self.context_length}",
-                remedy=f"Shorten the prompt, or ask for at most {room}", param="max_tokens",
-                prompt_tokens=prompt, max_tokens=wanted, context_length=self.context_length,
-            )  # fmt: skip
-        if max(prompt, prompt + (wanted or 0) - 1) > self.capacity:
-            raise ContextLengthError(
-                f"the request needs state for {prompt + (wanted or 0)} tokens, there are blocks for {self.capacity}",
-                remedy="Shorten the prompt, lower max_tokens, or start with more --kv-memory",
-                param="max_tokens" if prompt <= self.capacity else None, prompt_tokens=prompt, capacity=self.capacity,
-            )  # fmt: skip
-        limit = min(self.context_length, self.capacity + 1) if wanted is None else prompt + wanted
-        least = request.params.min_tokens
-        if least > limit - prompt:
-            raise UsageError(
-                f"min_tokens is {least}, beside the prompt of {prompt} tokens there is room for {limit - prompt}",
-                remedy=f"Choose min_tokens of at most {limit - prompt}", param="min_tokens",
-            )  # fmt: skip
-        return limit
-
-    def _check_ids(self, request: Request) -> None:
-        """Every id lies in the vocabulary."""
-        fields: list[tuple[str, Iterable[int]]] = [("prompt", request.prompt), *request.params.ids()]
-        for name, ids in fields:
-            for token in ids:
-                if not 0 <= token < self.vocab_size:
-                    raise UsageError(
-                        f"{name} holds token {token}, the vocabulary is 0..{self.vocab_size - 1}",
-                        remedy="Use this model's own tokenizer", param=name,
-                    )  # fmt: skip
 
     def _check_door(self, request: Request) -> None:
         """May the request come in now; called with the lock held."""

@@ -7,8 +7,8 @@ import numpy as np
 
 from inhouse.engine import sampler as sampling
 from inhouse.engine.batch import Batch, build, tokens_of
+from inhouse.engine.plan import Chunk, ChunkResult, Draw, Plan
 from inhouse.engine.request import TokenLogprob
-from inhouse.engine.scheduler import Chunk, ChunkResult, Draw, Plan
 from inhouse.runtime.executor import F32, Executor
 from inhouse.runtime.sampling import Sampler
 

@@ -9,9 +9,9 @@ import numpy as np
 
 from inhouse.core.errors import ExecutorError, InhouseError, UsageError
 from inhouse.engine.batch import tokens_of
+from inhouse.engine.plan import Draw
 from inhouse.engine.recipe import BAN, Recipe
 from inhouse.engine.request import Request, TokenLogprob
-from inhouse.engine.scheduler import Draw
 from inhouse.engine.sequence import Sequence
 from inhouse.runtime.sampling import F32, I32, NOT_A_NUMBER, ROW, U32, Sampler
 

@@ -14,10 +14,10 @@ A sequence that fits when it is alone (checked on submission) therefore always e
 from array import array
 from bisect import insort
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 
 from inhouse.core.errors import InhouseError
-from inhouse.engine.blocks import Blocks, Copy
+from inhouse.engine.blocks import Blocks
+from inhouse.engine.plan import Chunk, ChunkResult, Counters, Draw, Plan, Planner
 from inhouse.engine.request import (
     EngineConfig,
     Event,
@@ -26,67 +26,9 @@ from inhouse.engine.request import (
     FinishReason,
     PromptEvent,
     TokenEvent,
-    TokenLogprob,
 )
 from inhouse.engine.sequence import Clock, Sequence, Status
 from inhouse.runtime.step import BLOCK_SIZE
-
-
-@dataclass(slots=True, eq=False)
-class Chunk:
-    """A run of one sequence's tokens in a step: positions start..start+count-1."""
-
-    sequence: Sequence
-    start: int
-    count: int
-    draws: int  # tokens to draw from the last row; 0 while the prompt is not done
-    all_rows: bool  # the logits of every row are wanted
-    copies: list[Copy]
-
-    @property
-    def logit_rows(self) -> int:
-        return self.count if self.all_rows else min(self.draws, 1)
-
-
-@dataclass(slots=True)
-class Plan:
-    """One step: what runs, in this order."""
-
-    chunks: list[Chunk] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
-
-
-@dataclass(frozen=True, slots=True)
-class Draw:
-    """A token drawn for one choice, or why none could be."""
-
-    token: int
-    logprob: TokenLogprob | None = None
-    error: InhouseError | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class ChunkResult:
-    """What a step gave for one chunk: a draw for each choice, logprobs of the prompt tokens that follow its rows."""
-
-    draws: tuple[Draw, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the engine began; tokens unless said otherwise."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    preemptions: int = 0  # times a sequence lost its blocks
-    finished: dict[str, int] = field(default_factory=dict)  # reason -> choices
 
 
 class Scheduler:
@@ -127,7 +69,7 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step; empty if there is nothing to do."""
-        planner = _Planner(self._config.step_tokens, max(self._config.logit_rows, self._config.max_running))
+        planner = Planner(self._config.step_tokens, max(self._config.logit_rows, self._config.max_running))
         for sequence in [s for s in self.running if s.decoding]:
             self._plan(planner, sequence)
         for sequence in [s for s in self.running if not s.decoding]:
@@ -136,7 +78,7 @@ class Scheduler:
             self._admit(planner, self.waiting[0])
         return Plan(list(planner.chunks.values()))
 
-    def _plan(self, planner: "_Planner", sequence: Sequence) -> None:
+    def _plan(self, planner: Planner, sequence: Sequence) -> None:
         """Gives a running sequence its chunk, preempting the last in order while blocks are short."""
         if sequence.status is not Status.RUNNING:
             return  # preempted a moment ago
@@ -152,7 +94,7 @@ class Scheduler:
                 return
         planner.place(sequence, count, copies)
 
-    def _chunk(self, planner: "_Planner", sequence: Sequence) -> int:
+    def _chunk(self, planner: Planner, sequence: Sequence) -> int:
         """How many tokens the sequence may run now."""
         if self._whole:
             return sequence.remaining if sequence.remaining <= planner.tokens or not planner.chunks else 0
@@ -168,12 +110,12 @@ class Scheduler:
         busy = any(s is not sequence and not s.decoding for s in self.running)
         return busy or any(s is not sequence for s in self.waiting[:2]) and len(self.running) < self._config.max_running
 
-    def _admissible(self, planner: "_Planner") -> bool:
+    def _admissible(self, planner: Planner) -> bool:
         if not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
             return False
         return sum(s.choices for s in self.running) + self.waiting[0].choices <= self._config.max_running
 
-    def _admit(self, planner: "_Planner", sequence: Sequence) -> None:
+    def _admit(self, planner: Planner, sequence: Sequence) -> None:
         """Moves the head of the queue to the running, if blocks for all its tokens are there; else ends admission."""
         self._adopt_prefix(sequence)
         count = self._chunk(planner, sequence)
@@ -348,28 +290,3 @@ class Scheduler:
             assert sequence.status is Status.WAITING
             assert sequence.computed == 0
             assert not any(len(table) for table in sequence.tables.values())
-
-
-class _Planner:
-    """A step under construction: its chunks and what is left of its budgets."""
-
-    def __init__(self, tokens: int, rows: int) -> None:
-        self.chunks: dict[int, Chunk] = {}
-        self.tokens = tokens
-        self.rows = rows
-        self.admitting = True  # may waiting sequences come in
-
-    def place(self, sequence: Sequence, count: int, copies: list[Copy]) -> None:
-        draws = sequence.draws if count == sequence.remaining else 0
-        all_rows = sequence.request.wants_rows and sequence.computed < sequence.prompt_length
-        chunk = Chunk(sequence, sequence.computed, count, draws, all_rows, copies)
-        self.chunks[id(sequence)] = chunk
-        self.tokens -= count
-        self.rows -= chunk.logit_rows
-
-    def withdraw(self, sequence: Sequence) -> None:
-        """Takes back the chunk of a sequence that is being preempted, if it has one."""
-        chunk = self.chunks.pop(id(sequence), None)
-        if chunk is not None:
-            self.tokens += chunk.count
-            self.rows += chunk.logit_rows
