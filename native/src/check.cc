@@ -95,7 +95,7 @@ void check_quantize_rows(Rule& r) {
 
 // Code formats take int8 rows with a scale for every kQuantGroup elements, or one for the whole row.
 bool takes_codes(const Weight& w, const Value& x) {
-  return kFormats[w.format].low > 0 && (x.group == kQuantGroup || x.group == x.width);
+  return takes_int8(kFormats[w.format]) && (x.group == kQuantGroup || x.group == x.width);
 }
 
 void check_linears(Rule& r) {

@@ -5,7 +5,10 @@
 
 namespace inhouse {
 
-enum Scalar : uint8_t { kF32, kF16, kBF16 };
+enum Scalar : uint8_t { kF32, kF16, kBF16, kE8M0 };  // kE8M0: a byte e that means 2^(e - 128)
+
+// What a 4-bit code means: itself, a byte of kCodeTables, or a float of kFloatTables (then activations are floats).
+enum Table : uint8_t { kPlain, kIQ4, kE2M1, kNF4, kFP4 };
 
 struct Format {
   const char* name;
@@ -14,20 +17,60 @@ struct Format {
   int group;      // inputs that share a scale; 0: the whole row
   Scalar scale;   // of scale and minimum; of the weights in a float format
   bool minimum, two_level;
+  Table table = kPlain;
+};
+
+// Sub-scales are int8; where d is one f32 a row they are unsigned e4m3 bytes.
+constexpr bool float_subs(const Format& f) { return f.two_level && f.scale == kF32; }
+// Formats whose weights meet int8 activations; others are multiplied with floats.
+constexpr bool takes_int8(const Format& f) { return f.low > 0 && f.table != kNF4 && f.table != kFP4; }
+// Codes of 8 bits once looked up: the wide dot product.
+constexpr bool is_wide(const Format& f) { return f.low == 8 || f.table == kIQ4; }
+constexpr int scalar_bytes(Scalar s) { return s == kF32 ? 4 : s == kE8M0 ? 1 : 2; }
+
+// [table - kIQ4]: the meaning of each code with `zero` added. IQ4_NL's levels; twice the values of e2m1.
+alignas(64) constexpr uint8_t kCodeTables[2][16] = {
+    {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
+    {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
+};
+// [table - kNF4]: the levels of bitsandbytes' NF4 (Dettmers et al. 2023, arXiv 2305.14314) and FP4.
+alignas(64) constexpr float kFloatTables[2][16] = {
+    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f},
+    {0.0f, 0.005208333333f, 0.66666667f, 1.0f, 0.33333333f, 0.5f, 0.16666667f, 0.25f, -0.0f, -0.005208333333f,
+     -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f},
 };
 
 constexpr Format kFormats[] = {
-    {"f32", 0, 0, 0, 0, kF32, false, false},    {"f16", 0, 0, 0, 0, kF16, false, false},
-    {"bf16", 0, 0, 0, 0, kBF16, false, false},  {"q8_0", 8, 0, 128, 32, kF16, false, false},
-    {"q4_0", 4, 0, 8, 32, kF16, false, false},  {"q4_1", 4, 0, 0, 32, kF16, true, false},
-    {"q5_0", 4, 1, 16, 32, kF16, false, false}, {"q5_1", 4, 1, 0, 32, kF16, true, false},
-    {"q2_k", 2, 0, 0, 16, kF16, true, true},    {"q3_k", 2, 1, 4, 16, kF16, false, true},
-    {"q4_k", 4, 0, 0, 32, kF16, true, true},    {"q5_k", 4, 1, 0, 32, kF16, true, true},
-    {"q6_k", 4, 2, 32, 16, kF16, false, true},  {"u4_g32", 4, 0, 0, 32, kF32, true, false},
-    {"u4_g64", 4, 0, 0, 64, kF32, true, false}, {"u4_g128", 4, 0, 0, 128, kF32, true, false},
-    {"u4_row", 4, 0, 0, 0, kF32, true, false},  {"u8_g32", 8, 0, 0, 32, kF32, true, false},
-    {"u8_g64", 8, 0, 0, 64, kF32, true, false}, {"u8_g128", 8, 0, 0, 128, kF32, true, false},
+    {"f32", 0, 0, 0, 0, kF32, false, false},
+    {"f16", 0, 0, 0, 0, kF16, false, false},
+    {"bf16", 0, 0, 0, 0, kBF16, false, false},
+    {"q8_0", 8, 0, 128, 32, kF16, false, false},
+    {"q4_0", 4, 0, 8, 32, kF16, false, false},
+    {"q4_1", 4, 0, 0, 32, kF16, true, false},
+    {"q5_0", 4, 1, 16, 32, kF16, false, false},
+    {"q5_1", 4, 1, 0, 32, kF16, true, false},
+    {"q2_k", 2, 0, 0, 16, kF16, true, true},
+    {"q3_k", 2, 1, 4, 16, kF16, false, true},
+    {"q4_k", 4, 0, 0, 32, kF16, true, true},
+    {"q5_k", 4, 1, 0, 32, kF16, true, true},
+    {"q6_k", 4, 2, 32, 16, kF16, false, true},
+    {"u4_g32", 4, 0, 0, 32, kF32, true, false},
+    {"u4_g64", 4, 0, 0, 64, kF32, true, false},
+    {"u4_g128", 4, 0, 0, 128, kF32, true, false},
+    {"u4_row", 4, 0, 0, 0, kF32, true, false},
+    {"u8_g32", 8, 0, 0, 32, kF32, true, false},
+    {"u8_g64", 8, 0, 0, 64, kF32, true, false},
+    {"u8_g128", 8, 0, 0, 128, kF32, true, false},
     {"u8_row", 8, 0, 0, 0, kF32, true, false},
+    {"iq4_nl", 4, 0, 128, 32, kF16, false, false, kIQ4},
+    {"iq4_xs", 4, 0, 128, 32, kF16, false, true, kIQ4},
+    {"mxfp4", 4, 0, 12, 32, kE8M0, false, false, kE2M1},
+    {"nvfp4", 4, 0, 12, 16, kF32, false, true, kE2M1},
+    {"tq2_0", 2, 0, 1, 256, kF16, false, false},
+    {"nf4_g64", 4, 0, 0, 64, kF32, false, false, kNF4},
+    {"fp4_g64", 4, 0, 0, 64, kF32, false, false, kFP4},
 };
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 
@@ -48,7 +91,7 @@ constexpr int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 // `valid` is false where `in` does not fit the format.
 constexpr Layout layout_of(const Format& f, int64_t in) {
   Layout l = {};
-  const int64_t item = f.scale == kF32 ? 4 : 2;
+  const int64_t item = scalar_bytes(f.scale);
   l.valid = in > 0;
   if (f.low == 0) {
     l.width = in;
@@ -57,10 +100,11 @@ constexpr Layout layout_of(const Format& f, int64_t in) {
   }
   l.width = (in + kBlock - 1) / kBlock * kBlock;
   l.blocks = l.width / kBlock;
-  const int64_t unit = f.two_level ? kSuper : f.group > kBlock ? f.group : kBlock;
+  const bool supers = f.two_level && !float_subs(f);
+  const int64_t unit = supers ? kSuper : f.group > kBlock ? f.group : kBlock;
   l.valid = l.valid && l.width % unit == 0 && l.blocks * (f.group == 16 ? 2 : 1) <= kMaxGroups;
   l.groups = f.group ? l.width / f.group : 1;
-  l.supers = f.two_level ? l.width / kSuper : l.groups;
+  l.supers = float_subs(f) ? 1 : supers ? l.width / kSuper : l.groups;
   int64_t at = padded(l.supers * 16 * item);
   if (f.minimum) {
     l.minimum = at;

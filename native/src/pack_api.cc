@@ -27,7 +27,7 @@ inhouse::Weight weight_of(const ih_weight& w) {
 }
 
 Status quantized_linear(const inhouse::Kernels& k, const ih_weight& w, const float* x, int64_t rows, float* y) {
-  if (kFormats[w.format].low == 0) return Status::usage("float weights take float activations");
+  if (!takes_int8(kFormats[w.format])) return Status::usage("float weights take float activations");
   const int64_t stride = (w.in + 31) / 32 * 32, groups = stride / 32;
   std::vector<int8_t> codes(static_cast<size_t>(rows * stride));
   std::vector<float> scales(static_cast<size_t>(rows * groups));

@@ -44,7 +44,7 @@ struct Matrix {
   Matrix(int format, int64_t out, int64_t in, std::mt19937& rng)
       : f(kFormats[format]), l(layout_of(f, in)), bytes(packed_bytes(f, out, in)) {
     for (size_t i = 0; i < bytes.bytes; ++i) bytes.data[i] = static_cast<uint8_t>(rng());
-    const int64_t tiles = (out + 15) / 16, item = f.scale == kF32 ? 4 : 2;
+    const int64_t tiles = (out + 15) / 16, item = scalar_bytes(f.scale);
     for (int64_t t = 0; t < tiles; ++t) {
       uint8_t* tile = bytes.data + t * l.tile_bytes;
       const int64_t end = f.low == 0 ? l.tile_bytes : f.two_level ? l.sub_scale : l.low;
@@ -56,7 +56,9 @@ struct Matrix {
         if (f.scale == kF32) std::memcpy(tile + i, &bits, 4);
         if (f.scale == kF16) std::memcpy(tile + i, &half, 2);
         if (f.scale == kBF16) std::memcpy(tile + i, &brain, 2);
+        if (f.scale == kE8M0) tile[i] = static_cast<uint8_t>(120 + rng() % 16);
       }
+      for (int64_t i = end; float_subs(f) && i < l.low; ++i) tile[i] &= 0x7f;  // e4m3 without a sign
     }
     weight = {format, out, in, bytes.data, bytes.bytes};
   }
@@ -65,6 +67,7 @@ struct Matrix {
     float wide;
     uint16_t half;
     if (f.scale == kF32) return std::memcpy(&wide, p + 4 * i, 4), wide;
+    if (f.scale == kE8M0) return std::ldexp(1.0f, p[i] - 128);
     std::memcpy(&half, p + 2 * i, 2);
     return f.scale == kF16 ? half_to_float(half) : __builtin_bit_cast(float, static_cast<uint32_t>(half) << 16);
   }
@@ -73,6 +76,11 @@ struct Matrix {
   float section(int64_t o, int64_t k, int64_t at, int64_t sub) const {
     const int64_t lane = o % 16;
     if (!f.two_level) return parameter(tile(o) + at, group(k) * 16 + lane);
+    if (float_subs(f)) {
+      const int e = tile(o)[sub + group(k) * 16 + lane];
+      const float times = e < 8 ? std::ldexp(1.0f * e, -9) : std::ldexp(1.0f * (8 + e % 8), e / 8 - 10);
+      return parameter(tile(o) + at, lane) * times;
+    }
     const int8_t times = static_cast<int8_t>(tile(o)[sub + group(k) * 16 + lane]);
     return parameter(tile(o) + at, k / 256 * 16 + lane) * times;
   }
@@ -90,11 +98,14 @@ struct Matrix {
     if (bits == 2) return p[q / 4 * 64 + byte] >> (2 * (q % 4)) & 3;
     return p[byte] >> q & 1;
   }
+  int raw(int64_t o, int64_t k) const { return plane(o, k, l.low, f.low) | plane(o, k, l.high, f.high) << f.low; }
   int code(int64_t o, int64_t k) const {
-    return (plane(o, k, l.low, f.low) | plane(o, k, l.high, f.high) << f.low) - f.zero;
+    const bool integers = f.table == kIQ4 || f.table == kE2M1;
+    return (integers ? kCodeTables[f.table - kIQ4][raw(o, k)] : raw(o, k)) - f.zero;
   }
   float value(int64_t o, int64_t k) const {
     if (f.low == 0) return parameter(tile(o), k * 16 + o % 16);
+    if (f.table >= kNF4) return kFloatTables[f.table - kNF4][raw(o, k)] * scale(o, k);
     const float product = static_cast<float>(code(o, k)) * scale(o, k);
     return f.minimum ? product + minimum(o, k) : product;
   }
@@ -196,7 +207,7 @@ void check_matrix(const Kernels& k, int format, int64_t out, int64_t in, int row
         k.linear_f32(m.weight, x.x.data(), in, n, a, b, bias.data(), y, out);
       },
       [&](int r, int64_t o) { return expected_f32(m, &x.x[r * in], o) + bias[o]; });
-  if (m.f.low == 0) return;
+  if (!takes_int8(m.f)) return;
   check_linear(
       name + " i8", m, rows, exact,
       [&](int n, int64_t a, int64_t b, float* y) { k.linear_i8(m.weight, x.q, n, a, b, bias.data(), y, out); },
@@ -211,7 +222,7 @@ void check_matrix(const Kernels& k, int format, int64_t out, int64_t in, int row
 void check_extremes(const Kernels& k, int format, std::mt19937& rng) {
   const int64_t in = 256;
   Matrix m(format, 16, in, rng);
-  if (m.f.low == 0 || !m.l.valid) return;
+  if (!takes_int8(m.f) || !m.l.valid) return;
   for (const uint8_t fill : {0x00, 0xff, 0x80}) {
     std::memset(m.bytes.data + m.l.low, fill, m.l.tile_bytes - m.l.low);
     Rows x(k, 2, in, 32, rng);

@@ -5,14 +5,24 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 
 from inhouse.core.errors import FormatError, UnsupportedError, UsageError
-from inhouse.runtime.packed import FORMATS, Packed, bits_per_weight, gguf_types, pack_float, pack_gguf
-from inhouse.runtime.packed_layout import F32, U8, gather_plane, layout, spread_plane
+from inhouse.runtime.packed import (
+    FORMATS,
+    Packed,
+    bits_per_weight,
+    gguf_format,
+    gguf_types,
+    pack_codes,
+    pack_float,
+    pack_gguf,
+)
+from inhouse.runtime.packed_layout import F32, TABLES, U8, gather_plane, layout, spread_plane
 
 pytestmark = pytest.mark.null
 
-BLOCK_TYPES = [name for name in gguf_types() if name.startswith("Q")]
+BLOCK_TYPES = [name for name in gguf_types() if not name.startswith(("F", "BF"))]
 
 
 def random_blocks(name: str, shape: tuple[int, int], seed: int = 0) -> tuple[U8, F32]:
@@ -21,8 +31,11 @@ def random_blocks(name: str, shape: tuple[int, int], seed: int = 0) -> tuple[U8,
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
     raw = np.random.default_rng(seed).integers(0, 256, (shape[0], shape[1] // elements, nbytes), dtype=np.uint8)
     fields = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+    fields |= {"TQ1_0": (52,), "TQ2_0": (64,), "MXFP4": (), "NVFP4": ()}
     for at in fields.get(name, (0, 2) if name in ("Q4_1", "Q5_1") else (0,)):
         raw[..., at + 1] &= 0xBF  # clears the top exponent bit: no infinity, no NaN
+    if name == "MXFP4":
+        raw[..., 0] = raw[..., 0] % 64 + 96  # products of 2^-64 to 2^64 stay finite
     raw = raw.reshape(shape[0], -1)
     return raw, gguf.quants.dequantize(raw, kind)
 
@@ -126,12 +139,44 @@ def test_narrowing_to_f16_refuses_what_it_cannot_hold() -> None:
 def test_bits_per_weight_stay_near_the_file() -> None:
     file_bits = {name: size * 8 / n for name in BLOCK_TYPES for n, size in [gguf.GGML_QUANT_SIZES[_type(name)]]}
     for name, bits in file_bits.items():
-        assert bits <= bits_per_weight(name.lower()) <= bits + 0.5, name
+        assert bits <= bits_per_weight(gguf_format(name)) <= bits + 0.5, name
+    assert bits_per_weight("mxfp4") == file_bits["MXFP4"]
     assert bits_per_weight("q6_k") == file_bits["Q6_K"]
 
 
 def _type(name: str) -> gguf.GGMLQuantizationType:
     return gguf.GGMLQuantizationType[name]
+
+
+def test_mxfp4_at_the_ends_of_its_scale() -> None:
+    raw = np.arange(4 * 17, dtype=np.uint8).reshape(4, 17)
+    raw[:, 0] = 0, 1, 2, 252
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.MXFP4)
+    assert same_bits(pack_gguf(raw, "MXFP4", (4, 32)).dequantize(), expected)
+
+
+def test_nvfp4_keeps_codes_scales_and_factor() -> None:
+    """The value of each code: e2m1 times e4m3 times the tensor's factor; torch knows e4m3."""
+    rng = np.random.default_rng(5)
+    codes = rng.integers(0, 16, (20, 96), dtype=np.uint8)
+    sub = rng.integers(0, 127, (20, 6), dtype=np.uint8)
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    signs = np.where(codes & 8, np.float32(-1), np.float32(1))
+    widened = torch.from_numpy(sub).view(torch.float8_e4m3fn).float().numpy()
+    packed = pack_codes("nvfp4", codes, np.full((20, 1), 0.5 * 0.03125, np.float32), sub_scales=sub)
+    expected = levels[codes & 7] * signs * np.repeat(widened, 16, 1) * np.float32(0.03125)
+    assert np.array_equal(packed.dequantize(), expected)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_bitsandbytes_levels_times_the_largest_of_each_group(name: str) -> None:
+    rng = np.random.default_rng(6)
+    codes, largest = rng.integers(0, 16, (17, 128), dtype=np.uint8), rng.random((17, 2), np.float32)
+    packed = pack_codes(f"{name}_g64", codes, largest)
+    levels = np.array(TABLES[name], np.float32)
+    assert np.array_equal(packed.dequantize(), levels[codes] * np.repeat(largest, 64, 1))
+    with pytest.raises(UsageError, match="floats, not codes"):
+        packed.codes()
 
 
 def test_ids_of_formats_are_their_places() -> None:

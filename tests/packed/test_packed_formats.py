@@ -3,23 +3,34 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.packed_layout import BLOCK, FORMATS, MAX_GROUPS, SUPER, layout
+from inhouse.runtime.packed_layout import BLOCK, FORMATS, MAX_GROUPS, SUPER, TABLES, layout
 
 pytestmark = pytest.mark.null
 
 HEADER = Path(__file__).resolve().parents[2] / "native" / "src" / "formats.h"
-ROW = re.compile(r'\{"(\w+)", (\d), (\d), (\d+), (\d+), k(\w+), (true|false), (true|false)\}')
+ROW = re.compile(r'\{"(\w+)", (\d), (\d), (\d+), (\d+), k(\w+), (true|false), (true|false)(?:, k(\w+))?\}')
 
 
 def test_the_header_has_the_same_rows() -> None:
     rows = [
-        (name, int(low), int(high), int(zero), int(group), scale.lower(), minimum == "true", two_level == "true")
-        for name, low, high, zero, group, scale, minimum, two_level in ROW.findall(HEADER.read_text())
+        (name, *map(int, (low, high, zero, group)), scale.lower(), minimum == "true", two_level == "true", t.lower())
+        for name, low, high, zero, group, scale, minimum, two_level, t in ROW.findall(HEADER.read_text())
     ]
-    assert rows == [(f.name, f.low, f.high, f.zero, f.group, f.scale, f.minimum, f.two_level) for f in FORMATS.values()]
+    assert rows == [
+        (f.name, f.low, f.high, f.zero, f.group, f.scale, f.minimum, f.two_level, f.table) for f in FORMATS.values()
+    ]
+
+
+def test_the_header_has_the_same_tables() -> None:
+    text = re.sub(r"//.*", "", HEADER.read_text()).split("kCodeTables[2][16] = {")[1]
+    numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?(?=f?[,}])", text.split("constexpr Format")[0])]
+    iq4, e2m1, nf4, fp4 = np.reshape(numbers, (4, 16)).astype(np.float32)
+    for name, zero, values in (("iq4", 128, iq4), ("e2m1", 12, e2m1), ("nf4", 0, nf4), ("fp4", 0, fp4)):
+        assert np.array_equal(values - np.float32(zero), np.array(TABLES[name], np.float32)), name
 
 
 def test_the_header_has_the_same_constants() -> None:

@@ -5,8 +5,16 @@ import pytest
 
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.native_library import available_levels
-from inhouse.runtime.packed import Packed, pack_float, pack_gguf, quantize, quantize_rows_reference
-from inhouse.runtime.packed_layout import F32, is_float
+from inhouse.runtime.packed import (
+    Packed,
+    activation_group,
+    pack_codes,
+    pack_float,
+    pack_gguf,
+    quantize,
+    quantize_rows_reference,
+)
+from inhouse.runtime.packed_layout import F32
 from inhouse.runtime.packed_native import fill_tiles, linear, unpack_rows
 from inhouse.runtime.packed_quantize import Kind
 
@@ -22,10 +30,17 @@ def matrices() -> list[Packed]:
     blocks = [pack_gguf(random_blocks(name, SHAPE, seed=9)[0], name, SHAPE) for name in BLOCK_TYPES]
     return [
         *blocks,
+        *(float_table(name) for name in ("nf4_g64", "fp4_g64")),
         *(pack_float(floats, name) for name in ("f32", "f16", "bf16")),
         quantize(floats, "q4"),
         quantize(floats, "q8"),
     ]
+
+
+def float_table(name: str) -> Packed:
+    rng = np.random.default_rng(3)
+    codes = rng.integers(0, 16, (37, 192), dtype=np.uint8)
+    return pack_codes(name, codes, np.abs(rng.normal(size=(37, 3))).astype(np.float32))
 
 
 @pytest.mark.parametrize("packed", matrices(), ids=lambda p: f"{p.format}-{p.shape[1]}")
@@ -38,7 +53,7 @@ def test_rows_and_products_at_every_level(packed: Packed) -> None:
     for isa in available_levels():
         assert np.array_equal(unpack_rows(packed, [36, 0, 17, 17], isa), weights[[36, 0, 17, 17]]), isa
         assert (np.abs(linear(packed, x, quantized=False, isa=isa) - exact) <= 2e-6 * size).all(), isa
-        if not is_float(packed.format):
+        if activation_group(packed.format):
             assert (
                 np.abs(linear(packed, x, quantized=True, isa=isa) - integer_product(packed, x)) <= 2e-6 * size
             ).all()

@@ -19,7 +19,7 @@ struct Strip {
 // What a dot product must start from, in units of the sum of the activation codes.
 template <int ID>
 constexpr int start_factor() {
-  return (kFormats[ID].low == 8 ? 128 - kWideZero : 0) - kFormats[ID].zero;
+  return (is_wide(kFormats[ID]) ? 128 - kWideZero : 0) - kFormats[ID].zero;
 }
 
 template <int ID>
@@ -72,7 +72,7 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, const int8_t* co
         const B w = quad<ID, q>(low, high);
         IH_UNROLL for (int r = 0; r < R; ++r) {
           const int32_t four = four_codes(fours + r * stride + 4 * q);
-          dots[r] = f.low == 8 ? dot_wide(dots[r], w, four) : dot(dots[r], w, four);
+          dots[r] = is_wide(f) ? dot_wide(dots[r], w, four) : dot(dots[r], w, four);
         }
       });
       const V scale = tile.scale(b, h);
@@ -106,18 +106,20 @@ void linear_i8(const Weight& w, const QuantRows& x, int rows, int64_t tile_begin
   const Layout l = layout_of(kFormats[w.format], w.in);
   with_codes_of(w.format, [&](auto id) {
     constexpr int ID = id.value;
-    const int64_t groups = l.blocks * Tile<ID>::halves;
-    const int64_t fit = kStarts / groups < kStripRows ? kStarts / groups / 8 * 8 : kStripRows;
-    Strip strip;
-    for (int64_t row = 0; row < rows; row += fit) {
-      const int64_t n = rows - row < fit ? rows - row : fit;
-      QuantRows part = x;
-      part.codes += row * x.stride;
-      part.scales += row * x.groups;
-      part.sums += row * (x.stride / 16);
-      prepare<ID>(part, n, groups, strip);
-      for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-        codes_rows<ID, kIntRows>(w, l, part, strip, 0, n, tile, bias, y + row * ldy, ldy);
+    if constexpr (takes_int8(kFormats[ID])) {
+      const int64_t groups = l.blocks * Tile<ID>::halves;
+      const int64_t fit = kStarts / groups < kStripRows ? kStarts / groups / 8 * 8 : kStripRows;
+      Strip strip;
+      for (int64_t row = 0; row < rows; row += fit) {
+        const int64_t n = rows - row < fit ? rows - row : fit;
+        QuantRows part = x;
+        part.codes += row * x.stride;
+        part.scales += row * x.groups;
+        part.sums += row * (x.stride / 16);
+        prepare<ID>(part, n, groups, strip);
+        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
+          codes_rows<ID, kIntRows>(w, l, part, strip, 0, n, tile, bias, y + row * ldy, ldy);
+        }
       }
     }
   });

@@ -47,7 +47,12 @@ void unpack_block(const Weight& w, const Layout& l, int64_t at, int64_t block, f
       constexpr int q = half.value * quads + i.value;
       const B codes = quad<ID, q>(tile.low(block), tile.high(block));
       repeat<4>([&](auto k) __attribute__((always_inline)) {
-        V v = mul(sub(to_float(byte_of<k.value>(codes)), zero_point), scale);
+        V v;
+        if constexpr (f.table >= kNF4) {
+          v = mul(lookup_floats(kFloatTables[f.table - kNF4], byte_of<k.value>(codes)), scale);
+        } else {
+          v = mul(sub(to_float(byte_of<k.value>(codes)), zero_point), scale);
+        }
         if constexpr (f.minimum) v = f.two_level ? sub(v, minimum) : add(v, minimum);
         store(values + (q * 4 + k.value) * 16, v);
       });

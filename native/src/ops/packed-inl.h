@@ -61,6 +61,20 @@ IH_INLINE void with_codes_of(int32_t format, F f) {
     case 19:
     case 20:
       return f(Int<17>{});
+    case 21:
+      return f(Int<21>{});
+    case 22:
+      return f(Int<22>{});
+    case 23:
+      return f(Int<23>{});
+    case 24:
+      return f(Int<24>{});
+    case 25:
+      return f(Int<25>{});
+    case 26:
+      return f(Int<26>{});
+    case 27:
+      return f(Int<27>{});
     default:
       return;  // the loader admits no other number
   }
@@ -80,7 +94,9 @@ template <int ID, int Q>
 IH_INLINE B quad(const uint8_t* low, const uint8_t* high) {
   constexpr Format f = kFormats[ID];
   const B codes = plane_bits<f.low, Q, 0>(low);
-  if constexpr (f.high == 0) {
+  if constexpr (f.table == kIQ4 || f.table == kE2M1) {
+    return lookup_bytes(kCodeTables[f.table - kIQ4], codes);
+  } else if constexpr (f.high == 0) {
     return codes;
   } else {
     return or_bytes(codes, plane_bits<f.high, Q, f.low>(high));
@@ -93,9 +109,19 @@ IH_INLINE V load_scalars(const uint8_t* p, int64_t entry) {
     return load(reinterpret_cast<const float*>(p) + entry * 16);
   } else if constexpr (S == kF16) {
     return load_f16(reinterpret_cast<const uint16_t*>(p) + entry * 16);
+  } else if constexpr (S == kE8M0) {  // bytes 0 and 1 mean denormals, which every step counts as 0
+    return from_bits(shift_left<23>(max_int(sub_int(load_u8(p + entry * 16), set1_int(1)), set1_int(0))));
   } else {
     return load_bf16(reinterpret_cast<const uint16_t*>(p) + entry * 16);
   }
+}
+
+// Sixteen e4m3 bytes without a sign.
+IH_INLINE V load_e4m3(const uint8_t* p) {
+  const VI bytes = load_u8(p);
+  const V number = to_float(bytes);
+  const V normal = from_bits(add_int(shift_left<20>(bytes), set1_int(120 << 23)));
+  return select(less(number, set1(8.0f)), mul(number, set1(0x1p-9f)), normal);
 }
 
 // A tile of format ID; `blocks_per_scale` is above 1 where groups are longer than a block.
@@ -110,13 +136,16 @@ struct Tile {
   IH_INLINE const uint8_t* low(int64_t block) const { return data + l.low + block * f.low * 64; }
   IH_INLINE const uint8_t* high(int64_t block) const { return data + l.high + block * f.high * 64; }
   IH_INLINE int64_t entry(int64_t block, int half) const {
-    if constexpr (f.scale == kF32) {
+    if constexpr ((f.scale == kF32 && !f.two_level) || f.group > kBlock) {
       return block / blocks_per_scale;
     } else {
       return block * halves + half;
     }
   }
   IH_INLINE V two_level(int64_t section, int64_t sub, int64_t group) const {
+    if constexpr (float_subs(f)) {
+      return mul(load_scalars<f.scale>(data + section, 0), load_e4m3(data + sub + group * 16));
+    }
     const V d = load_scalars<f.scale>(data + section, group / (kSuper / (kBlock / halves)));
     return mul(d, load_i8(reinterpret_cast<const int8_t*>(data + sub) + group * 16));
   }

@@ -57,6 +57,23 @@ IH_INLINE VI byte_of(B codes) {
   return {_mm256_and_si256(_mm256_srli_epi32(codes.a, 8 * I), m),
           _mm256_and_si256(_mm256_srli_epi32(codes.b, 8 * I), m)};
 }
+// table[code] for codes 0..15; the tables are aligned.
+IH_INLINE B lookup_bytes(const uint8_t* table, B codes) {
+  const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  return {_mm256_shuffle_epi8(t, codes.a), _mm256_shuffle_epi8(t, codes.b)};
+}
+IH_INLINE __m256 lookup_eight(const float* table, __m256i codes) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_load_ps(table), codes);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_load_ps(table + 8), codes);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28)));
+}
+IH_INLINE V lookup_floats(const float* table, VI codes) {
+  return {lookup_eight(table, codes.a), lookup_eight(table, codes.b)};
+}
+IH_INLINE VI load_u8(const uint8_t* p) {
+  const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+}
 IH_INLINE V load_i8(const int8_t* p) {
   const __m128i bytes = _mm_load_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),

@@ -31,6 +31,14 @@ template <int I>
 IH_INLINE VI byte_of(B codes) {
   return _mm512_and_si512(_mm512_srli_epi32(codes, 8 * I), _mm512_set1_epi32(255));
 }
+// table[code] for codes 0..15; the tables are aligned.
+IH_INLINE B lookup_bytes(const uint8_t* table, B codes) {
+  return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), codes);
+}
+IH_INLINE V lookup_floats(const float* table, VI codes) { return _mm512_permutexvar_ps(codes, _mm512_load_ps(table)); }
+IH_INLINE VI load_u8(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p)));
+}
 IH_INLINE V load_i8(const int8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(p))));
 }

@@ -54,6 +54,27 @@ IH_INLINE VI byte_of(B codes) {
     return vreinterpretq_s32_u32(vshrq_n_u32(vshlq_n_u32(word, 24 - 8 * I), 24));
   });
 }
+// table[code] for codes 0..15.
+IH_INLINE B lookup_bytes(const uint8_t* table, B codes) {
+  const uint8x16_t t = vld1q_u8(table);
+  return each_byte([&](int i) { return vqtbl1q_u8(t, codes.q[i]); });
+}
+IH_INLINE V lookup_floats(const float* table, VI codes) {  // the four bytes of float c lie at 4c
+  const uint8_t* p = reinterpret_cast<const uint8_t*>(table);
+  const uint8x16x4_t t = {{vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48)}};
+  return each([&](int i) {
+    const int32x4_t at = vmlaq_n_s32(vdupq_n_s32(0x03020100), codes.q[i], 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(t, vreinterpretq_u8_s32(at)));
+  });
+}
+IH_INLINE VI load_u8(const uint8_t* p) {
+  const uint8x16_t bytes = vld1q_u8(p);
+  const uint16x8_t half[2] = {vmovl_u8(vget_low_u8(bytes)), vmovl_u8(vget_high_u8(bytes))};
+  return each_int([&](int i) {
+    const uint16x4_t four = i % 2 == 0 ? vget_low_u16(half[i / 2]) : vget_high_u16(half[i / 2]);
+    return vreinterpretq_s32_u32(vmovl_u16(four));
+  });
+}
 IH_INLINE V load_i8(const int8_t* p) {
   const int8x16_t bytes = vld1q_s8(p);
   const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));

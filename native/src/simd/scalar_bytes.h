@@ -53,6 +53,16 @@ template <int I>
 IH_CALLED VI byte_of(B codes) {
   return each_int([&](int i) { return codes.v[4 * i + I]; });
 }
+// table[code] for codes 0..15.
+IH_CALLED B lookup_bytes(const uint8_t* table, B codes) {
+  return each_byte([&](int i) { return table[codes.v[i]]; });
+}
+IH_INLINE V lookup_floats(const float* table, VI codes) {
+  return each([&](int i) { return table[codes.v[i]]; });
+}
+IH_INLINE VI load_u8(const uint8_t* p) {
+  return each_int([=](int i) { return p[i]; });
+}
 IH_INLINE V load_i8(const int8_t* p) {
   return each([=](int i) { return static_cast<float>(p[i]); });
 }

@@ -14,7 +14,7 @@ from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.core.tensors import TensorInfo, TensorSource
 from inhouse.model.families.family import Derive
 from inhouse.runtime.executor import Weight
-from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, gguf_types, pack_float, pack_gguf, quantize
+from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, gguf_format, gguf_types, pack_float, pack_gguf, quantize
 from inhouse.runtime.program import WeightSpec
 from inhouse.store.source import materialise
 
@@ -69,7 +69,7 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
         )
     if derive.transpose:
         raise UnsupportedError(f"tensor {info.name!r} is {info.dtype} and would have to be transposed", param=info.name)
-    return Part(spec, derive, info, info.dtype.lower())
+    return Part(spec, derive, info, gguf_format(info.dtype))
 
 
 def wish_for(spec: WeightSpec, wish: str) -> str:

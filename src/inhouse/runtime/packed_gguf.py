@@ -115,6 +115,48 @@ def _q6_k(b: U8) -> CodeRows:
     return CodeRows(_rows(low | high), _f16(b[..., 208:210]), sub_scales=_flat8(b[..., 192:208]))
 
 
+def _iq4_nl(b: U8) -> CodeRows:
+    return CodeRows(_rows(_halves(b[..., 2:])), _f16(b[..., :2]))
+
+
+def _iq4_xs(b: U8) -> CodeRows:
+    high = np.ascontiguousarray(b[..., 2:4]).view("<u2")[..., 0]
+    low = _bits(b[..., 4:8], 2, 4).swapaxes(-1, -2).reshape(*b.shape[:2], 8)
+    two = ((high[..., None] >> np.arange(0, 16, 2, dtype=np.uint16)) & 3).astype(np.uint8)
+    codes = _halves(b[..., 8:].reshape(*b.shape[:2], 8, 16))
+    return CodeRows(
+        _rows(codes), _f16(b[..., :2]), sub_scales=_flat8((low | (two << np.uint8(4))).view(np.int8) - np.int8(32))
+    )
+
+
+def _mxfp4(b: U8) -> CodeRows:
+    return CodeRows(_rows(_halves(b[..., 1:])), np.ascontiguousarray(b[..., 0]))
+
+
+def _nvfp4(b: U8) -> CodeRows:
+    codes = _halves(b[..., 4:].reshape(*b.shape[:2], 4, 8))
+    raw = np.ascontiguousarray(b[..., :4]).reshape(len(b), -1)
+    sub = np.where(raw == 127, np.uint8(0), raw & np.uint8(127))  # ggml reads the NaN of e4m3 as 0
+    return CodeRows(_rows(codes), np.full((len(b), 1), 0.5, np.float32), sub_scales=sub)
+
+
+def _tq2_0(b: U8) -> CodeRows:
+    codes = _bits(b[..., :64].reshape(*b.shape[:2], 2, 32), 4, 2)
+    return CodeRows(_rows(codes), _f16(b[..., 64:66]))
+
+
+def _trits(part: U8, count: int) -> U8:
+    """Bytes [.., m] that hold `count` ternary digits each, as fractions of 256 -> [.., count * m] digits."""
+    powers = np.array([1, 3, 9, 27, 81], np.uint8)[:count, None]
+    digits = ((part[..., None, :] * powers).astype(np.uint16) * 3) >> 8
+    return digits.astype(np.uint8).reshape(*part.shape[:-1], -1)
+
+
+def _tq1_0(b: U8) -> CodeRows:
+    codes = np.concatenate([_trits(b[..., :32], 5), _trits(b[..., 32:48], 5), _trits(b[..., 48:52], 4)], axis=-1)
+    return CodeRows(_rows(codes), _f16(b[..., 52:54]))
+
+
 _BLOCKS: Mapping[str, _Block] = {
     "Q4_0": _Block(18, 32, _q4_0),
     "Q4_1": _Block(20, 32, _q4_1),
@@ -126,6 +168,12 @@ _BLOCKS: Mapping[str, _Block] = {
     "Q4_K": _Block(144, 256, _q4_k),
     "Q5_K": _Block(176, 256, _q5_k),
     "Q6_K": _Block(210, 256, _q6_k),
+    "IQ4_NL": _Block(18, 32, _iq4_nl),
+    "IQ4_XS": _Block(136, 256, _iq4_xs),
+    "MXFP4": _Block(17, 32, _mxfp4),
+    "NVFP4": _Block(36, 64, _nvfp4),
+    "TQ1_0": _Block(54, 256, _tq1_0),
+    "TQ2_0": _Block(66, 256, _tq2_0),
 }
 _FLOATS: Mapping[str, tuple[str, npt.DTypeLike]] = {
     "F32": ("f32", np.float32),
@@ -144,7 +192,7 @@ def gguf_format(ggml_type: str) -> str:
     if ggml_type in _FLOATS:
         return _FLOATS[ggml_type][0]
     if ggml_type in _BLOCKS:
-        return ggml_type.lower()
+        return "tq2_0" if ggml_type == "TQ1_0" else ggml_type.lower()  # ternary digits become codes of two bits
     raise UnsupportedError(f"GGUF type {ggml_type} has no packed form", remedy=f"Supported: {', '.join(gguf_types())}")
 
 
@@ -153,7 +201,7 @@ def pack_gguf(raw: U8, ggml_type: str, shape: tuple[int, int], rows: npt.NDArray
 
     Args:
         raw: its bytes, uint8 [nbytes].
-        ggml_type: `F32 F16 BF16 Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K`.
+        ggml_type: one of `gguf_types()`.
         shape: [out, in] of the tensor.
         rows: the source rows to take, in this order; all, if None. The result is then [len(rows), in].
 

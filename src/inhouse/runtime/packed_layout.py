@@ -20,7 +20,9 @@ that one u8 x s8 dot instruction takes. Planes hold the quads of a block bit-pac
     1 bit    one vector           = quad q at bit q
 
 A value is `scale * (code - zero)` or `scale * code + minimum`, each operation rounded to f32, where a two-level
-format has scale = d * sub-scale and minimum = -(dmin * sub-minimum). Knows nothing of files or kernels.
+format has scale = d * sub-scale and minimum = -(dmin * sub-minimum). Formats with a table look the code up first:
+`scale * table[code]`. A two-level format whose d is f32 keeps one d a row and unsigned e4m3 bytes as sub-scales
+(NVFP4). An e8m0 scale is a byte e that means 2^(e - 128). Knows nothing of files or kernels.
 """
 
 from collections.abc import Iterator
@@ -59,6 +61,12 @@ class Format:
     scale: str = "f16"  # dtype of scale (d), or of the weights themselves in a float format
     minimum: bool = False
     two_level: bool = False
+    table: str = ""  # a key of TABLES: what a code means
+
+    @property
+    def float_subs(self) -> bool:
+        """One f32 d a row, e4m3 sub-scales."""
+        return self.two_level and self.scale == "f32"
 
     @property
     def bits(self) -> int:
@@ -94,9 +102,32 @@ _TABLE = (
     _codes("u8_g64", 18, 8, group=64, scale="f32", minimum=True),
     _codes("u8_g128", 19, 8, group=128, scale="f32", minimum=True),
     _codes("u8_row", 20, 8, group=0, scale="f32", minimum=True),
+    _codes("iq4_nl", 21, 4, zero=128, group=32, table="iq4"),
+    _codes("iq4_xs", 22, 4, zero=128, group=32, two_level=True, table="iq4"),
+    _codes("mxfp4", 23, 4, zero=12, group=32, scale="e8m0", table="e2m1"),
+    _codes("nvfp4", 24, 4, zero=12, group=16, scale="f32", two_level=True, table="e2m1"),
+    _codes("tq2_0", 25, 2, zero=1, group=256),
+    _codes("nf4_g64", 26, 4, group=64, scale="f32", table="nf4"),
+    _codes("fp4_g64", 27, 4, group=64, scale="f32", table="fp4"),
 )
 FORMATS = {row.name: row for row in _TABLE}
-FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+SCALAR_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
+# What the 16 codes of a table format mean. `iq4`: ggml's levels of IQ4_NL; `e2m1`: twice the values of the OCP
+# microscaling FP4 (the scales are halves); `nf4`, `fp4`: bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314).
+TABLES: dict[str, tuple[float, ...]] = {
+    "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (
+        *(0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25),
+        *(-0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25),
+    ),
+}
+FLOAT_TABLES = ("nf4", "fp4")  # their levels are no integers: activations stay floats
 
 
 def format_of(name: str) -> Format:
@@ -112,8 +143,8 @@ def is_float(name: str) -> bool:
 
 
 def activation_group(name: str) -> int:
-    """`group` that op quantize_rows must use in front of a linear of this format; 0 for float formats."""
-    return 0 if is_float(name) else BLOCK
+    """`group` that op quantize_rows must use in front of a linear of this format; 0 where activations stay floats."""
+    return 0 if is_float(name) or FORMATS[name].table in FLOAT_TABLES else BLOCK
 
 
 class Section(NamedTuple):
@@ -136,18 +167,19 @@ class Layout(NamedTuple):
 def layout(fmt: Format, inputs: int) -> Layout:
     """Raises UnsupportedError if the number of inputs does not fit the format."""
     if fmt.low == 0:
-        sizes = {"weights": inputs * TILE_ROWS * FLOAT_BYTES[fmt.scale]}
+        sizes = {"weights": inputs * TILE_ROWS * SCALAR_BYTES[fmt.scale]}
         width = groups = supers = inputs
     else:
         width = -(-inputs // BLOCK) * BLOCK
-        unit = SUPER if fmt.two_level else max(fmt.group, BLOCK)
+        supers_of = fmt.two_level and not fmt.float_subs
+        unit = SUPER if supers_of else max(fmt.group, BLOCK)
         if width % unit:
             raise UnsupportedError(f"format {fmt.name} needs inputs in multiples of {unit}, got {inputs}")
         if width // min(fmt.group or BLOCK, BLOCK) > MAX_GROUPS:
             raise UnsupportedError(f"format {fmt.name} takes at most {MAX_GROUPS} groups in a row, got {inputs} inputs")
         groups = width // fmt.group if fmt.group else 1
-        supers = width // SUPER if fmt.two_level else groups
-        per = supers * TILE_ROWS * FLOAT_BYTES[fmt.scale]
+        supers = 1 if fmt.float_subs else width // SUPER if supers_of else groups
+        per = supers * TILE_ROWS * SCALAR_BYTES[fmt.scale]
         sizes = {"scale": per}
         if fmt.minimum:
             sizes["minimum"] = per
@@ -256,8 +288,9 @@ class Packed:
 
     def _values(self, fmt: Format, parts: _Parts) -> F32:
         count = len(parts.codes)
-        grouped = parts.codes.reshape(count, parts.scales.shape[1], -1).astype(np.float32)
-        if parts.minimums is None:
+        codes = parts.codes.reshape(count, parts.scales.shape[1], -1)
+        grouped = table_values(fmt)[codes] if fmt.table else codes.astype(np.float32)
+        if parts.minimums is None and not fmt.table:
             grouped -= np.float32(fmt.zero)
         grouped *= parts.scales[:, :, None]
         if parts.minimums is not None:
@@ -265,16 +298,18 @@ class Packed:
         return np.ascontiguousarray(grouped.reshape(count, -1)[:, : self.shape[1]])
 
     def codes(self) -> Codes:
-        """The matrix as integers and expanded f32 scales (exact); raises UsageError for a float format."""
+        """The matrix as integers and expanded f32 scales (exact); raises UsageError where codes are no integers."""
         fmt = FORMATS[self.format]
-        if fmt.low == 0:
+        if fmt.low == 0 or fmt.table in FLOAT_TABLES:
             raise UsageError(f"format {self.format} holds floats, not codes")
         runs = [self._parts(fmt, ids) for _, ids in self._runs()]
         codes = np.empty(self.shape, np.int32)
         row = 0
         for run in runs:
-            np.subtract(run.codes[:, : self.shape[1]], np.int32(fmt.zero), out=codes[row : row + len(run.codes)])
-            row += len(run.codes)
+            part = run.codes[:, : self.shape[1]]
+            values = table_values(fmt)[part].astype(np.int32) if fmt.table else part.astype(np.int32) - fmt.zero
+            codes[row : row + len(part)] = values
+            row += len(part)
         minimums = np.concatenate([r.minimums for r in runs if r.minimums is not None]) if fmt.minimum else None
         return Codes(codes, np.concatenate([r.scales for r in runs]), minimums, self.group)
 
@@ -297,9 +332,11 @@ class Packed:
 
     def _lanes(self, plan: Layout, name: str, kind: str, count: int, index: npt.NDArray[np.int64]) -> F32:
         """Parameters [count][16] of a section, as f32 [n, count] of the rows asked for."""
-        dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "i8": np.int8}[kind]
+        dtype = _STORED[kind]
         values = self._section(plan, name, dtype, count, TILE_ROWS)[index // TILE_ROWS, :, index % TILE_ROWS]
-        return widen_bf16(values) if kind == "bf16" else values.astype(np.float32)
+        if kind in _WIDEN:
+            return _WIDEN[kind](values)
+        return values.astype(np.float32)
 
     def _float_rows(self, fmt: Format, index: npt.NDArray[np.int64]) -> F32:
         plan = layout(fmt, self.shape[1])
@@ -311,7 +348,8 @@ class Packed:
         minimums = self._lanes(plan, "minimum", fmt.scale, plan.supers, index) if fmt.minimum else None
         if fmt.two_level:
             times = plan.groups // plan.supers
-            scales = np.repeat(scales, times, 1) * self._lanes(plan, "sub_scale", "i8", plan.groups, index)
+            kind = "e4m3" if fmt.float_subs else "i8"
+            scales = np.repeat(scales, times, 1) * self._lanes(plan, "sub_scale", kind, plan.groups, index)
             if minimums is not None:
                 sub = self._lanes(plan, "sub_minimum", "i8", plan.groups, index)
                 minimums = np.negative(np.repeat(minimums, times, 1) * sub)
@@ -353,3 +391,34 @@ def _place(quad: int, bits: int, per: int) -> tuple[int, int]:
 def widen_bf16(raw: npt.NDArray[np.generic]) -> F32:
     """bf16 bit patterns as f32, exactly."""
     return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def widen_e8m0(raw: npt.NDArray[np.generic]) -> F32:
+    """Bytes e as 2^(e - 128); 255 is 2^127, as ggml reads it."""
+    bits = raw.astype(np.uint32)
+    return np.where(bits < 2, np.uint32(0x200000) << bits, (np.maximum(bits, 1) - np.uint32(1)) << np.uint32(23)).view(
+        np.float32
+    )
+
+
+def widen_e4m3(raw: npt.NDArray[np.generic]) -> F32:
+    """Bytes 0..127 as e4m3 numbers (OCP FP8, no infinity); 127, its NaN, reads as 480."""
+    bits = raw.astype(np.uint32)
+    normal = ((bits << np.uint32(20)) + np.uint32(120 << 23)).view(np.float32)
+    return np.where(bits < 8, bits.astype(np.float32) * np.float32(2**-9), normal)
+
+
+def table_values(fmt: Format) -> F32:
+    """The meaning of each code of a table format, f32 [16]."""
+    return np.array(TABLES[fmt.table], np.float32)
+
+
+_STORED: dict[str, npt.DTypeLike] = {
+    "f32": np.float32,
+    "f16": np.float16,
+    "bf16": np.uint16,
+    "e8m0": np.uint8,
+    "e4m3": np.uint8,
+    "i8": np.int8,
+}
+_WIDEN = {"bf16": widen_bf16, "e8m0": widen_e8m0, "e4m3": widen_e4m3}

@@ -36,7 +36,7 @@ class CodeRows(NamedTuple):
     codes: U8  # [n, in] unsigned, zero point included
     scales: Array  # [n, groups or supers], exactly representable in the format's scale dtype
     minimums: Array | None = None  # the same; dmin of a two-level format
-    sub_scales: I8 | None = None  # [n, groups]
+    sub_scales: I8 | U8 | None = None  # [n, groups]; e4m3 bytes where the format has them
     sub_minimums: I8 | None = None
 
 
@@ -58,7 +58,8 @@ class Packer:
         n = -(-count // TILE_ROWS) * TILE_ROWS
         codes = rows.codes
         if codes.shape != (n, plan.width):
-            codes = np.full((n, plan.width), fmt.zero, np.uint8)  # a padded input then adds exactly 0
+            zero = 0 if fmt.table else fmt.zero
+            codes = np.full((n, plan.width), zero, np.uint8)  # a padded input then adds exactly 0
             codes[:count, : self.shape[1]] = rows.codes
         # [tiles, 16, blocks, 8 quads] of 4 inputs each -> [tiles, blocks, 8, 16]
         quads = codes.view(np.uint32).reshape(-1, TILE_ROWS, plan.width // BLOCK, 8).transpose(0, 2, 3, 1)
@@ -67,12 +68,12 @@ class Packer:
         self._write(first, "low", low)
         if fmt.high:
             self._write(first, "high", gather_plane(quads8 >> np.uint8(fmt.low), fmt.high))
-        dtype = np.float32 if fmt.scale == "f32" else np.float16
+        dtype = {"f32": np.float32, "f16": np.float16, "e8m0": np.uint8}[fmt.scale]
         self._lanes(first, "scale", rows.scales, dtype)
         if fmt.minimum:
             self._lanes(first, "minimum", rows.minimums, dtype)
         if fmt.two_level:
-            self._lanes(first, "sub_scale", rows.sub_scales, np.int8)
+            self._lanes(first, "sub_scale", rows.sub_scales, np.uint8 if fmt.float_subs else np.int8)
             if fmt.minimum:
                 self._lanes(first, "sub_minimum", rows.sub_minimums, np.int8)
 
@@ -168,21 +169,35 @@ def narrow_bf16(values: F32) -> npt.NDArray[np.uint16]:
     return np.where(np.isnan(values), (bits >> np.uint32(16)) | np.uint32(64), rounded).astype(np.uint16)
 
 
-def pack_codes(name: str, codes: U8, scales: F32, minimums: F32 | None = None) -> Packed:
+def pack_codes(
+    name: str,
+    codes: U8,
+    scales: Array,
+    minimums: F32 | None = None,
+    sub_scales: U8 | None = None,
+) -> Packed:
     """Packs unsigned codes [out, in] (zero point included) with scales and minimums [out, groups].
 
-    For one-level formats; scales and minimums must be exact in the format's dtype. Raises UsageError where a
-    shape or a code does not fit, FormatError where a scale would change.
+    For one-level formats and `nvfp4`. Scales and minimums must be exact in the format's dtype; those of `mxfp4` are
+    e8m0 bytes (uint8). `nvfp4` takes the f32 factor of each row as `scales` [out, 1] (half the tensor's own, because
+    the codes stand for twice their e2m1 values) and e4m3 bytes [out, in / 16] as `sub_scales`. Raises UsageError
+    where a shape or a code does not fit, FormatError where a scale would change.
     """
     fmt = format_of(name)
-    if fmt.low == 0 or fmt.two_level or (minimums is not None) != fmt.minimum:
+    if fmt.low == 0 or fmt.two_level != fmt.float_subs or (minimums is not None) != fmt.minimum:
         raise UsageError(f"format {name} is not made of codes, scales{' and minimums' * (minimums is not None)}")
+    if (sub_scales is not None) != fmt.float_subs:
+        raise UsageError(f"format {name} {'needs' if fmt.float_subs else 'has no'} sub-scales")
     packer = Packer(name, (codes.shape[0], codes.shape[1]))
-    wanted = (codes.shape[0], packer.layout.groups)
+    wanted = (codes.shape[0], packer.layout.supers)
     if scales.shape != wanted or (minimums is not None and minimums.shape != wanted):
         raise UsageError(f"format {name} of {codes.shape} needs scales {wanted}, got {scales.shape}")
+    if sub_scales is not None and sub_scales.shape != (codes.shape[0], packer.layout.groups):
+        raise UsageError(f"format {name} of {codes.shape} does not take sub-scales {sub_scales.shape}")
     if codes.size and int(codes.max()) >> fmt.bits:
         raise UsageError(f"code {int(codes.max())} does not fit {fmt.bits} bits")
+    if fmt.scale == "e8m0" and scales.dtype != np.uint8:
+        raise UsageError(f"format {name} takes its scales as e8m0 bytes")
     if fmt.scale == "f16":
         for values in (scales, minimums):
             if values is not None and not np.array_equal(values.astype(np.float16).astype(np.float32), values):
@@ -190,5 +205,6 @@ def pack_codes(name: str, codes: U8, scales: F32, minimums: F32 | None = None) -
     span = runs(packer.shape)
     for start in span:
         part = slice(start, start + span.step)
-        packer.add(CodeRows(codes[part], scales[part], None if minimums is None else minimums[part]))
+        low = None if minimums is None else minimums[part]
+        packer.add(CodeRows(codes[part], scales[part], low, None if sub_scales is None else sub_scales[part]))
     return packer.finish()

@@ -73,6 +73,7 @@ GGML_TYPES: Mapping[str, BlockType] = MappingProxyType(
         "TQ1_0": BlockType(34, 256, 54, (52,)),
         "TQ2_0": BlockType(35, 256, 66, (64,)),
         "MXFP4": BlockType(39, 32, 17, (), (0,)),
+        "NVFP4": BlockType(40, 64, 36),
     }
 )
 GGML_NAMES: Mapping[int, str] = MappingProxyType({kind.number: name for name, kind in GGML_TYPES.items()})
@@ -81,5 +82,5 @@ GGML_NAMES: Mapping[int, str] = MappingProxyType({kind.number: name for name, ki
 GGML_UNREAD: Mapping[int, str] = MappingProxyType(
     {4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S"}
     | {21: "IQ3_S", 22: "IQ2_S", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"}
-    | {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 40: "NVFP4", 41: "Q1_0"}
+    | {36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 41: "Q1_0"}
 )
