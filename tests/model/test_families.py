@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from inhouse.core.errors import FormatError, InhouseError, UnsupportedError
-from inhouse.model.build import build, weight_specs
+from inhouse.model.build import build, kv_bytes_per_token, parameters, weight_specs
 from inhouse.model.families import decoder
 from inhouse.model.families.family import HeadOrder
 from inhouse.model.families.table import FAMILIES, resolve
@@ -280,6 +280,6 @@ def test_parameters_are_the_sum_of_the_shapes() -> None:
         QWEN3 | {"tie_word_embeddings": False},
     ):
         spec = resolve(config)[0]
-        assert spec.parameters == sum(int(np.prod(w.shape)) for w in weight_specs(spec).values())
-        groups = build(replace(spec, windows=(0, 4, 4, 0, 8))).groups
-        assert spec.kv_bytes_per_token(2) == sum(group.bytes_per_token(2) for group in groups)
+        assert parameters(spec) == sum(int(np.prod(w.shape)) for w in weight_specs(spec).values())
+        programs = build(replace(spec, windows=(0, 4, 4, 0, 8)))
+        assert kv_bytes_per_token(programs, 2) == 2 * 2 * spec.layers * spec.kv_width

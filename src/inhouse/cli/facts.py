@@ -15,7 +15,7 @@ from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate
 from inhouse.load.packing import Part
-from inhouse.model.build import build
+from inhouse.model.build import build, kv_bytes_per_token, parameters
 from inhouse.model.rewrite import quantize_activations
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.packed import packed_nbytes
@@ -62,7 +62,7 @@ def facts(opened: Opened) -> dict[str, Any]:
         "format": described.source.format,
         "family": described.family.name,
         "architecture": described.architecture,
-        "parameters": spec.parameters,
+        "parameters": parameters(spec),
         "context": spec.context_length,
         "licence": licence(described) or None,
         "chat_template": bool(opened.tokenizer.chat_templates),
@@ -73,7 +73,7 @@ def facts(opened: Opened) -> dict[str, Any]:
         "files": files,
         "stored": _by_kind((info.dtype, info.nbytes) for info in infos),
         "packed": _by_kind((part.format, packed_bytes(part)) for part in opened.plan.parts),
-        "kv_bytes_per_token": spec.kv_bytes_per_token(2),
+        "kv_bytes_per_token": kv_bytes_per_token(opened.programs, 2),
         "notes": list(opened.plan.notes),
         "spec": asdict(spec),
         **_lineage(located),

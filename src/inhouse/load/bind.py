@@ -14,8 +14,8 @@ from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.tensors import TensorSource
 from inhouse.load.packing import QUANTIZE, Part, make_weight, plan_part
+from inhouse.model.build import Spec
 from inhouse.model.families.family import Family
-from inhouse.model.spec import ModelSpec
 from inhouse.runtime.executor import Weight
 from inhouse.runtime.program import ProgramSet
 
@@ -36,7 +36,7 @@ class Plan:
 
 
 def plan_binding(
-    source: TensorSource, spec: ModelSpec, family: Family, programs: ProgramSet, wish: str | None = None
+    source: TensorSource, spec: Spec, family: Family, programs: ProgramSet, wish: str | None = None
 ) -> Plan:
     """Decides every weight's source and format from names, shapes and types alone.
 

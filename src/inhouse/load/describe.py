@@ -13,9 +13,9 @@ from typing import Any
 
 from inhouse.core.errors import FormatError, NotFoundError, UsageError
 from inhouse.core.tensors import TensorSource
+from inhouse.model.build import Spec
 from inhouse.model.families.family import Family
 from inhouse.model.families.table import resolve
-from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.load import from_gguf, load_tokenizer
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.guard import guarded
@@ -54,7 +54,7 @@ class Described:
     path: Path
     source: TensorSource
     config: Mapping[str, Any]  # config.json, or the key-value table of a GGUF file
-    spec: ModelSpec
+    spec: Spec
     family: Family
     generation: Mapping[str, Any]
 
@@ -108,7 +108,7 @@ def describe(path: Path, context: int | None = None) -> Described:
     return Described(path, source, config, limit_context(spec, context), family, generation)
 
 
-def limit_context(spec: ModelSpec, context: int | None) -> ModelSpec:
+def limit_context(spec: Spec, context: int | None) -> Spec:
     """The spec with another limit of positions. Raises UsageError beyond the model's own."""
     if context is None:
         return spec

@@ -13,7 +13,7 @@ from inhouse.core.progress import Progress, silent
 from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate_path, relative
-from inhouse.model.build import build
+from inhouse.model.build import build, parameters
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.store.blobs import How
@@ -123,7 +123,7 @@ def summarise(described: Described) -> Summary:
     return Summary(
         family=described.family.name,
         architecture=described.architecture,
-        parameters=spec.parameters,
+        parameters=parameters(spec),
         dtype=kinds.most_common(1)[0][0],
         context=spec.context_length,
         vocab=spec.vocab_size,

@@ -17,9 +17,8 @@ from inhouse.load.cache import Pack, PackKey, open_pack, pack_size, write_pack
 from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.locate import Located, content_digest, locate
 from inhouse.load.packing import Part, nbytes
-from inhouse.model.build import build
+from inhouse.model.build import Spec, build
 from inhouse.model.rewrite import quantize_activations
-from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime import executors
@@ -57,7 +56,7 @@ class LoadedModel:
     name: str
     version: int  # 0: not from the store
     digest: str  # of the files, as the store computes it
-    spec: ModelSpec
+    spec: Spec
     programs: ProgramSet  # what the executor runs: activations of quantised weights are quantised
     plain_programs: ProgramSet  # before that rewrite
     weights: Mapping[str, Weight]

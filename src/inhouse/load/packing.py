@@ -3,6 +3,7 @@
 Knows how a Derive and a file type become a packed format; does not know which weights a model has, nor caches.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -88,13 +89,13 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
         return quantize(runs, part.quantize, shape=shape)  # type: ignore[arg-type]
     derive = part.derive
     if part.info.dtype in PLAIN:
-        return pack_float(_take(_plain(part, source), derive), part.format)
-    shape = (part.info.shape[0], part.info.shape[1])
-    return pack_gguf(source.raw(part.info.name), part.info.dtype, shape, _index(derive))
+        return pack_float(derive.take(_plain(part, source)), part.format)
+    shape = (math.prod(part.info.shape[:-1]), part.info.shape[-1])
+    return pack_gguf(source.raw(part.info.name), part.info.dtype, shape, derive.index())
 
 
 def _vector(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:
-    values = _take(materialise(source, part.info.name), part.derive)
+    values = part.derive.take(materialise(source, part.info.name))
     return np.ascontiguousarray(values, np.float32)
 
 
@@ -102,27 +103,9 @@ def _plain(part: Part, source: TensorSource) -> npt.NDArray[Any]:
     return source.raw(part.info.name).view(PLAIN[part.info.dtype][1]).reshape(part.info.shape)
 
 
-def _take(array: npt.NDArray[Any], derive: Derive) -> npt.NDArray[Any]:
-    """Rows, then order, then transpose; contiguous, a view where nothing moves."""
-    if derive.rows is not None:
-        array = array[slice(*derive.rows)]
-    if derive.order is not None:
-        array = array[derive.order.index()]
-    return np.ascontiguousarray(array.T if derive.transpose else array)
-
-
-def _index(derive: Derive) -> npt.NDArray[np.int64] | None:
-    """Source rows in canonical order, None for all of them as they are."""
-    if derive.rows is None and derive.order is None:
-        return None
-    start, stop = derive.rows or (0, derive.source_shape[0])
-    rows = np.arange(start, stop, dtype=np.int64)
-    return rows if derive.order is None else rows[derive.order.index()]
-
-
 def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.float32]]:
     """The canonical rows as float32, in runs of bounded size."""
-    rows = _take(_plain(part, source), part.derive)
+    rows = part.derive.take(_plain(part, source))
     step = max(1, RUN_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         run = rows[start : start + step]

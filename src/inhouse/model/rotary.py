@@ -1,6 +1,7 @@
 """Inverse frequencies of rotary embeddings under every scaling that a RopeSpec can name. Pure numpy."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,9 @@ def inverse_frequencies(rope: RopeSpec, context_length: int) -> npt.NDArray[np.f
     whole context, so that a token's values never depend on how long its sequence has grown. Families give it the
     trained length, up to which it is the original's.
     """
+    if rope.source == "two_part":  # the same frequencies for either part
+        half = inverse_frequencies(replace(rope, dim=rope.dim // 2, source="positions"), context_length)
+        return np.concatenate([half, half])
     steps = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
     theta = _dynamic_theta(rope, context_length) if rope.scaling == "dynamic" else rope.theta
     plain: F64 = theta**-steps
@@ -32,6 +36,9 @@ def inverse_frequencies(rope: RopeSpec, context_length: int) -> npt.NDArray[np.f
             scaled = _yarn(rope, plain)
         case "factors":
             scaled = plain / np.asarray(rope.factors, np.float64)
+        case "longrope":
+            factors = rope.long_factors if context_length > rope.original_context else rope.factors
+            scaled = plain / np.asarray(factors, np.float64)
         case other:
             raise UnsupportedError(f"rope scaling {other!r} is not known")
     return scaled.astype(np.float32)
@@ -73,3 +80,13 @@ def _yarn(rope: RopeSpec, plain: F64) -> F64:
 def yarn_attention_factor(factor: float, mscale: float = 1.0) -> float:
     """What YaRN multiplies cos and sin by (arXiv 2309.00071, equation 22)."""
     return 1.0 if factor <= 1.0 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def alibi_slopes(heads: int) -> npt.NDArray[np.float32]:
+    """float32 [heads]: what each head takes off its scores for a position of distance (arXiv 2108.12409).
+
+    Powers of 2^(-8 / n) for n the largest power of two that fits; further heads take every other power of the next."""
+    whole = 1 << (heads.bit_length() - 1)
+    slopes = 2.0 ** (-8.0 / whole * np.arange(1, whole + 1, dtype=np.float64))
+    between = 2.0 ** (-4.0 / whole * np.arange(1, 2 * (heads - whole), 2, dtype=np.float64))
+    return np.concatenate([slopes, between]).astype(np.float32)

@@ -52,6 +52,12 @@ def _embed(c: _Context) -> list[int]:
     return [SOURCES.index(str(c.op.attrs["source"])), *c.attrs("offset", "scale", real=["scale"])]
 
 
+def _rotary(c: _Context) -> list[int]:
+    if c.op.attrs["source"] != "positions":
+        raise c.refuse("two-part positions")
+    return c.attrs("factor", real=["factor"])
+
+
 def _quantize(c: _Context) -> list[int]:
     return [c.op.outputs[0].group]
 
@@ -85,7 +91,7 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "layer_norm": lambda c: c.attrs("eps", real=["eps"]),
     "quantize_rows": _quantize,
     "linears": _none,
-    "rotary": lambda c: c.attrs("factor", real=["factor"]),
+    "rotary": _rotary,
     "rope": lambda c: c.attrs("head_dim", "interleaved"),
     "attention": _attention,
     "act": lambda c: [ACTIVATIONS.index(str(c.op.attrs["act"]))],

@@ -109,7 +109,11 @@ def _linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> lis
 
 
 def _rotary(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """inv_freq [D / 2] -> r [T, D]: cos(position * inv_freq) * factor, then sin(...) * factor."""
+    """inv_freq [D / 2] -> r [T, D]: cos(position * inv_freq) * factor, then sin(...) * factor.
+
+    source `two_part` (ChatGLM-6B), of a sequence with the prefix P: the first half of inv_freq meets
+    min(position, max(P - 1, 0)), the second max(position - max(P - 1, 0), 0)."""
+    _need(attrs["source"] in ("positions", "two_part"), f"unknown source {attrs['source']}")
     _need(len(ws) == 1 and ws[0] is not None and len(ws[0].shape) == 1, "expected inverse frequencies")
     assert ws[0] is not None
     return [_f32(Axis(str(attrs["axis"])), 2 * ws[0].shape[0])]
@@ -276,7 +280,7 @@ OPS: Mapping[str, OpSpec] = {
     "layer_norm": OpSpec(_layer_norm, {"eps": None}, 4e-6),
     "quantize_rows": OpSpec(_quantize_rows, {"group": 0}, 0.0),
     "linears": OpSpec(_linears, {}, 2e-5),
-    "rotary": OpSpec(_rotary, {"axis": "T", "factor": 1.0}, 1e-6),
+    "rotary": OpSpec(_rotary, {"axis": "T", "factor": 1.0, "source": "positions"}, 1e-6),
     "rope": OpSpec(_rope, {"head_dim": None, "interleaved": False}, 1e-6),
     "attention": OpSpec(_attention, ATTENTION_ATTRS, 1e-5),
     "write_cross": OpSpec(_write_cross, {"group": None}, 0.0),

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from inhouse.core.errors import UsageError
+from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime import torch_moe as moe
 from inhouse.runtime import torch_ops as ops
 from inhouse.runtime.program import Axis, Op, Program
@@ -106,6 +106,8 @@ def _linears(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows
 
 
 def _rotary(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
+    if op.attrs["source"] != "positions":
+        raise UnsupportedError("the torch executor has no two-part positions")
     positions = rows.ids("positions", Axis(str(op.attrs["axis"])))
     return [ops.rotary(positions, _given(ws[0]), factor=float(op.attrs["factor"]))]
 

@@ -3,41 +3,142 @@
 import fnmatch
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import FormatError
-from inhouse.model.build import weight_specs
+from inhouse.model.build import Spec, weight_specs
 from inhouse.model.families.fields import Fields
 from inhouse.model.spec import ModelSpec
+from inhouse.runtime.program import WeightSpec
 
 
 @dataclass(frozen=True, slots=True)
 class HeadOrder:
-    """Rows of q or k whose file keeps the rotary pairs side by side: (2i, 2i + 1) in each head, where the canonical
-    order has (i, i + head_dim / 2). GGUF writes Llama so. A permutation of rows, hence lossless on packed rows."""
+    """Rows of q or k in another order within each head than the canonical one, whose rotary pairs are (i, i + dim / 2).
+    A permutation of rows, hence lossless on packed rows.
+
+    pairs: the file keeps pairs side by side, (2i, 2i + 1); GGUF writes Llama so. two_part: the file has two halves that
+    are rotated apart, each with pairs (i, i + dim / 4) (ChatGLM-6B).
+    """
 
     heads: int
     head_dim: int
+    kind: str = "pairs"  # pairs | two_part
 
     def index(self) -> npt.NDArray[np.int64]:
         """int64 [heads * head_dim]: canonical row j is source row index[j]."""
         rows = np.arange(self.heads * self.head_dim, dtype=np.int64)
+        if self.kind == "two_part":
+            return rows.reshape(self.heads, 2, 2, self.head_dim // 4).swapaxes(1, 2).reshape(-1)
         return rows.reshape(self.heads, self.head_dim // 2, 2).swapaxes(1, 2).reshape(-1)
 
 
 @dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a fused tensor: the tensor is `groups` equal groups of rows, and of each `start..start + count` is taken.
+
+    A plain range is one group. [heads, 3, dim] (BLOOM, GPT-NeoX) and [key-value heads, q.. k v] (Falcon, InternLM2)
+    are a group for each key-value head; every other row (gpt-oss) is a group of two.
+    """
+
+    groups: int
+    stride: int  # rows of a group
+    start: int
+    count: int
+
+    def index(self) -> npt.NDArray[np.int64]:
+        """int64 [groups * count]: row j of what is taken is source row index[j]."""
+        first = np.arange(self.groups, dtype=np.int64)[:, None] * self.stride + self.start
+        return (first + np.arange(self.count, dtype=np.int64)).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True)
 class Derive:
-    """How one canonical weight comes from a tensor of the file: take `rows`, then `order`, then `transpose`."""
+    """How one canonical weight comes from a tensor of the file: axes before the rows' are flattened into them; `part` of
+    them is taken and transposed; of that `rows` are taken, in `order`; the result is reshaped to `shape`.
+
+    Rows may be taken and ordered of any type; transposing is for plain dtypes only.
+    """
 
     source: str  # tensor name in the file
     source_shape: tuple[int, ...]  # what that tensor must be, before anything is taken
     shape: tuple[int, ...]  # what comes out
-    rows: tuple[int, int] | None = None  # start, stop
+    part: Rows | None = None
+    transpose: bool = False
+    rows: Rows | None = None
     order: HeadOrder | None = None
-    transpose: bool = False  # plain dtypes only
+
+    def index(self) -> npt.NDArray[np.int64] | None:
+        """Source rows in canonical order, of a weight that is not transposed; None for all of them as they are."""
+        steps = [step.index() for step in (self.part, self.rows, self.order) if step is not None]
+        if not steps:
+            return None
+        index = steps[0]
+        for step in steps[1:]:
+            index = index[step]
+        return index
+
+    def take(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The weight out of the whole source tensor; contiguous, a view where nothing moves."""
+        if array.ndim > max(1, len(self.shape)):
+            array = array.reshape(-1, *self.shape[1:]) if not self.transpose else array.reshape(-1, array.shape[-1])
+        if not self.transpose:
+            index = self.index()
+            return np.ascontiguousarray(array if index is None else array[index]).reshape(self.shape)
+        if self.part is not None:
+            array = array[self.part.index()]
+        for step in (self.rows, self.order):
+            if step is not None:
+                array = array[:, step.index()]
+        return np.ascontiguousarray(array.T).reshape(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Fused:
+    """A tensor of the file that holds several canonical weights, or lies transposed: the value of a names table.
+
+    `of`: the canonical weights in it, in their order along the rows, without layer prefix and suffix
+    (("attn.q", "attn.k", "attn.v")); () for a tensor of its own. `groups`: what it is grouped by: nothing (one block
+    after the other), `kv_heads` ([key-value heads, q.. k v]) or `rows` (they alternate row by row). `experts`: it holds
+    those of every expert, expert by expert along the first axis; the canonical name then has a number for the expert.
+    """
+
+    name: str
+    of: tuple[str, ...] = ()
+    groups: str = ""
+    transpose: bool = False  # the file keeps [in, out]
+    experts: bool = False
+
+    def derive(self, spec: Spec, canonical: str, source: str, weights: Mapping[str, WeightSpec]) -> Derive:
+        """Where the weight `canonical` of `spec` lies in the tensor `source`."""
+        shape = weights[canonical].shape
+        transpose = self.transpose and len(shape) == 2
+        rows, total = self._rows(spec, canonical, weights)
+        whole = (shape[1], total) if transpose else (total, *shape[1:])
+        part = None
+        if self.experts:
+            each, numbers = whole[0], [int(n) for n in re.findall(r"\d+", canonical)]
+            count = spec.moe.experts if isinstance(spec, ModelSpec) and spec.moe else 1
+            part = Rows(1, count * each, numbers[-1] * each, each)
+            whole = (count, *whole)
+        return Derive(source, whole, shape, part=part, transpose=transpose, rows=rows)
+
+    def _rows(self, spec: Spec, canonical: str, weights: Mapping[str, WeightSpec]) -> tuple[Rows | None, int]:
+        """Which rows of the tensor (of one expert of it) are the weight's, None: all; and how many it has."""
+        count = weights[canonical].shape[0]
+        stem, dot, suffix = canonical.rpartition(".")
+        ours = next((name for name in self.of if stem.endswith(name)), None)
+        if ours is None:
+            return None, count
+        prefix = stem.removesuffix(ours)
+        sizes = [weights[f"{prefix}{name}{dot}{suffix}"].shape[0] for name in self.of]
+        groups = {"": 1, "kv_heads": getattr(spec, "kv_heads", 1), "rows": sizes[0]}[self.groups]
+        start = sum(sizes[: self.of.index(ours)])
+        return Rows(groups, sum(sizes) // groups, start // groups, count // groups), sum(sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +156,53 @@ class Family:
     name: str
     architectures: tuple[str, ...]  # Hugging Face `architectures[0]`
     gguf: tuple[str, ...]  # GGUF `general.architecture`
-    from_hf: Callable[[Fields, Tensors], ModelSpec]
-    from_gguf: Callable[[Fields, Tensors], ModelSpec]
-    hf_names: Mapping[str, str]  # canonical name -> tensor name, both with {i} for the layer
-    gguf_names: Mapping[str, str]
+    from_hf: Callable[[Fields, Tensors], Spec]
+    from_gguf: Callable[[Fields, Tensors], Spec]
+    hf_names: Mapping[str, str | Fused]  # canonical name -> tensor, both with {i} for the layer, {e} for the expert
+    gguf_names: Mapping[str, str | Fused]
     gguf_pairs: bool = False  # GGUF keeps q and k with rotary pairs side by side
+    hf_order: str = ""  # HeadOrder of q and k in Hugging Face checkpoints; "": canonical
+    prefix: str = ""  # of Hugging Face names, which some checkpoints leave out (`transformer.`)
     ignored: tuple[str, ...] = ()  # patterns of tensors that carry nothing the spec does not say
 
-    def derive(self, spec: ModelSpec, names: Collection[str]) -> dict[str, Derive]:
+    def derive(self, spec: Spec, names: Collection[str]) -> dict[str, Derive]:
         """Canonical name -> where it comes from, for every weight of `spec`, in the order of the forward pass.
 
         Raises FormatError naming the tensors that are missing from `names`, or left over in it.
         """
-        gguf = self.gguf_names["embed.weight"] in names
+        gguf = _name(self.gguf_names["embed.weight"]) in names
         table, ignored = (self.gguf_names, _GGUF_IGNORED) if gguf else (self.hf_names, ())
+        bare = not gguf and _name(table["embed.weight"]) not in names and self._bare(table["embed.weight"]) in names
         out: dict[str, Derive] = {}
-        for canonical, weight in weight_specs(spec).items():
-            layer = re.search(r"\d+", canonical)
-            pattern = table[re.sub(r"\d+", "{i}", canonical, count=1)]
-            source = pattern.format(i=layer.group()) if layer else pattern
-            order = self._order(spec, canonical) if gguf else None
-            out[canonical] = Derive(source, weight.shape, weight.shape, order=order)
+        weights = weight_specs(spec)
+        for canonical in weights:
+            layer, expert = (*re.findall(r"\d+", canonical), "", "")[:2]
+            key = re.sub(r"\d+", "{e}", re.sub(r"\d+", "{i}", canonical, count=1))
+            place = table[key]
+            pattern = self._bare(place) if bare else _name(place)
+            source = pattern.replace("{i}", layer).replace("{e}", expert)
+            fused = place if isinstance(place, Fused) else Fused(pattern)
+            derive = fused.derive(spec, canonical, source, weights)
+            out[canonical] = replace(derive, order=self._order(spec, canonical, gguf))
         used = {derive.source for derive in out.values()}
         _none([name for name in used if name not in names], "lacks", "Fetch the whole model again")
         left = [name for name in names if name not in used and not _matches(name, (*self.ignored, *ignored))]
         _none(left, f"has, beyond what {self.name} uses,", "The model is not what its config says; check config.json")
         return out
 
-    def _order(self, spec: ModelSpec, canonical: str) -> HeadOrder | None:
+    def _bare(self, place: str | Fused) -> str:
+        return _name(place).removeprefix(self.prefix)
+
+    def _order(self, spec: Spec, canonical: str, gguf: bool) -> HeadOrder | None:
         part = re.fullmatch(r"layers\.\d+\.attn\.([qk])\.(weight|bias)", canonical)
-        if not self.gguf_pairs or part is None:
+        kind = ("pairs" if self.gguf_pairs else "") if gguf else self.hf_order
+        if not kind or part is None or not isinstance(spec, ModelSpec):
             return None
-        return HeadOrder(spec.heads if part.group(1) == "q" else spec.kv_heads, spec.head_dim)
+        return HeadOrder(spec.heads if part.group(1) == "q" else spec.kv_heads, spec.head_dim, kind)
+
+
+def _name(place: str | Fused) -> str:
+    return place if isinstance(place, str) else place.name
 
 
 # `rope_freqs.weight` is read into the spec (Tensors.rope_factors); see decoder.from_gguf.

@@ -26,7 +26,7 @@ def _mistral(fields: Fields, tensors: Tensors) -> ModelSpec:
 
 def _gguf(fields: Fields, tensors: Tensors) -> ModelSpec:
     spec = decoder.from_gguf(fields, tensors, "llama")
-    if spec.rope.dim != spec.head_dim:  # its q and k rows are paired over the whole head
+    if spec.rope is not None and spec.rope.dim != spec.head_dim:  # its q and k rows are paired over the whole head
         raise fields.unsupported("rope.dimension_count", spec.rope.dim)
     return spec
 

@@ -4,17 +4,17 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from inhouse.core.errors import FormatError, UnsupportedError
+from inhouse.model.build import Spec
 from inhouse.model.families import llama, qwen
 from inhouse.model.families.family import Family, Tensors
 from inhouse.model.families.fields import Fields
-from inhouse.model.spec import ModelSpec
 
 FAMILIES: tuple[Family, ...] = (*llama.ROWS, *qwen.ROWS)
 
 
 def resolve(
     config: Mapping[str, Any], names: Collection[str] = (), rope_factors: Sequence[float] = ()
-) -> tuple[ModelSpec, Family]:
+) -> tuple[Spec, Family]:
     """The spec and the family of a model.
 
     Args:
@@ -42,7 +42,7 @@ def resolve(
     raise _unknown(architectures[0], known)
 
 
-def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[ModelSpec, Family]:
+def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[Spec, Family]:
     name = config["general.architecture"]
     for family in FAMILIES:
         if name in family.gguf:
