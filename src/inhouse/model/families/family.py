@@ -58,7 +58,7 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Derive:
-    """How one canonical weight comes from a tensor of the file: axes before the rows' are flattened into them; `part` of
+    """How one canonical weight comes from a tensor of the file: axes before the rows' become rows; `part` of
     them is taken and transposed; of that `rows` are taken, in `order`; the result is reshaped to `shape`.
 
     Rows may be taken and ordered of any type; transposing is for plain dtypes only.
