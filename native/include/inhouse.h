@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define IH_ABI_VERSION 1
+#define IH_ABI_VERSION 2
 #define IH_API __attribute__((visibility("default")))
 
 typedef enum ih_status {
@@ -91,13 +91,16 @@ IH_API ih_status ih_write_blocks(ih_model* model, int32_t group, const int32_t* 
 // runtime/step.py says what each array means; they must have passed its check_step.
 typedef struct ih_step {
   int64_t rows, sequences, sampled;
-  const int32_t* tokens;         // [rows]
-  const int32_t* positions;      // [rows]
-  const int32_t* sequence_of;    // [rows]
-  const int32_t* lengths;        // [sequences]
-  const int32_t* sampled_rows;   // [sampled]
-  const int32_t* const* tables;  // [groups] -> [sequences][table_widths[g]]
-  const int64_t* table_widths;   // [groups]
+  const int32_t* tokens;           // [rows]
+  const int32_t* positions;        // [rows]
+  const int32_t* sequence_of;      // [rows]
+  const int32_t* lengths;          // [sequences]
+  const int32_t* sampled_rows;     // [sampled]
+  const int32_t* const* tables;    // [groups] -> [sequences][table_widths[g]]
+  const int64_t* table_widths;     // [groups]
+  const int32_t* types;            // [rows]
+  const int32_t* prefixes;         // [sequences]
+  const int32_t* encoder_lengths;  // [sequences]
 } ih_step;
 
 typedef struct ih_output {

@@ -11,6 +11,13 @@ namespace inhouse {
 constexpr int64_t kPiecePairs = 64;  // (row, query head) pairs of a task
 constexpr int64_t kSplitPairs = 16;  // at most so many share a task that is split by partition
 
+// The keys of a sequence: how many are stored, and how many of those see one another (mask prefix).
+struct Keys {
+  int32_t length, prefix;
+};
+
+inline bool is_cross(const Op& op) { return op.integer(10) != 0; }
+
 inline int64_t group_of(const AttentionShape& s) { return s.heads / s.kv_heads; }
 
 // Rows of a task.
@@ -33,7 +40,7 @@ inline int64_t most_partial_floats(const AttentionShape& s, int64_t context, int
   return std::min(kMostPartialFloats, most_split_pieces(context, threads) * pairs * partial_pitch(s.v_dim));
 }
 
-// The shape of an attention op; slopes and sinks are left null.
+// The shape of an attention op; slopes, sinks and relative bias are left null.
 inline AttentionShape attention_shape(const Op& op, KvType kv_type, int64_t head_bytes) {
   AttentionShape s = {};
   s.heads = static_cast<int32_t>(op.integer(2));
@@ -43,7 +50,9 @@ inline AttentionShape attention_shape(const Op& op, KvType kv_type, int64_t head
   s.scale = op.real(6);
   s.softcap = op.real(7);
   s.window = static_cast<int32_t>(op.integer(8));
-  s.causal = op.integer(9) != 0;
+  s.mask = static_cast<Mask>(op.integer(9));
+  s.reach = static_cast<int32_t>(op.integer(13));
+  s.v_from_k = op.integer(14) != 0;
   s.kv_type = kv_type;
   s.head_bytes = head_bytes;
   return s;

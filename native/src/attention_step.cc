@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention.h"
+#include "relative.h"
 #include "step.h"
 
 namespace inhouse {
@@ -11,11 +12,12 @@ namespace {
 constexpr int64_t kSerialProducts = 32768;  // multiply-adds of a whole op that are not worth waking anyone for
 
 // Partitions that rows [position, position + rows) see; the same rule as the body's.
-void partitions_seen(const AttentionShape& s, int64_t position, int64_t rows, int64_t length, Piece* piece) {
+void partitions_seen(const AttentionShape& s, const Keys& keys, int64_t position, int64_t rows, Piece* piece) {
   const int64_t last = position + rows - 1;
   const int64_t low = s.window > 0 ? std::max<int64_t>(0, position - s.window + 1) : 0;
   int64_t high = last + 1;
-  if (!s.causal) high = s.window > 0 ? std::min<int64_t>(length, last + s.window) : length;
+  if (s.mask == kPrefix) high = std::max<int64_t>(high, keys.prefix);
+  if (s.mask == kBidirectional) high = s.window > 0 ? std::min<int64_t>(keys.length, last + s.window) : keys.length;
   piece->first = static_cast<int32_t>(low / kPartition);
   piece->last = static_cast<int32_t>(partitions_in(high));
 }
@@ -35,10 +37,13 @@ void Runner::find_spans() {
 void Runner::attention(const Op& op) {
   const int group = static_cast<int>(op.integer(0));
   AttentionShape shape = attention_shape(op, model_.state_->kv_type(), model_.state_->head_bytes(group));
-  shape.slopes = vector(op, 0);
+  if (op.integer(11) == 1) shape.slopes = vector(op, 0);
+  if (op.integer(11) == 2) {
+    shape.relative = relative_bias(op, model_.weights_, kernels_, &model_.relative_);
+  }
   shape.sinks = vector(op, 1);
-  store_kv(op, shape);
-  cut(shape);
+  if (!is_cross(op)) store_kv(op, shape);
+  cut(op, shape);
   AttentionMemory& memory = model_.attention_;
   int64_t products = 0;
   for (const Piece& p : memory.pieces) products += p.rows * (p.last - p.first) * kPartition;
@@ -69,21 +74,43 @@ void Runner::attention(const Op& op) {
   });
 }
 
+// A cross group's rows are stored like any other's, by their own positions.
+void Runner::write_cross(const Op& op) {
+  const int group = static_cast<int>(op.integer(0));
+  const Group& kept = model_.set_.groups[group];
+  AttentionShape shape = {};
+  shape.kv_heads = static_cast<int32_t>(kept.kv_heads);
+  shape.head_dim = static_cast<int32_t>(kept.head_dim);
+  shape.v_dim = static_cast<int32_t>(kept.v_dim);
+  shape.kv_type = model_.state_->kv_type();
+  shape.head_bytes = model_.state_->head_bytes(group);
+  store_rows(op, shape, op.inputs[0], op.inputs[1]);
+}
+
 // Every row's K and V into its block; a barrier later they are read back from there, the step's own included.
 void Runner::store_kv(const Op& op, const AttentionShape& shape) {
+  store_rows(op, shape, op.inputs[1], op.inputs[shape.v_from_k ? 1 : 2]);
+}
+
+void Runner::store_rows(const Op& op, const AttentionShape& shape, int32_t k, int32_t v) {
   const int group = static_cast<int>(op.integer(0));
   uint8_t* layer = model_.state_->layer(group, op.integer(1));
   const int64_t stride = model_.state_->block_bytes(group), width = step_.table_widths[group];
-  each_row(step_.rows, 4 * (value(op.inputs[1]).width + value(op.inputs[2]).width), [&](int64_t r) {
+  each_row(step_.rows, 4 * (value(k).width + value(v).width), [&](int64_t r) {
     const int32_t position = step_.positions[r];
     const int32_t block = step_.tables[group][step_.sequence_of[r] * width + position / kCacheBlock];
-    kernels_.store_kv(shape, row(op.inputs[1], r), row(op.inputs[2], r), layer + block * stride,
-                      position % kCacheBlock);
+    kernels_.store_kv(shape, row(k, r), row(v, r), layer + block * stride, position % kCacheBlock);
   });
 }
 
+// The keys that a sequence's rows may see: what is stored of it, or of its encoder input.
+Keys Runner::keys_of(const Op& op, int32_t sequence) const {
+  if (is_cross(op)) return {step_.encoder_lengths[sequence], 0};
+  return {step_.lengths[sequence], op.integer(9) == kPrefix ? step_.prefixes[sequence] : 0};
+}
+
 // Tasks of whole rows. The longest come first, so that none starts last.
-void Runner::cut(const AttentionShape& shape) {
+void Runner::cut(const Op& op, const AttentionShape& shape) {
   std::vector<Piece>& pieces = model_.attention_.pieces;
   pieces.clear();
   const int32_t step = static_cast<int32_t>(piece_rows(shape));
@@ -97,7 +124,7 @@ void Runner::cut(const AttentionShape& shape) {
       piece.rows = std::min(step, span.end - piece.begin);
       piece.partition = -1;
       piece.partition_floats = piece.rows * group_of(shape) * partial_pitch(shape.v_dim);
-      partitions_seen(shape, step_.positions[piece.begin], piece.rows, step_.lengths[span.sequence], &piece);
+      partitions_seen(shape, keys_of(op, span.sequence), step_.positions[piece.begin], piece.rows, &piece);
       for (piece.kv_head = 0; piece.kv_head < shape.kv_heads; ++piece.kv_head) {
         piece.partials = floats;
         floats += piece.partition_floats * (piece.last - piece.first);
@@ -136,7 +163,9 @@ AttentionTask Runner::task_of(const Op& op, const AttentionShape& shape, const P
   task.blocks = model_.state_->layer(group, op.integer(1));
   task.block_stride = model_.state_->block_bytes(group);
   task.position = step_.positions[piece.begin];
-  task.length = step_.lengths[piece.sequence];
+  const Keys keys = keys_of(op, piece.sequence);
+  task.length = keys.length;
+  task.prefix = keys.prefix;
   task.rows = piece.rows;
   task.kv_head = piece.kv_head;
   return task;

@@ -21,6 +21,7 @@ class Rule {
 
   const Op& op() const { return op_; }
   const ProgramSet& set() const { return set_; }
+  const Value& value(int32_t v) const { return program_.values[v]; }
   const Value& in(int i) const { return program_.values[op_.inputs[i]]; }
   const Value& out(int i) const { return program_.values[op_.outputs[i]]; }
   const Weight* weight(size_t i) const {
@@ -131,13 +132,27 @@ void check_rope(Rule& r) {
   r.need(r.in(1).width <= r.op().integer(0) && r.in(1).width % 2 == 0, "rotary width beyond head_dim");
 }
 
+// The weight that an attention op's bias attribute asks for.
+void check_bias(Rule& r, int64_t heads) {
+  const int64_t bias = r.op().integer(11), buckets = r.op().integer(12);
+  if (bias == 0) return r.need(r.weight(0) == nullptr, "a bias table without a bias");
+  if (bias == 1) return r.vector(0, heads, false);
+  r.integer(12, 4, 1 << 16);
+  r.integer(13, buckets, 1 << 20);
+  r.need(r.op().integer(10) == 0, "cross attention has no relative bias");
+  const Weight* w = r.weight(0);
+  r.need(w != nullptr && w->format >= 0 && w->out == buckets && w->in == heads, "no bias table [buckets, heads]");
+}
+
 void check_attention(Rule& r) {
-  if (!r.arity(3, 0, 2, 1)) return;
+  for (int i = 9; i < 15; ++i) r.integer(i, 0, i == 9 || i == 11 ? 2 : i == 12 || i == 13 ? INT32_MAX : 1);
+  if (r.fault() != nullptr) return;
+  const bool cross = r.op().integer(10) != 0, v_from_k = r.op().integer(14) != 0;
+  if (!r.arity(cross ? 1 : v_from_k ? 2 : 3, 0, 2, 1)) return;
   r.floats();
   r.integer(0, 0, static_cast<int64_t>(r.set().groups.size()) - 1);
   for (int i = 2; i < 6; ++i) r.integer(i, 1, 1 << 16);
   r.integer(8, 0, INT32_MAX);
-  r.integer(9, 0, 1);
   if (r.fault() != nullptr) return;
   const Group& group = r.set().groups[r.op().integer(0)];
   const int64_t heads = r.op().integer(2), kv = r.op().integer(3), dim = r.op().integer(4), v_dim = r.op().integer(5);
@@ -146,12 +161,31 @@ void check_attention(Rule& r) {
   r.need(group.window == 0 || (r.op().integer(8) > 0 && r.op().integer(8) <= group.window),
          "it sees more positions than its state group keeps");
   r.need(heads % kv == 0, "heads is no multiple of kv_heads");
-  for (int i = 0; i < 3; ++i) r.need(r.in(i).axis == Axis::kTokens, "inputs must be over tokens");
+  r.need((group.kind == GroupKind::kLatent) == v_from_k, "a latent group goes with v_from_k");
+  r.need(!v_from_k || v_dim <= dim, "v_dim is beyond the keys that v is part of");
+  r.need(!cross || (group.kind == GroupKind::kCross && r.op().integer(8) == 0 && r.op().integer(9) == kBidirectional),
+         "cross attention reads a whole cross group");
+  r.need(r.op().integer(9) != kPrefix || r.op().integer(8) == 0, "the prefix mask takes no window");
+  for (int32_t v : r.op().inputs) r.need(r.value(v).axis == Axis::kTokens, "inputs must be over tokens");
   r.need(r.out(0).axis == Axis::kTokens && r.out(0).width == heads * v_dim, "output must be heads * v_dim wide");
   r.need(r.in(0).width == heads * dim, "q must be heads * head_dim wide");
-  r.need(r.in(1).width == kv * dim && r.in(2).width == kv * v_dim, "k or v has the wrong width");
-  r.vector(0, heads, true);
+  r.need(cross || r.in(1).width == kv * dim, "k has the wrong width");
+  r.need(cross || v_from_k || r.in(2).width == kv * v_dim, "v has the wrong width");
+  check_bias(r, heads);
   r.vector(1, heads, true);
+}
+
+void check_write_cross(Rule& r) {
+  if (!r.arity(2, 0, 0, 0)) return;
+  r.floats();
+  r.integer(0, 0, static_cast<int64_t>(r.set().groups.size()) - 1);
+  if (r.fault() != nullptr) return;
+  const Group& group = r.set().groups[r.op().integer(0)];
+  r.integer(1, 0, group.layers - 1);
+  r.need(group.kind == GroupKind::kCross, "its group is not a cross group");
+  r.need(r.in(0).axis == Axis::kTokens && r.in(1).axis == Axis::kTokens, "inputs must be over tokens");
+  r.need(r.in(0).width == group.kv_heads * group.head_dim, "k has the wrong width");
+  r.need(r.in(1).width == group.kv_heads * group.v_dim, "v has the wrong width");
 }
 
 void check_map(Rule& r, size_t inputs) {
@@ -203,6 +237,8 @@ void check_op(Rule& r) {
       return check_select_rows(r);
     case OpKind::kPool:
       return check_pool(r);
+    case OpKind::kWriteCross:
+      return check_write_cross(r);
     default:
       return check_map(r, 1);
   }

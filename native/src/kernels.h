@@ -36,19 +36,30 @@ constexpr int kCacheBlock = 16;  // positions in a block of a state group
 constexpr int kPartition = 256;  // positions in an attention partition, at absolute multiples
 constexpr int kPartitionBlocks = kPartition / kCacheBlock;
 
-// What an attention op is. A block holds, for each kv head, K transposed [head_dim][16], then V [16][v_dim].
+// Index into MASKS of runtime/ops.py.
+enum Mask : int32_t { kCausal, kBidirectional, kPrefix, kMasks };
+
+// What an attention op is. A block holds, for each kv head, K transposed [head_dim][16], then V [16][v_dim] unless V is
+// the first v_dim elements of K.
 struct AttentionShape {
   int32_t heads, kv_heads, head_dim, v_dim;
   int32_t window;  // 0: all
-  bool causal;     // else bidirectional
+  Mask mask;
+  bool v_from_k;
   KvType kv_type;
-  float scale, softcap;  // softcap 0: none
-  const float* slopes;   // ALiBi [heads] or null
-  const float* sinks;    // [heads] or null
-  int64_t head_bytes;    // of one kv head in a block
+  float scale, softcap;   // softcap 0: none
+  const float* slopes;    // ALiBi [heads] or null
+  const float* relative;  // bias by distance [heads][relative_pitch(reach)] (relative.h), or null
+  int32_t reach;          // distance from which the bias is the same
+  const float* sinks;     // [heads] or null
+  int64_t head_bytes;     // of one kv head in a block
 };
 
-// Some rows of one sequence against one kv head. Row i stands at `position` + i.
+// Entry i of a head's row is the bias of key - query = i - reach - 16, so that sixteen neighbours are one load.
+constexpr int64_t relative_pitch(int64_t reach) { return 2 * reach + 33; }
+
+// Some rows of one sequence against one kv head. Row i stands at `position` + i; `length` keys are stored, of which
+// those below `prefix` see one another (mask prefix).
 struct AttentionTask {
   const AttentionShape* shape;
   const float* q;  // [rows][ldq], all query heads
@@ -58,7 +69,7 @@ struct AttentionTask {
   const int32_t* table;   // block ids of the sequence
   const uint8_t* blocks;  // this layer's part of block b is at blocks + b * block_stride
   int64_t block_stride;
-  int32_t position, length, rows, kv_head;
+  int32_t position, length, prefix, rows, kv_head;
 };
 
 // Every body follows one accumulation order, a function of the weight format alone: y[r][o] has the same bits
@@ -93,7 +104,8 @@ struct Kernels {
   // Further entries (attention over paged blocks, sampling) are added by their owners below this line.
   void (*max)(const float* a, const float* b, int64_t n, float* y);
   void (*normalize)(const float* x, int64_t n, float* y);  // x / max(L2 norm, 1e-12)
-  // Puts one row's k [kv_heads * head_dim] and v [kv_heads * v_dim] into slot `slot` of this layer's part of a block.
+  // Puts one row's k [kv_heads * head_dim] and v [kv_heads * v_dim] into slot `slot` of this layer's part of a block;
+  // v is not read where the shape has v_from_k.
   void (*store_kv)(const AttentionShape& shape, const float* k, const float* v, uint8_t* block, int slot);
   // All partitions of a task; `scratch` holds attention_scratch(shape, rows) floats.
   void (*attend)(const AttentionTask& task, float* scratch);

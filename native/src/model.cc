@@ -104,6 +104,7 @@ void Model::size_attention() {
       attention_.partial_floats =
           std::max(attention_.partial_floats, most_partial_floats(shape, set_.context_length, threads_));
       kv_heads_ = std::max(kv_heads_, int64_t{shape.kv_heads});
+      if (op.integer(11) == 2) relative_bias(op, weights_, *kernels_, &relative_);
     }
   }
   if (attention_.scratch_floats == 0) return;

@@ -6,6 +6,7 @@
 #include "inhouse.h"
 #include "plan.h"
 #include "program.h"
+#include "relative.h"
 #include "state.h"
 
 namespace inhouse {
@@ -78,6 +79,7 @@ class Model {
   int threads_ = 1;
   int64_t kv_heads_ = 0;  // most of any group
   AttentionMemory attention_;
+  std::vector<Relative> relative_;  // made before the first step, so that none allocates
   bool damaged_ = false;
 };
 

@@ -17,9 +17,9 @@ struct OpRow {
 
 // By OpKind.
 constexpr OpRow kOps[] = {
-    {"embed", 3}, {"rms_norm", 3},   {"layer_norm", 1},  {"quantize_rows", 1}, {"linears", 0}, {"rotary", 1},
-    {"rope", 2},  {"attention", 10}, {"act", 1},         {"glu", 1},           {"add", 0},     {"mul", 0},
-    {"scale", 1}, {"soft_cap", 1},   {"select_rows", 0}, {"pool", 2},
+    {"embed", 3}, {"rms_norm", 3},   {"layer_norm", 1},  {"quantize_rows", 1}, {"linears", 0},     {"rotary", 1},
+    {"rope", 2},  {"attention", 15}, {"act", 1},         {"glu", 1},           {"add", 0},         {"mul", 0},
+    {"scale", 1}, {"soft_cap", 1},   {"select_rows", 0}, {"pool", 2},          {"write_cross", 2},
 };
 static_assert(sizeof(kOps) / sizeof(kOps[0]) == static_cast<size_t>(OpKind::kCount));
 
@@ -64,7 +64,7 @@ class Reader {
 
 Group read_group(Reader& in) {
   Group group = {};
-  group.windowed = in.next("a group's kind", 0, 1) == 1;
+  group.kind = static_cast<GroupKind>(in.next("a group's kind", 0, static_cast<int64_t>(GroupKind::kCount) - 1));
   group.kv_heads = in.next("kv_heads", 1, 1 << 16);
   group.head_dim = in.next("head_dim", 1, 1 << 16);
   group.v_dim = in.next("v_dim", 1, 1 << 16);

@@ -2,7 +2,7 @@
 //
 // Flat layout, int64 throughout (floats as the bits of a double), written by runtime/native_flat.py:
 //   kMagic, kFlatVersion, vocab_size, context_length, groups, programs
-//   a group:   kind (0 paged, 1 window), kv_heads, head_dim, v_dim, window, layers
+//   a group:   kind (0 paged, 1 window, 2 cross, 3 latent), kv_heads, head_dim, v_dim, window, layers
 //   a program: values, ops, outputs; values x (axis, width, dtype, group); the ops; outputs x value
 //   an op:     kind, inputs, weights, outputs, attributes, then each of them (weights: index or -1)
 #pragma once
@@ -15,7 +15,7 @@
 namespace inhouse {
 
 constexpr int64_t kMagic = 0x31575048494eLL;
-constexpr int64_t kFlatVersion = 1;
+constexpr int64_t kFlatVersion = 2;
 
 enum class Axis : int32_t { kTokens, kSampled, kSequences, kCount };
 enum class DType : int32_t { kF32, kI8, kCount };
@@ -28,7 +28,9 @@ enum class OpKind : int32_t {
   kLinears,       //
   kRotary,        // factor
   kRope,          // head_dim, interleaved
-  kAttention,     // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, causal
+  kAttention,     // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, mask (0 causal,
+                  // 1 bidirectional, 2 prefix), cross, bias (0 none, 1 alibi, 2 relative), buckets, max_distance,
+                  // v_from_k
   kAct,           // act
   kGlu,           // act
   kAdd,           //
@@ -37,6 +39,7 @@ enum class OpKind : int32_t {
   kSoftCap,       // cap
   kSelectRows,    //
   kPool,          // mode (0 cls, 1 mean, 2 last, 3 max), normalize
+  kWriteCross,    // group, layer slot
   kCount
 };
 
@@ -62,8 +65,10 @@ struct Program {
   std::vector<int32_t> outputs;
 };
 
+enum class GroupKind : int32_t { kPaged, kWindow, kCross, kLatent, kCount };
+
 struct Group {
-  bool windowed;
+  GroupKind kind;
   int64_t kv_heads, head_dim, v_dim, window, layers;
 };
 

@@ -47,6 +47,8 @@ void Runner::run_op(const Op& op) {
       return rope(op);
     case OpKind::kAttention:
       return attention(op);
+    case OpKind::kWriteCross:
+      return write_cross(op);
     case OpKind::kSelectRows:
       return select_rows(op);
     case OpKind::kPool:
@@ -75,10 +77,10 @@ void Runner::embed(const Op& op) {
   const Weight& table = *weight(op, 0);
   const int64_t source = op.integer(0), offset = op.integer(1), width = table.in;
   const float scale = op.real(2);
-  const int32_t* ids = source == 0 ? step_.tokens : step_.positions;
+  const int32_t* ids = source == 0 ? step_.tokens : source == 1 ? step_.positions : step_.types;
   each_row(step_.rows, width, [&](int64_t r) {
     float* y = row(op.outputs[0], r);
-    kernels_.unpack_row(table, (source == 2 ? 0 : ids[r]) + offset, y);
+    kernels_.unpack_row(table, ids[r] + offset, y);
     if (scale != 1.0f) kernels_.scale(y, scale, width, y);
   });
 }

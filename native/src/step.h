@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "attention.h"
 #include "inhouse.h"
 #include "model.h"
 #include "threads.h"
@@ -32,9 +33,12 @@ class Runner {
 
   // attention_step.cc
   void attention(const Op& op);
+  void write_cross(const Op& op);
   void find_spans();
   void store_kv(const Op& op, const AttentionShape& shape);
-  void cut(const AttentionShape& shape);
+  void store_rows(const Op& op, const AttentionShape& shape, int32_t k, int32_t v);
+  Keys keys_of(const Op& op, int32_t sequence) const;
+  void cut(const Op& op, const AttentionShape& shape);
   void split();
   AttentionTask task_of(const Op& op, const AttentionShape& shape, const Piece& piece);
 

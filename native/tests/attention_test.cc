@@ -15,8 +15,11 @@ namespace {
 
 struct Shape {
   int heads, kv_heads, dim, v_dim, window;
-  bool causal, slopes, sinks;
+  Mask mask;
+  bool slopes, sinks;
   float softcap;
+  int prefix = 0, reach = 0;
+  bool v_from_k = false;
 };
 
 // One sequence of `length` positions in blocks that lie in no order, each block as large as it must be and no larger.
@@ -29,11 +32,25 @@ class Sequence {
         keys_(noise(2, static_cast<size_t>(length * s.kv_heads * s.dim))),
         values_(noise(3, static_cast<size_t>(length * s.kv_heads * s.v_dim))),
         slopes_(noise(4, static_cast<size_t>(s.heads), 0.05f)),
-        sinks_(noise(5, static_cast<size_t>(s.heads))) {
-    shape_ = {s.heads, s.kv_heads, s.dim, s.v_dim, s.window, s.causal, type, 0.3f, s.softcap, nullptr, nullptr, 0};
+        sinks_(noise(5, static_cast<size_t>(s.heads))),
+        relative_(noise(6, static_cast<size_t>(s.heads * relative_pitch(s.reach)))),
+        prefix_(s.prefix) {
+    shape_.heads = s.heads;
+    shape_.kv_heads = s.kv_heads;
+    shape_.head_dim = s.dim;
+    shape_.v_dim = s.v_dim;
+    shape_.window = s.window;
+    shape_.mask = s.mask;
+    shape_.v_from_k = s.v_from_k;
+    shape_.kv_type = type;
+    shape_.scale = 0.3f;
+    shape_.softcap = s.softcap;
+    shape_.reach = s.reach;
     if (s.slopes) shape_.slopes = slopes_.data();
     if (s.sinks) shape_.sinks = sinks_.data();
-    shape_.head_bytes = int64_t{kCacheBlock} * (s.dim + s.v_dim) * (type == kKvF32 ? 4 : 2);
+    if (s.reach > 0) shape_.relative = relative_.data();
+    shape_.head_bytes = int64_t{kCacheBlock} * (s.dim + (s.v_from_k ? 0 : s.v_dim)) * (type == kKvF32 ? 4 : 2);
+    level_far_distances();
     const int blocks = (length + kCacheBlock - 1) / kCacheBlock;
     for (int b = 0; b < blocks; ++b) table_.push_back((b * 7 + 3) % blocks);
     if (blocks % 7 == 0) std::swap(table_[0], table_[blocks - 1]);
@@ -58,6 +75,7 @@ class Sequence {
     t.blocks = memory_.data();
     t.block_stride = stride();
     t.position = first;
+    t.prefix = prefix_;
     t.length = length_;
     t.rows = rows;
     t.kv_head = kv_head;
@@ -102,6 +120,21 @@ class Sequence {
   }
 
  private:
+  // As relative.h makes it: beyond `reach` the bias is that of `reach`.
+  void level_far_distances() {
+    const int64_t reach = shape_.reach, pitch = relative_pitch(reach);
+    for (int64_t h = 0; h < shape_.heads; ++h) {
+      float* row = relative_.data() + h * pitch;
+      for (int64_t i = 0; i < 16; ++i) row[i] = row[16];
+      for (int64_t i = 2 * reach + 17; i < pitch; ++i) row[i] = row[2 * reach + 16];
+    }
+  }
+
+  bool sees(int p, int j) const {
+    if (shape_.window > 0 && std::abs(p - j) >= shape_.window) return false;
+    return j <= p || shape_.mask == kBidirectional || (shape_.mask == kPrefix && j < prefix_);
+  }
+
   double cached(const std::vector<float>& source, int64_t i) const {
     uint32_t bits = __builtin_bit_cast(uint32_t, source[i]);
     if (shape_.kv_type == kKvBF16) {
@@ -120,7 +153,7 @@ class Sequence {
     std::vector<double> sums(static_cast<size_t>(shape_.v_dim));
     double total = shape_.sinks ? std::exp(double{sinks_[h]}) : 0;
     for (int j = 0; j < length_; ++j) {
-      if ((shape_.causal && j > p) || (shape_.window > 0 && std::abs(p - j) >= shape_.window)) continue;
+      if (!sees(p, j)) continue;
       double score = 0;
       for (int d = 0; d < dim; ++d) {
         score += q_[(int64_t{p} * shape_.heads + h) * dim + d] *
@@ -129,10 +162,15 @@ class Sequence {
       score *= 0.3f;
       if (shape_.softcap > 0) score = shape_.softcap * std::tanh(score / shape_.softcap);
       if (shape_.slopes) score -= slopes_[h] * std::abs(p - j);
+      if (shape_.relative) {
+        const int64_t gap = std::clamp<int64_t>(j - p, -shape_.reach, shape_.reach);
+        score += relative_[h * relative_pitch(shape_.reach) + gap + shape_.reach + 16];
+      }
       const double weight = std::exp(score);
       total += weight;
       for (int d = 0; d < shape_.v_dim; ++d) {
-        sums[d] += weight * cached(values_, (int64_t{j} * shape_.kv_heads + kv) * shape_.v_dim + d);
+        const int64_t at = int64_t{j} * shape_.kv_heads + kv;
+        sums[d] += weight * (shape_.v_from_k ? cached(keys_, at * dim + d) : cached(values_, at * shape_.v_dim + d));
       }
     }
     for (double s : sums) y.push_back(s / total);
@@ -141,7 +179,8 @@ class Sequence {
   const Kernels& k_;
   int length_;
   AttentionShape shape_ = {};
-  std::vector<float> q_, keys_, values_, slopes_, sinks_;
+  std::vector<float> q_, keys_, values_, slopes_, sinks_, relative_;
+  int prefix_;
   std::vector<int32_t> table_;
   std::vector<uint8_t> memory_;
 };
@@ -170,11 +209,14 @@ int main() {
   int levels = 0;
   for (const Kernels* k; (k = available_kernels(levels)) != nullptr; ++levels) {
     for (KvType type : {kKvF32, kKvF16, kKvBF16}) {
-      check_shape(*k, {4, 2, 16, 16, 0, true, false, false, 0}, type, 300);
-      check_shape(*k, {3, 1, 24, 20, 0, true, true, true, 5.0f}, type, 280);
-      check_shape(*k, {2, 2, 8, 8, 30, true, false, false, 0}, type, 270);
-      check_shape(*k, {7, 1, 8, 33, 0, false, false, true, 0}, type, 70);
-      check_shape(*k, {2, 1, 16, 64, 20, false, false, false, 0}, type, 260);
+      check_shape(*k, {4, 2, 16, 16, 0, kCausal, false, false, 0}, type, 300);
+      check_shape(*k, {3, 1, 24, 20, 0, kCausal, true, true, 5.0f}, type, 280);
+      check_shape(*k, {2, 2, 8, 8, 30, kCausal, false, false, 0}, type, 270);
+      check_shape(*k, {7, 1, 8, 33, 0, kBidirectional, false, true, 0}, type, 70);
+      check_shape(*k, {2, 1, 16, 64, 20, kBidirectional, false, false, 0}, type, 260);
+      check_shape(*k, {2, 1, 16, 16, 0, kPrefix, false, false, 0, 265}, type, 290);
+      check_shape(*k, {4, 2, 16, 16, 0, kBidirectional, false, false, 0, 0, 40}, type, 150);
+      check_shape(*k, {5, 1, 40, 24, 0, kCausal, false, false, 0, 0, 0, true}, type, 270);
     }
     std::printf("%s done\n", k->isa);
   }

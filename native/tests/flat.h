@@ -29,7 +29,7 @@ class Decoder {
     const int64_t turned = op(OpKind::kRope, {q, angles}, {}, {kHeads * kDim}, {kDim, 0});
     const int64_t key = op(OpKind::kRope, {q + 1, angles}, {}, {kKv * kDim}, {kDim, 1});
     const int64_t a = op(OpKind::kAttention, {turned, key, q + 2}, {-1, vector(kHeads)}, {kHeads * kDim},
-                         {0, 0, kHeads, kKv, kDim, kDim, bits(0.35), bits(3.0), 0, 1});
+                         {0, 0, kHeads, kKv, kDim, kDim, bits(0.35), bits(3.0), 0, 0, 0, 0, 0, 0, 0});
     const int64_t o = op(OpKind::kLinears, {a}, {matrix(kWidth, kHeads * kDim), -1}, {kWidth}, {});
     const int64_t y = op(OpKind::kAdd, {x, o}, {}, {kWidth}, {});
     const int64_t gate =
@@ -114,6 +114,7 @@ class OneSequence {
     for (int32_t b = 0; b * 16 < first + rows; ++b) table_.push_back(b);
     tables_ = {table_.data()};
     widths_ = {static_cast<int64_t>(table_.size())};
+    zeros_.assign(static_cast<size_t>(rows), 0);
   }
   ih_step step() const {
     return {static_cast<int64_t>(tokens_.size()),
@@ -125,11 +126,14 @@ class OneSequence {
             lengths_.data(),
             sampled_.data(),
             tables_.data(),
-            widths_.data()};
+            widths_.data(),
+            zeros_.data(),
+            zeros_.data(),
+            zeros_.data()};
   }
 
  private:
-  std::vector<int32_t> tokens_, positions_, owners_, lengths_, sampled_, table_;
+  std::vector<int32_t> tokens_, positions_, owners_, lengths_, sampled_, table_, zeros_;
   std::vector<const int32_t*> tables_;
   std::vector<int64_t> widths_;
 };

@@ -65,13 +65,10 @@ def test_ops_that_it_lacks_are_refused_by_name_and_layer() -> None:
         NativeExecutor(_routed(), {"table": model.weights["in0"]})
 
 
-@pytest.mark.parametrize(
-    ("attrs", "why"), [({"mask": "prefix"}, "the prefix mask"), ({"bias": "relative"}, "relative position bias")]
-)
-def test_attention_that_it_lacks_is_refused(attrs: dict[str, Attr], why: str) -> None:
+def test_attention_that_contradicts_itself_is_refused() -> None:
     shape: dict[str, Attr] = {"group": "kv", "heads": 2, "kv_heads": 2, "head_dim": 16, "v_dim": 16, "scale": 0.25}
-    model = OneOp().build("attention", [32, 32, 32], attrs=shape | attrs, groups=[group()])
-    with pytest.raises(UnsupportedError, match=rf"attention \(layer 0\): {why}"):
+    model = OneOp().build("attention", [32, 32, 32], attrs=shape | {"bias": "relative"}, groups=[group()])
+    with pytest.raises(UnsupportedError, match=r"attention \(layer 0\): .*bias=relative"):
         model.native()
 
 

@@ -43,6 +43,7 @@ void store_kv(const AttentionShape& s, const float* k, const float* v, uint8_t* 
   const int64_t size = s.kv_type == kKvF32 ? 4 : 2;
   for (int64_t h = 0; h < s.kv_heads; ++h, block += s.head_bytes) {
     store_vector(s.kv_type, k + h * s.head_dim, s.head_dim, block + slot * size, kCacheBlock);
+    if (s.v_from_k) continue;
     store_vector(s.kv_type, v + h * s.v_dim, s.v_dim, block + (kCacheBlock * s.head_dim + slot * s.v_dim) * size, 1);
   }
 }
@@ -92,6 +93,12 @@ void score(const Queries& rows, const Tiles<typename Kv::T>& tiles, int first, i
   for (; b < last; ++b) score_blocks<R, 1, Kv>(rows, tiles, b, head_dim, scores);
 }
 
+// The distance of the first of sixteen keys, held where the bias of all sixteen no longer changes.
+IH_INLINE int32_t clamp_gap(int32_t gap, int32_t reach) {
+  if (gap > reach + 1) return reach + 1;
+  return gap < -reach - 16 ? -reach - 16 : gap;
+}
+
 // Scores of one row to weights e^(score - maximum), zero outside [low, high); gives the maximum and the sum.
 void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, float* maximum, float* total) {
   const int first = rows.low[r] / kCacheBlock, last = (rows.high[r] + kCacheBlock - 1) / kCacheBlock;
@@ -99,12 +106,15 @@ void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, 
   const V scale = set1(s.scale), cap = set1(s.softcap), none = set1(-__builtin_inff());
   const V slope = set1(s.slopes == nullptr ? 0.0f : -s.slopes[rows.head[r]]);
   const V here = set1(static_cast<float>(rows.here[r]));
+  const float* relative = nullptr;
+  if (s.relative != nullptr) relative = s.relative + rows.head[r] * relative_pitch(s.reach) + s.reach + 16;
   V top = none;
   for (int b = first; b < last; ++b) {
     const V at = add(iota(), set1(static_cast<float>(b * kCacheBlock)));
     V x = mul(load(scores + b * kCacheBlock), scale);
     if (s.softcap != 0.0f) x = mul(cap, tanh(div(x, cap)));
     if (s.slopes != nullptr) x = fma(slope, abs(sub(at, here)), x);
+    if (relative != nullptr) x = add(x, load(relative + clamp_gap(b * kCacheBlock - rows.here[r], s.reach)));
     x = select(both(less_equal(low, at), less(at, high)), x, none);
     store(scores + b * kCacheBlock, x);
     top = max(x, top);
@@ -188,17 +198,21 @@ void partial_rows(const AttentionShape& s, const Queries& rows, const Tiles<type
 }
 
 // Positions [*low, *high) that the row at `position` sees.
-IH_INLINE void visible(const AttentionShape& s, int32_t position, int32_t length, int32_t* low, int32_t* high) {
+IH_INLINE void visible(const AttentionTask& task, int32_t position, int32_t* low, int32_t* high) {
+  const AttentionShape& s = *task.shape;
   *low = s.window > 0 && position >= s.window ? position - s.window + 1 : 0;
   *high = position + 1;
-  if (!s.causal) *high = s.window > 0 && length - position > s.window ? position + s.window : length;
+  if (s.mask == kPrefix && *high < task.prefix) *high = task.prefix;
+  if (s.mask == kBidirectional) {
+    *high = s.window > 0 && task.length - position > s.window ? position + s.window : task.length;
+  }
 }
 
 // The partitions [*begin, *end) that any row of the task sees.
 IH_INLINE void partitions_of(const AttentionTask& task, int* begin, int* end) {
   int32_t low, high, unused;
-  visible(*task.shape, task.position, task.length, &low, &unused);
-  visible(*task.shape, task.position + task.rows - 1, task.length, &unused, &high);
+  visible(task, task.position, &low, &unused);
+  visible(task, task.position + task.rows - 1, &unused, &high);
   *begin = low / kPartition;
   *end = (high + kPartition - 1) / kPartition;
 }
@@ -212,7 +226,7 @@ int gather(const AttentionTask& task, int partition, int first, int pairs, Queri
   for (int i = first; i < pairs && count < kAttentionRows; ++i) {
     const int32_t position = task.position + i / group, head = task.kv_head * group + i % group;
     int32_t low, high;
-    visible(s, position, task.length, &low, &high);
+    visible(task, position, &low, &high);
     low = low > start ? low - start : 0;
     high = high - start < kPartition ? high - start : kPartition;
     if (high <= low) {
@@ -241,22 +255,27 @@ Tiles<typename Kv::T> tiles_of(const AttentionTask& task, int partition) {
     if (column < low / kCacheBlock || column * kCacheBlock >= task.length) continue;
     const uint8_t* at = task.blocks + task.table[column] * task.block_stride + task.kv_head * s.head_bytes;
     tiles.k[b] = reinterpret_cast<const T*>(at);
-    tiles.v[b] = tiles.k[b] + kCacheBlock * s.head_dim;
+    if (!s.v_from_k) tiles.v[b] = tiles.k[b] + kCacheBlock * s.head_dim;
   }
   return tiles;
 }
 
-// K and V of a partition as floats, so that many rows need not widen them again.
+// K and V of a partition as floats, so that many rows need not widen them again. V that is part of K is turned.
 template <class Kv>
 Tiles<float> widen(const AttentionTask& task, const Tiles<typename Kv::T>& tiles, float* out) {
   const AttentionShape& s = *task.shape;
   const int64_t elements = kCacheBlock * (static_cast<int64_t>(s.head_dim) + s.v_dim);
+  const int64_t stored = s.v_from_k ? kCacheBlock * static_cast<int64_t>(s.head_dim) : elements;
   Tiles<float> wide = {};
   for (int b = 0; b < kPartitionBlocks; ++b, out += elements) {
     if (tiles.k[b] == nullptr) continue;
-    for (int64_t i = 0; i < elements; i += 16) store(out + i, Kv::get(tiles.k[b] + i));
+    for (int64_t i = 0; i < stored; i += 16) store(out + i, Kv::get(tiles.k[b] + i));
     wide.k[b] = out;
-    wide.v[b] = out + kCacheBlock * s.head_dim;
+    float* v = out + kCacheBlock * s.head_dim;
+    for (int64_t d = 0; s.v_from_k && d < s.v_dim; ++d) {
+      for (int64_t p = 0; p < kCacheBlock; ++p) v[p * s.v_dim + d] = out[d * kCacheBlock + p];
+    }
+    wide.v[b] = v;
   }
   return wide;
 }
@@ -337,7 +356,7 @@ template <class Kv, class Take>
 IH_INLINE void run_partition(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
   const Tiles<typename Kv::T> tiles = tiles_of<Kv>(task, partition);
   const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
-  if (pairs > 2 * kAttentionRows && task.shape->kv_type != kKvF32) {
+  if (task.shape->v_from_k || (pairs > 2 * kAttentionRows && task.shape->kv_type != kKvF32)) {
     each_pair<F32Kv>(task, partition, widen<Kv>(task, tiles, scratch.wide), scratch.scores, scratch.fresh, take);
   } else {
     each_pair<Kv>(task, partition, tiles, scratch.scores, scratch.fresh, take);

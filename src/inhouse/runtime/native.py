@@ -164,7 +164,9 @@ class NativeExecutor:
         pointers = (ctypes.c_void_p * count)(*[_pointer(t) for t in tables])
         widths = (ctypes.c_int64 * count)(*[t.shape[1] for t in tables])
         arrays = (step.tokens, step.positions, step.sequences, step.lengths, step.sampled)
-        c_step = CStep(step.tokens.size, step.lengths.size, step.sampled.size, *map(_pointer, arrays), pointers, widths)
+        more = (step.types, step.prefixes, step.encoder_lengths)
+        sizes = (step.tokens.size, step.lengths.size, step.sampled.size)
+        c_step = CStep(*sizes, *map(_pointer, arrays), pointers, widths, *map(_pointer, more))
         return c_step, (pointers, widths)
 
     def copy_blocks(self, group: str, source: I32, target: I32) -> None:

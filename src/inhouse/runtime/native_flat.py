@@ -10,15 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.ops import ACTIVATIONS, POOLINGS
+from inhouse.runtime.ops import ACTIVATIONS, MASKS, POOLINGS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
 MAGIC = 0x31575048494E
-FLAT_VERSION = 1
+FLAT_VERSION = 2
 
 AXES = (Axis.TOKENS, Axis.SAMPLED, Axis.SEQUENCES)
 DTYPES = (DType.F32, DType.I8)
-GROUP_KINDS = (StateKind.PAGED, StateKind.WINDOW)
+GROUP_KINDS = (StateKind.PAGED, StateKind.WINDOW, StateKind.CROSS, StateKind.LATENT)
+BIASES = ("none", "alibi", "relative")
 SOURCES = ("tokens", "positions", "types")
 
 
@@ -64,20 +65,20 @@ def _quantize(c: _Context) -> list[int]:
 
 def _attention(c: _Context) -> list[int]:
     a = c.op.attrs
-    if a["cross"]:
-        raise c.refuse("cross attention")
-    if a["mask"] == "prefix":
-        raise c.refuse("the prefix mask")
-    if a["bias"] == "relative":
-        raise c.refuse("relative position bias")
-    if (a["bias"] == "alibi") != bool(c.op.weights and c.op.weights[0]):
-        raise c.refuse("ALiBi slopes and the attribute bias disagree")
-    group = c.programs.group(str(a["group"]))
+    if a["bias"] not in BIASES or (a["bias"] != "none") != bool(c.op.weights and c.op.weights[0]):
+        raise c.refuse(f"its attribute bias={a['bias']} and its weights disagree")
+    shape = c.attrs("heads", "kv_heads", "head_dim", "v_dim", "scale", "softcap", "window", real=["scale", "softcap"])
+    mask = "bidirectional" if a["cross"] else str(a["mask"])  # all that the encoder stored is seen
+    kind = [MASKS.index(mask), *c.attrs("cross"), BIASES.index(str(a["bias"]))]
+    return [*_slot(c), *shape, *kind, *c.attrs("buckets", "max_distance", "v_from_k")]
+
+
+def _slot(c: _Context) -> list[int]:
+    """The state group of an op, and its layer's place there."""
+    group = c.programs.group(str(c.op.attrs["group"]))
     if c.op.layer not in group.layers:
         raise c.refuse(f"state group {group.name} has no such layer")
-    where = [c.programs.groups.index(group), group.layers.index(c.op.layer)]
-    shape = c.attrs("heads", "kv_heads", "head_dim", "v_dim", "scale", "softcap", "window", real=["scale", "softcap"])
-    return [*where, *shape, int(a["mask"] == "causal")]
+    return [c.programs.groups.index(group), group.layers.index(c.op.layer)]
 
 
 def _none(c: _Context) -> list[int]:
@@ -102,6 +103,7 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "soft_cap": lambda c: c.attrs("cap", real=["cap"]),
     "select_rows": _none,
     "pool": lambda c: [POOLINGS.index(str(c.op.attrs["mode"])), *c.attrs("normalize")],
+    "write_cross": _slot,
 }
 _NUMBERS = {kind: number for number, kind in enumerate(_ENCODERS)}
 

@@ -36,6 +36,9 @@ class CStep(ctypes.Structure):
         ("sampled_rows", c_void_p),
         ("tables", POINTER(c_void_p)),
         ("table_widths", POINTER(c_int64)),
+        ("types", c_void_p),
+        ("prefixes", c_void_p),
+        ("encoder_lengths", c_void_p),
     ]
 
 

@@ -132,9 +132,10 @@ def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> l
     """q [A, heads * head_dim], k [A, kv_heads * head_dim], v [A, kv_heads * v_dim] -> y [A, heads * v_dim].
 
     self: k and v of each row are stored in `group`'s cache at that row's position, then read back with all
-    that the mask admits; cross: q alone, K and V are positions 0..encoder_lengths[n] of a cross group.
+    that the mask admits; v_from_k: q and k alone, V is the first v_dim elements of each stored K (latent group);
+    cross: q alone, K and V are positions 0..encoder_lengths[n] of a cross group, all seen.
     score = scale * q.k; softcap > 0: cap * tanh(score / cap). Which keys a query at p sees: causal: k <= p;
-    prefix: k <= p, and k < prefixes[n]; bidirectional: all stored; window > 0: of those |p - k| < window only.
+    prefix: k <= p or k < prefixes[n]; bidirectional: all stored; window > 0: of those |p - k| < window only.
     optional weights: (ALiBi slopes [heads] | relative bias table [buckets, heads] of T5, sinks [heads]); buckets of
     relative bias look both ways unless the mask is causal."""
     heads, kv = _int(attrs, "heads"), _int(attrs, "kv_heads")
@@ -144,6 +145,9 @@ def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> l
     _need(heads % kv == 0 and xs[0].width == heads * head_dim, "q must be heads * head_dim wide")
     if attrs["cross"]:
         _need(len(xs) == 1, "cross attention takes q alone")
+        _need(attrs["bias"] != "relative" and not attrs["window"], "cross attention has no window or relative bias")
+    elif attrs["v_from_k"]:
+        _need(len(xs) == 2 and xs[1].width == kv * head_dim and v_dim <= head_dim, "k width or v_dim wrong")
     else:
         _need(len(xs) == 3 and xs[1].width == kv * head_dim and xs[2].width == kv * v_dim, "k or v width wrong")
     return [_f32(xs[0].axis, heads * v_dim)]
@@ -266,7 +270,7 @@ def _head_linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -
 ATTENTION_ATTRS: Mapping[str, Attr | None] = {
     "group": None, "heads": None, "kv_heads": None, "head_dim": None, "v_dim": None, "scale": None,
     "softcap": 0.0, "window": 0, "mask": "causal", "cross": False, "bias": "none",  # none | alibi | relative
-    "buckets": 0, "max_distance": 0,
+    "buckets": 0, "max_distance": 0, "v_from_k": False,
 }  # fmt: skip
 
 ROUTE_ATTRS: Mapping[str, Attr | None] = {

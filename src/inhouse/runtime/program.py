@@ -43,7 +43,7 @@ class StateKind(StrEnum):
     PAGED = "paged"  # K and V of every position, in blocks
     WINDOW = "window"  # K and V of the last `window` positions, in blocks
     CROSS = "cross"  # K and V of the encoder's output, in blocks by encoder position; written once by `encode`
-    LATENT = "latent"  # compressed KV of MLA
+    LATENT = "latent"  # K alone, of which V is the first v_dim elements: the compressed KV of MLA
     RECURRENT = "recurrent"  # fixed size a sequence (linear attention, state-space models)
 
 
@@ -88,7 +88,8 @@ class StateGroup:
 
     def bytes_per_token(self, element_bytes: int) -> int:
         """Bytes one position takes over all layers of the group, with `element_bytes` an element."""
-        return len(self.layers) * self.kv_heads * (self.head_dim + self.v_dim) * element_bytes
+        v_dim = 0 if self.kind is StateKind.LATENT else self.v_dim
+        return len(self.layers) * self.kv_heads * (self.head_dim + v_dim) * element_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from inhouse.core.errors import UsageError
-from inhouse.runtime.program import Axis, Op, StateGroup
+from inhouse.runtime.program import Axis, Op, StateGroup, StateKind
 from inhouse.runtime.step import BLOCK_SIZE, I32, Step
 from inhouse.runtime.torch_attention import attend_op, visible
 
@@ -17,52 +17,55 @@ I64 = npt.NDArray[np.int64]
 
 
 class GroupCache:
-    """The blocks of one state group: K [layers, blocks, BLOCK_SIZE, kv_heads * head_dim], V likewise."""
+    """The blocks of one state group: K [layers, blocks, BLOCK_SIZE, kv_heads, head_dim], V likewise (a latent group
+    keeps none: there V is the first v_dim elements of K)."""
 
     def __init__(self, group: StateGroup, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.group = group
         self.layers = {layer: i for i, layer in enumerate(group.layers)}
-        shape = (len(group.layers), blocks, BLOCK_SIZE)
-        self.k = torch.zeros(*shape, group.kv_heads * group.head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(*shape, group.kv_heads * group.v_dim, dtype=dtype, device=device)
+        self._latent = group.kind is StateKind.LATENT
+        shape = (len(group.layers), blocks, BLOCK_SIZE, group.kv_heads)
+        self._planes = [torch.zeros(*shape, group.head_dim, dtype=dtype, device=device)]
+        if not self._latent:
+            self._planes.append(torch.zeros(*shape, group.v_dim, dtype=dtype, device=device))
 
-    def write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores rows k, v [n, width] at (block, slot) [n], rounded to the cache's type."""
+    def write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor | None) -> None:
+        """Stores rows k, v [n, width] at (block, slot) [n], rounded to the cache's type; latent: v is None."""
         i = self.layers[layer]
-        self.k[i].index_put_((blocks, slots), k.to(self.k.dtype))
-        self.v[i].index_put_((blocks, slots), v.to(self.v.dtype))
+        for plane, rows in zip(self._planes, (k, v), strict=False):
+            assert rows is not None
+            values = rows.reshape(rows.shape[0], self.group.kv_heads, -1).to(plane.dtype)
+            plane[i].index_put_((blocks, slots), values)
 
     def read(self, layer: int, blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """blocks [n, m], valid [n, m * BLOCK_SIZE] -> K, V [n, kv_heads, m * BLOCK_SIZE, D]; what is not valid is
         zero, because memory of a sequence that is gone may hold anything, NaN included."""
-        i, n = self.layers[layer], blocks.shape[0]
-        pair = []
-        for cache in (self.k[i], self.v[i]):
-            rows = cache[blocks].reshape(n, -1, cache.shape[-1])
-            rows = rows.masked_fill(~valid[..., None], 0.0)
-            pair.append(rows.reshape(n, rows.shape[1], self.group.kv_heads, -1).transpose(1, 2))
-        return pair[0], pair[1]
+        i, found = self.layers[layer], []
+        for plane in self._planes:
+            rows = plane[i][blocks].flatten(1, 2)
+            found.append(rows.masked_fill(~valid[..., None, None], 0.0).transpose(1, 2))
+        return found[0], found[0][..., : self.group.v_dim] if self._latent else found[1]
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Block source[i] onto target[i], all layers; reads everything before it writes."""
-        for cache in (self.k, self.v):
-            cache[:, target] = cache[:, source].clone()
+        for plane in self._planes:
+            plane[:, target] = plane[:, source].clone()
 
     def save(self, blocks: Tensor) -> npt.NDArray[np.uint8]:
         """uint8 [n, block bytes]: K of all layers, then V."""
-        parts = [cache[:, blocks].movedim(0, 1).reshape(len(blocks), -1) for cache in (self.k, self.v)]
-        return torch.cat(parts, dim=1).contiguous().cpu().view(torch.uint8).numpy()
+        parts = [plane[:, blocks].movedim(0, 1).reshape(len(blocks), -1) for plane in self._planes]
+        return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1).cpu().numpy()
 
     def restore(self, blocks: Tensor, data: npt.NDArray[np.uint8]) -> None:
         """What `save` gave; raises UsageError if its size is not that of the blocks."""
-        sizes = [cache[:, 0].numel() for cache in (self.k, self.v)]
-        expected = (len(blocks), sum(sizes) * self.k.element_size())
+        sizes = [plane[:, 0].numel() * plane.element_size() for plane in self._planes]
+        expected = (len(blocks), sum(sizes))
         if data.dtype != np.uint8 or data.shape != expected:
             raise UsageError(f"saved blocks are {data.dtype} {list(data.shape)}, expected uint8 {list(expected)}")
-        rows = torch.from_numpy(np.array(data)).view(self.k.dtype).to(self.k.device)
-        for cache, part in zip((self.k, self.v), torch.split(rows, sizes, dim=1), strict=True):
-            shape = (len(blocks), cache.shape[0], *cache.shape[2:])
-            cache[:, blocks] = part.reshape(shape).movedim(1, 0)
+        rows = torch.from_numpy(np.array(data))
+        for plane, part in zip(self._planes, torch.split(rows, sizes, dim=1), strict=True):
+            values = part.contiguous().view(plane.dtype).to(plane.device)
+            plane[:, blocks] = values.reshape(len(blocks), plane.shape[0], *plane.shape[2:]).movedim(1, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,8 @@ class StepRows:
     def attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
         cache = self._caches[str(op.attrs["group"])]
         if not op.attrs["cross"]:
-            cache.write(op.layer, *self._slots(cache.group.name), inputs[1], inputs[2])
+            v = None if op.attrs["v_from_k"] else inputs[2]
+            cache.write(op.layer, *self._slots(cache.group.name), inputs[1], v)
         q, heads = inputs[0], int(op.attrs["heads"])
         out = q.new_empty(q.shape[0], heads * int(op.attrs["v_dim"]))
         for plan in self._plans(op, cache):

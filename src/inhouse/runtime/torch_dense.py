@@ -79,11 +79,13 @@ class _DenseRows:
     def attention(self, op: Op, inputs: Sequence[Tensor], weights: Sequence[Tensor | None]) -> Tensor:
         if op.attrs["cross"]:
             raise UnsupportedError("whole-sequence mode has no cross attention")
-        q, k, v = inputs
+        q = inputs[0]
         heads, kv_heads = int(op.attrs["heads"]), int(op.attrs["kv_heads"])
         seen = self._seen(str(op.attrs["mask"]), int(op.attrs["window"]))
         at = (self._positions, self._positions)
-        y = attend_op(op, self._heads(q, heads), self._heads(k, kv_heads), self._heads(v, kv_heads), seen, at, weights)
+        k = self._heads(inputs[1], kv_heads)
+        v = k[..., : int(op.attrs["v_dim"])] if op.attrs["v_from_k"] else self._heads(inputs[2], kv_heads)
+        y = attend_op(op, self._heads(q, heads), k, v, seen, at, weights)
         return y.transpose(1, 2).reshape(q.shape[0], -1)
 
     def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
