@@ -25,9 +25,9 @@ from inhouse.core.errors import FormatError
 from inhouse.model.tokens.library import LibraryCodec, parse
 from inhouse.model.tokens.pieces import PieceRule
 from inhouse.model.tokens.tables import TableCodec, Tables, can_tabulate, shell_of
-from inhouse.model.tokens.tokenizer import Specials, Tokenizer
+from inhouse.model.tokens.tokenizer import Pair, Specials, Tokenizer
 
-VERSION: Final = 1
+VERSION: Final = 2
 _MAGIC: Final = b"IHTOK\0\0" + bytes([VERSION])
 _ARRAYS: Final[Mapping[str, Literal["I", "Q"]]] = {
     "starts": "I",
@@ -144,7 +144,16 @@ def _specials(fields: Mapping[str, Any]) -> Specials:
         tuple(fields["suffix"]),
         fields["names"],
         fields["templates"],
+        _pair(fields["pair"]),
     )
+
+
+def _pair(fields: Mapping[str, Any] | None) -> Pair | None:
+    if fields is None:
+        return None
+    first, a, middle, b, last = fields["types"]
+    prefix, between, suffix = (tuple(fields[name]) for name in ("prefix", "middle", "suffix"))
+    return Pair(prefix, between, suffix, (first, a, middle, b, last))
 
 
 def _section(descriptor: int, path: Path, name: str, place: list[int]) -> bytes:

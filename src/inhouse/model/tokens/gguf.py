@@ -6,6 +6,7 @@ format: any mapping will do. Keys: github.com/ggml-org/ggml, docs/gguf.md.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import tokenizers
@@ -17,7 +18,7 @@ from inhouse.model.tokens.library import LibraryCodec, guarded
 from inhouse.model.tokens.patterns import PreTokenizer, pre_tokenizer
 from inhouse.model.tokens.pieces import SPACE, PieceRule
 from inhouse.model.tokens.spm import Piece, PieceType, Spm
-from inhouse.model.tokens.tokenizer import Specials
+from inhouse.model.tokens.tokenizer import Specials, bert_pair
 
 KEY: Final = "tokenizer.ggml."
 
@@ -247,7 +248,11 @@ def _wordpiece(vocab: Vocabulary) -> tuple[LibraryCodec, PieceRule, Specials]:
     prefix = (first,) if first is not None and vocab.flag("add_bos_token", True) else ()
     suffix = (last,) if last is not None and vocab.flag("add_sep_token", True) else ()
     codec = LibraryCodec(tokenizer, len(vocab.tokens))
-    return codec, PieceRule("wordpiece", strip_first=True, tidy=True), _specials(vocab, prefix, suffix)
+    return (
+        codec,
+        PieceRule("wordpiece", strip_first=True, tidy=True),
+        replace(_specials(vocab, prefix, suffix), pair=bert_pair(prefix, suffix)),
+    )
 
 
 def _pieces(vocab: Vocabulary) -> tuple[Piece, ...]:

@@ -7,6 +7,7 @@ config.json and the template files. Does not know the other vocabulary forms (`f
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,7 @@ from inhouse.core.errors import FormatError
 from inhouse.model.tokens import checks
 from inhouse.model.tokens.library import Codec, LibraryCodec, guarded, parse
 from inhouse.model.tokens.pieces import PieceRule, rule_of_decoder
-from inhouse.model.tokens.tokenizer import Specials
+from inhouse.model.tokens.tokenizer import Pair, Specials
 
 MAX_TEMPLATE: Final = 1 << 20
 """Characters of one chat template. The longest in use has about 20,000."""
@@ -135,8 +136,10 @@ def names_of(configs: Configs) -> dict[str, str | list[str]]:
     return names
 
 
-def specials_of(codec: Codec, configs: Configs, affixes: tuple[tuple[int, ...], tuple[int, ...]]) -> Specials:
-    """BOS, EOS, affixes and templates of a folder.
+def specials_of(
+    codec: Codec, configs: Configs, affixes: tuple[tuple[int, ...], tuple[int, ...]], pair: Pair | None = None
+) -> Specials:
+    """BOS, EOS, affixes, pairs and templates of a folder.
 
     Args:
         affixes: ids that the vocabulary itself puts before and after a text; `add_bos_token` and `add_eos_token` of
@@ -159,7 +162,7 @@ def specials_of(codec: Codec, configs: Configs, affixes: tuple[tuple[int, ...], 
     if beyond := [i for i in (*prefix, *suffix) if i >= codec.size]:
         raise FormatError(f"the post-processor adds the id {beyond[0]}, the vocabulary has {codec.size} tokens")
     all_ends = frozenset(ends) | (frozenset() if eos is None else {eos})
-    return Specials(bos, all_ends, prefix, suffix, names, configs.templates)
+    return Specials(bos, all_ends, prefix, suffix, names, configs.templates, pair)
 
 
 def affixes_of(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -172,6 +175,23 @@ def affixes_of(tokenizer: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[
                 if body and whole[start : start + len(body)] == body:
                     return tuple(whole[:start]), tuple(whole[start + len(body) :])
     return (), ()
+
+
+def pair_of(tokenizer: tokenizers.Tokenizer) -> Pair | None:
+    """How the library's post-processor puts two texts together; None where it puts nothing between them."""
+    with guarded("the post-processor failed"):
+        whole = tokenizer.encode("a", "a", add_special_tokens=True)
+        ids, texts, types = whole.ids, whole.sequence_ids, whole.type_ids
+    if 0 not in texts or 1 not in texts:
+        return None
+    ends = [texts.index(0), texts.index(1), len(texts)]
+    after = [max(i for i, text in enumerate(texts) if text == n) + 1 for n in (0, 1)]
+    cuts = [0, ends[0], after[0], ends[1], after[1], len(ids)]
+    prefix, _, middle, _, suffix = (tuple(ids[a:b]) for a, b in pairwise(cuts))
+    if not middle or cuts != sorted(cuts):
+        return None
+    kinds = [types[a] if a < b else 0 for a, b in pairwise(cuts)]
+    return Pair(prefix, middle, suffix, (kinds[0], kinds[1], kinds[2], kinds[3], kinds[4]))
 
 
 def _id_of(codec: Codec, name: str | list[str] | None) -> int | None:

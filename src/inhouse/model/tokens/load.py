@@ -17,7 +17,7 @@ from inhouse.model.tokens.hf import Configs
 from inhouse.model.tokens.library import LibraryCodec, guarded
 from inhouse.model.tokens.pieces import PieceRule
 from inhouse.model.tokens.spm import PieceType
-from inhouse.model.tokens.tokenizer import Specials, Tokenizer
+from inhouse.model.tokens.tokenizer import Pair, Specials, Tokenizer, bert_pair
 
 VOCABULARIES: Final = (
     "tokenizer.json",
@@ -146,7 +146,7 @@ def build_folder(vocabulary: Path) -> _Built:
     if name == "vocab.txt":
         return _vocab_txt(data, configs)
     codec, rule = hf.from_tokenizer_json(data, configs)
-    return codec, rule, hf.specials_of(codec, configs, hf.affixes_of(codec.library))
+    return codec, rule, hf.specials_of(codec, configs, hf.affixes_of(codec.library), hf.pair_of(codec.library))
 
 
 def _vocab_and_merges(path: Path, data: bytes, configs: Configs) -> _Built:
@@ -163,7 +163,10 @@ def _vocab_and_merges(path: Path, data: bytes, configs: Configs) -> _Built:
     if cls in files.PAIR_CLASSES:
         first, last = codec.id_of("<s>"), codec.id_of("</s>")
         affixes = (() if first is None else (first,), () if last is None else (last,))
-    return codec, PieceRule("byte_level"), hf.specials_of(codec, configs, affixes)
+    pair = None
+    if cls in files.PAIR_CLASSES and all(affixes):  # <s> first </s></s> second </s>
+        pair = Pair(affixes[0], affixes[1] * 2, affixes[1], (0, 0, 0, 0, 0))
+    return codec, PieceRule("byte_level"), hf.specials_of(codec, configs, affixes, pair)
 
 
 def _vocab_txt(data: bytes, configs: Configs) -> _Built:
@@ -174,7 +177,7 @@ def _vocab_txt(data: bytes, configs: Configs) -> _Built:
     first, last = codec.id_of("[CLS]"), codec.id_of("[SEP]")
     affixes = (() if first is None else (first,), () if last is None else (last,))
     rule = PieceRule("wordpiece", strip_first=True, tidy=True)
-    return codec, rule, hf.specials_of(codec, configs, affixes)
+    return codec, rule, hf.specials_of(codec, configs, affixes, bert_pair(*affixes))
 
 
 def _tiktoken(data: bytes, name: str, configs: Configs) -> _Built:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Final
 
-from inhouse.core.errors import UsageError
+from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.model.tokens.library import Codec
 from inhouse.model.tokens.pieces import PieceRule
 
@@ -18,10 +18,26 @@ PIECE_CACHE: Final = 65_536
 
 
 @dataclass(frozen=True, slots=True)
+class Pair:
+    """How two texts stand in one input: prefix, first, middle, second, suffix; each of the five with its token type."""
+
+    prefix: tuple[int, ...]
+    middle: tuple[int, ...]
+    suffix: tuple[int, ...]
+    types: tuple[int, int, int, int, int]
+
+
+def bert_pair(prefix: tuple[int, ...], suffix: tuple[int, ...]) -> Pair | None:
+    """[CLS] first [SEP] second [SEP], the second text of type 1; None without a separator."""
+    return Pair(prefix, suffix, suffix, (0, 0, 0, 1, 1)) if suffix else None
+
+
+@dataclass(frozen=True, slots=True)
 class Specials:
     """What the files say about the special tokens.
 
     prefix, suffix: ids put before and after a text by `encode(add_special=True)`.
+    pair: how two texts are put together; None where the files do not say.
     names: `bos_token`, `eos_token` ... as chat templates see them.
     templates: chat templates by name; the one used by default is `default`.
     """
@@ -32,6 +48,7 @@ class Specials:
     suffix: tuple[int, ...] = ()
     names: Mapping[str, str | list[str]] = field(default_factory=dict)
     templates: Mapping[str, str] = field(default_factory=dict)
+    pair: Pair | None = None
 
 
 class Tokenizer:
@@ -102,12 +119,38 @@ class Tokenizer:
             UsageError: the text holds lone surrogates.
             FormatError: the tokenizer's own files make the library fail on this text.
         """
+        ids = self._encode(text, parse_special)
+        return [*self.specials.prefix, *ids, *self.specials.suffix] if add_special else ids
+
+    def encode_pair(
+        self, first: str, second: str, most: int | None = None, parse_special: bool = True
+    ) -> tuple[list[int], list[int]]:
+        """Two texts as one input: its ids, and the token type of each.
+
+        Args:
+            most: ids at most; the longer text loses its end, one id after the other, until both fit.
+
+        Raises:
+            UnsupportedError: the tokenizer's files do not say how two texts stand together.
+            UsageError: as `encode`; `most` leaves no room.
+        """
+        pair = self.specials.pair
+        if pair is None:
+            raise UnsupportedError("this model's tokenizer does not say how two texts stand together")
+        texts = [self._encode(first, parse_special), self._encode(second, parse_special)]
+        if most is not None:
+            around = len(pair.prefix) + len(pair.middle) + len(pair.suffix)
+            texts = shorten_pair(texts[0], texts[1], most - around)
+        parts = (pair.prefix, texts[0], pair.middle, texts[1], pair.suffix)
+        ids = [i for part in parts for i in part]
+        return ids, [kind for part, kind in zip(parts, pair.types, strict=True) for _ in part]
+
+    def _encode(self, text: str, parse_special: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise UsageError(f"the text is not valid Unicode: {error.reason} at character {error.start}") from error
-        ids = self.codec.encode(text, parse_special)
-        return [*self.specials.prefix, *ids, *self.specials.suffix] if add_special else ids
+        return self.codec.encode(text, parse_special)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """The text of ids: bytes joined, invalid UTF-8 as U+FFFD; ids without a token give nothing."""
@@ -140,3 +183,19 @@ class Tokenizer:
             raise UsageError(f"token id {token_id} is negative", param="ids")
         token = self.codec.token_of(token_id)
         return b"" if token is None else self.rule.piece(token, token_id in self.codec.added)
+
+
+def shorten_pair(first: list[int], second: list[int], room: int) -> list[list[int]]:
+    """Both texts within `room` ids, ends cut off: the longer one down to the shorter's length, then both to half of
+    the room, whose odd id the longer keeps (of equal ones the second; `longest_first` of the tokenizers library).
+
+    Raises UsageError if there is no room at all."""
+    if room < 0:
+        raise UsageError(f"there is no room for two texts: {-room} ids too many before a word is written")
+    shorter, longer = sorted((len(first), len(second)))
+    if shorter + longer > room:
+        longer = max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter, longer = room // 2, room - room // 2
+    second_longer = len(second) >= len(first)
+    return [first[: shorter if second_longer else longer], second[: longer if second_longer else shorter]]
