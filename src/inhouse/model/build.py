@@ -2,11 +2,12 @@
 
 import math
 
-from inhouse.model import decoder
+from inhouse.model import decoder, encoder
+from inhouse.model.encoder import EncoderSpec
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.program import ProgramSet, WeightSpec
 
-Spec = ModelSpec  # or any other kind of model: each has family, vocab_size, context_length and hidden
+Spec = ModelSpec | EncoderSpec  # or any other kind of model: each has family, vocab_size, context_length and hidden
 
 
 def weight_specs(spec: Spec) -> dict[str, WeightSpec]:
@@ -14,6 +15,8 @@ def weight_specs(spec: Spec) -> dict[str, WeightSpec]:
     match spec:
         case ModelSpec():
             return decoder.weight_specs(spec)
+        case EncoderSpec():
+            return encoder.encoder_weights(spec)
 
 
 def build(spec: Spec) -> ProgramSet:
@@ -21,6 +24,8 @@ def build(spec: Spec) -> ProgramSet:
     match spec:
         case ModelSpec():
             return decoder.build(spec)
+        case EncoderSpec():
+            return encoder.build_encoder(spec)
 
 
 def parameters(spec: Spec) -> int:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import FormatError
 from inhouse.model.pooling import Pooling, pooled, pooling_constants, pooling_weights
 from inhouse.model.rotary import inverse_frequencies
-from inhouse.model.spec import LIMITS, RopeSpec
+from inhouse.model.spec import LIMITS, RopeSpec, check_limits, check_rope, need
 from inhouse.runtime.ops import ACTIVATIONS, POOLINGS, Builder
-from inhouse.runtime.program import Axis, Program, ProgramSet, StateGroup, StateKind, Value, WeightSpec
+from inhouse.runtime.program import Attr, Axis, Program, ProgramSet, StateGroup, StateKind, Value, WeightSpec
 
 SCRATCH = "scratch"  # the state group of bidirectional attention
 GLOBAL_ROPE, LOCAL_ROPE = "const.inv_freq", "const.inv_freq_local"
@@ -87,40 +86,29 @@ class EncoderSpec:
         """Keys at a distance below this are seen; 0: all."""
         return self.windows[layer] if self.windows else 0
 
-    @property
-    def parameters(self) -> int:
-        """Parameters in all."""
-        return sum(int(np.prod(weight.shape)) for weight in encoder_weights(self).values())
-
 
 def check_encoder(spec: EncoderSpec) -> EncoderSpec:
     """`spec` itself if its numbers fit one another; raises FormatError naming the number that does not."""
-    for name in ("layers", "hidden", "ffn", "heads", "vocab_size", "context_length"):
-        value = getattr(spec, name)
-        _need(1 <= value <= LIMITS[name], f"{name} is {value}, allowed 1..{LIMITS[name]}")
-    _need(spec.hidden % spec.heads == 0, f"hidden size {spec.hidden} is no multiple of {spec.heads} heads")
-    _need(0 <= spec.embedding <= LIMITS["hidden"], f"the embedding size is {spec.embedding}")
-    _need(0 <= spec.sets <= spec.layers, f"{spec.sets} sets of layer weights for {spec.layers} layers")
-    _need(0 <= spec.types <= 1 << 16, f"{spec.types} token types")
-    _need(0.0 < spec.norm_eps < 1.0, f"the norm's eps is {spec.norm_eps}, allowed above 0 and below 1")
-    _need(not spec.windows or len(spec.windows) == spec.layers, f"{len(spec.windows)} windows for {spec.layers} layers")
-    _need(all(w >= 0 for w in spec.windows), "a window is negative")
-    _need(spec.activation in ACTIVATIONS, f"unknown activation {spec.activation!r}")
+    check_limits(spec)
+    need(spec.hidden % spec.heads == 0, f"hidden size {spec.hidden} is no multiple of {spec.heads} heads")
+    need(0 <= spec.embedding <= LIMITS["hidden"], f"the embedding size is {spec.embedding}")
+    need(0 <= spec.sets <= spec.layers, f"{spec.sets} sets of layer weights for {spec.layers} layers")
+    need(0 <= spec.types <= 1 << 16, f"{spec.types} token types")
+    need(0.0 < spec.norm_eps < 1.0, f"the norm's eps is {spec.norm_eps}, allowed above 0 and below 1")
+    need(not spec.windows or len(spec.windows) == spec.layers, f"{len(spec.windows)} windows for {spec.layers} layers")
+    need(all(w >= 0 for w in spec.windows), "a window is negative")
+    need(spec.activation in ACTIVATIONS, f"unknown activation {spec.activation!r}")
     if spec.position_rows:
         rows, needed = spec.position_rows, spec.context_length + spec.position_offset
-        _need(needed <= rows <= LIMITS["context_length"], f"{rows} learned positions, {needed} are needed")
-    if spec.rope is not None:
-        _need(spec.head_dim % 2 == 0, f"heads of {spec.head_dim} cannot be rotated")
-    _need(spec.pooling.mode in POOLINGS, f"unknown pooling {spec.pooling.mode!r}")
+        need(needed <= rows <= LIMITS["context_length"], f"{rows} learned positions, {needed} are needed")
+    for rope in (spec.rope, spec.local_rope):
+        if rope is not None:
+            check_rope(rope, spec.head_dim)
+    need(spec.pooling.mode in POOLINGS, f"unknown pooling {spec.pooling.mode!r}")
     if spec.classifier is not None:
         count = len(spec.classifier.labels)
-        _need(1 <= count <= 1 << 20, f"{count} labels")
+        need(1 <= count <= 1 << 20, f"{count} labels")
     return spec
-
-
-def _need(condition: bool, message: str) -> None:
-    if not condition:
-        raise FormatError(f"the model's config does not hold together: {message}", remedy="Check config.json")
 
 
 def encoder_weights(spec: EncoderSpec) -> dict[str, WeightSpec]:
@@ -278,7 +266,7 @@ class _Writer:
         if rotary is not None:
             q = self._b.one("rope", q, rotary, head_dim=spec.head_dim)
             k = self._b.one("rope", k, rotary, head_dim=spec.head_dim)
-        bias = {"bias": "relative", "buckets": spec.relative_buckets, "max_distance": 128}
+        bias: dict[str, Attr] = {"bias": "relative", "buckets": spec.relative_buckets, "max_distance": 128}
         y = self._b.one(
             "attention", q, k, v, weights=[RELATIVE] if spec.relative_buckets else [], group=SCRATCH,
             heads=spec.heads, kv_heads=spec.heads, head_dim=spec.head_dim, v_dim=spec.head_dim,

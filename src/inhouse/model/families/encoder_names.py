@@ -5,12 +5,12 @@ prefix, except where a stem begins with `<body>`.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
-from inhouse.model.encoder import RELATIVE, EncoderSpec, encoder_weights
-from inhouse.model.families.family import Derive, Tensors, none_left
-from inhouse.model.families.fields import Fields
+from inhouse.model.build import Spec, weight_specs
+from inhouse.model.encoder import RELATIVE, EncoderSpec
+from inhouse.model.families.family import Derive, Family, Rows, none_left
 
 BODY = "<body>"
 DENSE = "sentence.dense"  # what load calls the tensors of a `2_Dense` folder
@@ -93,23 +93,18 @@ MASKED_HEAD = re.compile(r"(head|decoder)\..*")  # ModernBERT's, where the class
 
 
 @dataclass(frozen=True, slots=True)
-class EncoderFamily:
-    """One row of the table of families: an encoder's."""
+class EncoderFamily(Family):
+    """One row of the table of families: an encoder's. `hf_names` are stems of the body, `heads` those of its heads."""
 
-    name: str
-    architectures: tuple[str, ...]
-    from_hf: Callable[[Fields, Tensors], EncoderSpec]
-    body: Mapping[str, str]
-    heads: Mapping[str, str]
-    prefix: str  # of the body, where a head stands beside it
-    gguf: tuple[str, ...] = ()
+    heads: Mapping[str, str] = field(default_factory=dict)
 
-    def derive(self, spec: EncoderSpec, names: Collection[str]) -> dict[str, Derive]:
+    def derive(self, spec: Spec, names: Collection[str]) -> dict[str, Derive]:
         """Canonical name -> where it comes from, for every weight of `spec`, in the order of the forward pass.
 
         Raises FormatError naming the tensors that are missing from `names`, or left over in it."""
+        assert isinstance(spec, EncoderSpec)
         table = self._table(spec, names)
-        out = {name: _derive(name, weight.shape, table, names) for name, weight in encoder_weights(spec).items()}
+        out = {name: _derive(name, weight.shape, table, names) for name, weight in weight_specs(spec).items()}
         used = {derive.source for derive in out.values()}
         none_left([name for name in used if name not in names], "lacks", "Fetch the whole model again")
         masked = spec.classifier is None
@@ -122,10 +117,11 @@ class EncoderFamily:
 
     def _table(self, spec: EncoderSpec, names: Collection[str]) -> dict[str, str]:
         """Canonical stem -> source stem, with the prefix that this checkpoint has."""
-        prefix = self.prefix if f"{self.prefix}{self.body['embed']}.weight" in names else ""
+        body = {canonical: str(stem) for canonical, stem in self.hf_names.items()}
+        prefix = self.prefix if f"{self.prefix}{body['embed']}.weight" in names else ""
         tokens = spec.classifier is not None and spec.classifier.tokens and not spec.classifier.dense
         heads = TOKEN_HEAD if tokens else self.heads
-        table = {canonical: prefix + stem for canonical, stem in self.body.items()}
+        table = {canonical: prefix + stem for canonical, stem in body.items()}
         table |= {canonical: stem.replace(BODY, prefix) for canonical, stem in heads.items()}
         return table | {f"dense.{k}": f"{DENSE}.{k}" for k in range(len(spec.pooling.dense))}
 
@@ -148,4 +144,4 @@ def _derive(name: str, shape: tuple[int, ...], table: Mapping[str, str], names: 
         return Derive(tensor, shape, shape)
     index, count = map(int, part.split("/"))
     whole = (shape[0] * count, *shape[1:])
-    return Derive(tensor, whole, shape, rows=(index * shape[0], (index + 1) * shape[0]))
+    return Derive(tensor, whole, shape, rows=Rows(1, whole[0], index * shape[0], shape[0]))

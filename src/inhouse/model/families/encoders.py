@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
-from inhouse.core.errors import FormatError
+from inhouse.core.errors import FormatError, UnsupportedError
+from inhouse.model.build import Spec
 from inhouse.model.encoder import ClassifierSpec, EncoderSpec, check_encoder
 from inhouse.model.families import encoder_names
 from inhouse.model.families.decoder import ACTIVATIONS, INERT_HF, NEUTRAL_HF
@@ -218,12 +219,20 @@ def _one_of(fields: Fields, key: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def _no_gguf(fields: Fields, tensors: Tensors) -> Spec:
+    raise UnsupportedError("encoders are not read from GGUF")
+
+
 def _row(
-    name: str, classes: tuple[str, ...], read: Callable[[Fields, Tensors], EncoderSpec],
-    body: Mapping[str, str], heads: Mapping[str, str], prefix: str, kinds: tuple[str, ...] = KINDS,
-) -> EncoderFamily:  # fmt: skip
-    architectures = tuple(cls + kind for cls in classes for kind in kinds)
-    return EncoderFamily(name, architectures, read, body, heads, prefix)
+    name: str,
+    classes: tuple[str, ...],
+    read: Callable[[Fields, Tensors], EncoderSpec],
+    body: Mapping[str, str],
+    heads: Mapping[str, str],
+    prefix: str,
+) -> EncoderFamily:
+    architectures = tuple(cls + kind for cls in classes for kind in KINDS)
+    return EncoderFamily(name, architectures, (), read, _no_gguf, body, {}, prefix=prefix, heads=heads)
 
 
 ROWS = (

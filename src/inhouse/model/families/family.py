@@ -185,9 +185,11 @@ class Family:
             derive = fused.derive(spec, canonical, source, weights)
             out[canonical] = replace(derive, order=self._order(spec, canonical, gguf))
         used = {derive.source for derive in out.values()}
-        _none([name for name in used if name not in names], "lacks", "Fetch the whole model again")
+        none_left([name for name in used if name not in names], "lacks", "Fetch the whole model again")
         left = [name for name in names if name not in used and not _matches(name, (*self.ignored, *ignored))]
-        _none(left, f"has, beyond what {self.name} uses,", "The model is not what its config says; check config.json")
+        none_left(
+            left, f"has, beyond what {self.name} uses,", "The model is not what its config says; check config.json"
+        )
         return out
 
     def _bare(self, place: str | Fused) -> str:
@@ -213,7 +215,8 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _none(names: Collection[str], verb: str, remedy: str) -> None:
+def none_left(names: Collection[str], verb: str, remedy: str) -> None:
+    """Raises FormatError naming tensors, unless there are none."""
     if names:
         first, plural = sorted(names), "" if len(names) == 1 else "s"
         shown = ", ".join(first[:5]) + (f" and {len(first) - 5} more" if len(first) > 5 else "")
