@@ -26,10 +26,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def oracles(tokenizer_files: Callable[[str], Path]) -> dict[str, Any]:
-    bert = transformers.BertTokenizerFast(vocab=str(tokenizer_files("bert-cased") / "vocab.txt"), do_lower_case=False)
-    roberta = transformers.PreTrainedTokenizerFast(
-        tokenizer_file=str(tokenizer_files("roberta-base") / "tokenizer.json")
-    )
+    made: Any = transformers  # its types know neither class
+    bert = made.BertTokenizerFast(vocab=str(tokenizer_files("bert-cased") / "vocab.txt"), do_lower_case=False)
+    roberta = made.PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_files("roberta-base") / "tokenizer.json"))
     return {"bert-cased": bert, "roberta-base": roberta}
 
 

@@ -123,7 +123,7 @@ def encoder_weights(spec: EncoderSpec) -> dict[str, WeightSpec]:
     if spec.embedding or spec.project:
         names.linear("embed_proj", spec.hidden, spec.table_width, True)
     if spec.relative_buckets:
-        names.add(RELATIVE, "vector", spec.relative_buckets, spec.heads)
+        names.add(RELATIVE, "table", spec.relative_buckets, spec.heads)
     for i in range(spec.sets or spec.layers):
         _layer_weights(names, spec, i)
     if spec.pre_norm:
