@@ -5,7 +5,8 @@ the slot before it, a row that is sampled reads all that its groups should hold;
 a block lent twice, a copy forgotten, a prefix that is not this one's) raises WrongState.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -39,17 +40,35 @@ def programs(*groups: StateGroup, context: int = 256) -> ProgramSet:
     return ProgramSet({"step": step}, {}, groups, VOCAB, context)
 
 
+def encoder_programs(context: int = 256) -> ProgramSet:
+    """An encoder-decoder: `encode` writes `cross` over the scratch group `encoder`, `step` reads it."""
+    cross = StateGroup("cross", StateKind.CROSS, (0,), 1, 4, 4, chunkable=False, shareable=False)
+    scratch = StateGroup("encoder", StateKind.PAGED, (0,), 1, 4, 4, chunkable=False, shareable=False)
+    plain = programs(paged(), context=context)
+    read = Op("attention", (), (), (), {"group": "cross", "cross": True})
+    step = replace(plain.programs["step"], ops=(*plain.programs["step"].ops, read))
+    writes = [Op("attention", (), (), (), {"group": "encoder", "cross": False})]
+    writes.append(Op("write_cross", (), (), (), {"group": "cross"}))
+    encode = Program("encode", tuple(writes), {})
+    return replace(plain, programs={"step": step, "encode": encode}, groups=(paged(), cross, scratch))
+
+
 def mix(before: int, token: int) -> int:
     """A 63-bit hash of a history and the token that follows it."""
     return (before * 6364136223846793005 + token * 1442695040888963407 + 1013904223) % 2**63
 
 
-def logits_after(tokens: list[int]) -> F32:
-    """The logits that follow a history: the oracle of every test."""
+def digest_of(tokens: Iterable[int]) -> int:
     digest = 0
     for token in tokens:
         digest = mix(digest, token)
-    return _logits(digest)
+    return digest
+
+
+def logits_after(tokens: Iterable[int], encoder: Iterable[int] | None = None) -> F32:
+    """The logits that follow a history, given what the encoder read: the oracle of every test."""
+    digest = digest_of(tokens)
+    return _logits(digest if encoder is None else mix(digest, digest_of(encoder) % VOCAB))
 
 
 def _logits(digest: int) -> F32:
@@ -82,7 +101,6 @@ class FakeExecutor:
         self.reserved = rows, sampled, sequences
 
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
-        assert program == "step"
         assert not self.closed
         check_step(step_rules(self.programs, program), step, self._blocks)
         size = step.tokens.size, step.sampled.size, step.lengths.size
@@ -92,7 +110,9 @@ class FakeExecutor:
         if self.broken or self._fail_when in step.tokens:
             raise ExecutorError("the fake was told to fail")
         for token, position, sequence in zip(step.tokens, step.positions, step.sequences, strict=True):
-            self._write(step, int(token), int(position), int(sequence))
+            self._write(step, int(token), int(position), int(sequence), program)
+        if program == "encode":
+            return {}
         rows = [self._read(step, int(step.sequences[row]), int(step.positions[row])) for row in step.sampled]
         return {"logits": np.stack(rows) if rows else np.zeros((0, VOCAB), np.float32)}
 
@@ -103,8 +123,13 @@ class FakeExecutor:
         cell: npt.NDArray[np.int64] = self._cells[group][block, position % BLOCK_SIZE]
         return cell
 
-    def _write(self, step: Step, token: int, position: int, sequence: int) -> None:
-        for group in self.programs.groups:
+    def _groups(self, program: str) -> list[StateGroup]:
+        """What a Program stores by its own positions."""
+        encoders = ("encoder", "cross")
+        return [group for group in self.programs.groups if (group.name in encoders) == (program == "encode")]
+
+    def _write(self, step: Step, token: int, position: int, sequence: int, program: str) -> None:
+        for group in self._groups(program):
             before = 0
             if position:
                 previous = self._cell(step, group.name, sequence, position - 1)
@@ -114,12 +139,16 @@ class FakeExecutor:
             self._cell(step, group.name, sequence, position)[:] = position, token, mix(before, token)
 
     def _read(self, step: Step, sequence: int, position: int) -> F32:
-        digests = {self._verify(step, group, sequence, position) for group in self.programs.groups}
+        digests = {self._verify(step, group, sequence, position) for group in self._groups("step")}
         if len(digests) != 1:
             raise WrongState("state groups hold different histories")
         if self._cell(step, self.programs.groups[0].name, sequence, position)[1] == self._nan_when:
             return np.full(VOCAB, np.nan, np.float32)
-        return _logits(digests.pop())
+        length = int(step.encoder_lengths[sequence])
+        if not length:
+            return _logits(digests.pop())
+        read = self._verify(step, self.programs.group("cross"), sequence, length - 1)
+        return _logits(mix(digests.pop(), read % VOCAB))
 
     def _verify(self, step: Step, group: StateGroup, sequence: int, position: int) -> int:
         start = max(position - group.window + 1, 0) if group.window else 0

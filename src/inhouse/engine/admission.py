@@ -42,6 +42,8 @@ def limit_of(request: Request, context_length: int, capacity: int) -> int:
 def check_ids(request: Request, vocab_size: int) -> None:
     """Raises UsageError for an id outside the vocabulary."""
     fields: list[tuple[str, Iterable[int]]] = [("prompt", request.prompt), *request.params.ids()]
+    if request.encoder is not None:
+        fields.append(("prompt", request.encoder))
     for name, ids in fields:
         for token in ids:
             if not 0 <= token < vocab_size:
@@ -49,3 +51,20 @@ def check_ids(request: Request, vocab_size: int) -> None:
                     f"{name} holds token {token}, the vocabulary is 0..{vocab_size - 1}",
                     remedy="Use this model's own tokenizer", param=name,
                 )  # fmt: skip
+
+
+def check_encoder(request: Request, encoders: bool, context_length: int, capacity: int) -> None:
+    """Raises UsageError if an encoder's input is given to a model without one, or lacks for a model with one, and
+    ContextLengthError for one that is too long. `capacity`: tokens for which there are blocks."""
+    if request.encoder is None:
+        if encoders:
+            raise UsageError("an encoder-decoder needs the encoder's input", remedy="Give Request.encoder")
+        return
+    if not encoders:
+        raise UsageError("the model has no encoder", remedy="Give all ids as the prompt")
+    length, most = len(request.encoder), min(context_length, capacity)
+    if length > most:
+        raise ContextLengthError(
+            f"the input has {length} tokens, the encoder takes {most} at once", remedy="Shorten the input",
+            prompt_tokens=length, context_length=most,
+        )  # fmt: skip

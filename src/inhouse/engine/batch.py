@@ -1,12 +1,14 @@
 """A plan becomes the flat arrays of a Step. Knows the Step's table and nothing of executors or sampling."""
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from inhouse.engine.blocks import Copy
-from inhouse.engine.plan import Plan
+from inhouse.engine.blocks import Copy, Tables
+from inhouse.engine.plan import Encode, Plan
+from inhouse.engine.sequence import Sequence as Running
 from inhouse.runtime.step import I32, Step
 
 
@@ -32,11 +34,27 @@ def build(plan: Plan) -> Batch:
         positions=np.arange(rows, dtype=np.int32) + np.repeat(starts - (ends - counts), counts).astype(np.int32),
         sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
         lengths=starts + counts,
-        tables={name: _table([c.sequence.tables[name] for c in chunks]) for name in chunks[0].sequence.tables},
+        tables=_tables([_tables_of(c.sequence) for c in chunks]),
         sampled=sampled,
         adapters=np.array([c.sequence.request.adapter for c in chunks], np.int32),
+        encoder_lengths=np.array([len(c.sequence.request.encoder or ()) for c in chunks], np.int32),
     )
     return Batch(step, begins, _copies([copy for c in chunks for copy in c.copies]))
+
+
+def build_encode(encodes: Sequence[Encode]) -> Step:
+    """The step of `encode` over whole inputs; there is at least one."""
+    tokens = [np.frombuffer(e.encoding.tokens, np.int32) for e in encodes]
+    counts = np.array([part.size for part in tokens], np.int32)
+    return Step(
+        tokens=np.concatenate(tokens),
+        positions=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
+        sequences=np.repeat(np.arange(len(encodes), dtype=np.int32), counts),
+        lengths=counts,
+        tables=_tables([e.encoding.tables | e.scratch for e in encodes]),
+        sampled=np.zeros(0, np.int32),
+        adapters=np.zeros(len(encodes), np.int32),
+    )
 
 
 def tokens_of(tokens: "array[int]", start: int, count: int) -> I32:
@@ -52,6 +70,14 @@ def _sampled(plan: Plan, ends: I32) -> tuple[I32, list[int]]:
         begins.append(len(rows))
         rows.extend(range(end - chunk.logit_rows, end))
     return np.array(rows, np.int32), begins
+
+
+def _tables_of(sequence: Running) -> Tables:
+    return sequence.tables if sequence.encoding is None else sequence.tables | sequence.encoding.tables
+
+
+def _tables(each: Sequence[Tables]) -> dict[str, I32]:
+    return {name: _table([tables[name] for tables in each]) for name in each[0]}
 
 
 def _table(tables: "list[array[int]]") -> I32:

@@ -25,8 +25,9 @@ from inhouse.core.errors import (
     UnsupportedError,
     UsageError,
 )
-from inhouse.engine.admission import check_ids, limit_of
+from inhouse.engine.admission import check_encoder, check_ids, limit_of
 from inhouse.engine.blocks import Blocks, root_digest
+from inhouse.engine.encoders import Encoders
 from inhouse.engine.plan import Plan
 from inhouse.engine.recipe import make_recipe
 from inhouse.engine.request import (
@@ -47,6 +48,7 @@ from inhouse.engine.scheduler import Scheduler
 from inhouse.engine.sequence import Clock, Sequence
 from inhouse.engine.sizes import sizes_of
 from inhouse.plan import memory
+from inhouse.plan.memory import share_groups
 from inhouse.runtime.executor import Executor, require
 from inhouse.runtime.program import StateKind
 from inhouse.runtime.sampling import Sampler
@@ -120,7 +122,8 @@ class Engine:
         self.executor = executor
         programs = executor.programs
         require(programs, "step")
-        for group in programs.groups:
+        shares = share_groups(programs)
+        for group in shares.own:
             if group.kind not in SCHEDULED:
                 raise UnsupportedError(f"the engine cannot schedule state of kind {group.kind} ({group.name})")
         self.vocab_size = programs.vocab_size
@@ -131,9 +134,10 @@ class Engine:
         self.state_bytes = sum(counts[g.name] * memory.block_bytes(g, executor.kv_dtype) for g in programs.groups)
         self._eos = frozenset(eos_ids)
         self._digest = f"{digest}/{executor.kv_dtype}"
-        self._blocks = Blocks(programs.groups, counts)
+        self._blocks = Blocks(shares.own, counts)
+        self._encoders = Encoders(shares.cross, shares.scratch, counts)
         self.capacity = self._blocks.capacity(sizes.longest_chunk)  # tokens that one sequence can hold
-        self._scheduler = Scheduler(self._blocks, self.config, time.monotonic)
+        self._scheduler = Scheduler(self._blocks, self.config, time.monotonic, self._encoders)
         self._runner = Runner(executor, sampler or NativeSampler())
         self._on_step = on_step
         self._sinks: dict[str, Sink] = {}  # living requests
@@ -158,6 +162,7 @@ class Engine:
         """
         limit = limit_of(request, self.context_length, self.capacity)
         check_ids(request, self.vocab_size)
+        check_encoder(request, self._encoders.present, self.context_length, self._encoders.capacity)
         recipe = make_recipe(request.params, self.vocab_size)
         seed = request.params.seed if request.params.seed is not None else int.from_bytes(os.urandom(8), "little")
         stops = frozenset(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
@@ -166,13 +171,18 @@ class Engine:
             self._order += 1
             sequence = Sequence(
                 request, 0, self._order, seed & (2**64 - 1), limit, stops, array("i", request.prompt),
-                self._blocks.empty_tables(), root_digest(self._digest, request.adapter, request.salt), recipe,
+                self._blocks.empty_tables(), self._root(request), recipe,
                 clock=Clock(time.monotonic()),
             )  # fmt: skip
             self._sinks[request.id] = sink
             self._mail.submitted.append((sequence, sink))
             self._changed.notify_all()
         return request.id
+
+    def _root(self, request: Request) -> bytes:
+        """Where the chain of a request's blocks begins; what a decoder computes depends on the encoder's input too."""
+        read = b"" if request.encoder is None else request.encoder.tobytes()
+        return root_digest(self._digest, request.adapter, request.salt, read)
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Ends a request, or one choice of it, before the next step; an id that is not living is no error."""
@@ -210,10 +220,10 @@ class Engine:
 
     def stats(self) -> Stats:
         """A snapshot; taken without stopping the engine."""
-        c = self._scheduler.counters
+        c, used = self._scheduler.counters, max(self._blocks.usage(), self._encoders.usage())
         return Stats(
             len(self._scheduler.running), len(self._scheduler.waiting) + len(self._mail.submitted),
-            self._blocks.usage(), c.steps, c.prompt_tokens, c.generation_tokens, c.prefix_queries, c.prefix_hits,
+            used, c.steps, c.prompt_tokens, c.generation_tokens, c.prefix_queries, c.prefix_hits,
             c.preemptions, dict(c.finished), self.state_bytes,
         )  # fmt: skip
 
@@ -267,10 +277,10 @@ class Engine:
         """One step: take the mail, schedule, run, commit. False if there was nothing to run."""
         events = self._take_mail()
         plan = self._scheduler.schedule()
-        if plan.chunks:
+        if plan.entries:
             events += self._run(plan)
         self._post(events)
-        return bool(plan.chunks)
+        return bool(plan.entries)
 
     def check(self) -> None:
         """Asserts the invariants of scheduler and blocks; for tests, and when idle."""
@@ -294,7 +304,7 @@ class Engine:
         self._failures = 0
         events = self._scheduler.commit(plan, results)
         if self._on_step:
-            self._on_step(StepReport(plan.tokens, len(plan.chunks), time.monotonic() - began))
+            self._on_step(StepReport(plan.tokens, plan.entries, time.monotonic() - began))
         return events
 
     def _fail(self, plan: Plan, error: Exception) -> list[tuple[Sequence, Event]]:
@@ -302,12 +312,12 @@ class Engine:
         known = error if isinstance(error, InhouseError) else ExecutorError(f"a step failed: {error!r}")
         self._failures += 1
         if self._failures < MAX_FAILURES:
-            return self._scheduler.fail([chunk.sequence for chunk in plan.chunks], known)
+            return self._scheduler.fail_plan(plan, known)
         self._refusal = UnavailableError(
             f"{self._failures} steps failed one after another, the last with: {known.message}",
             remedy="The executor is damaged; load the model again",
         )
-        return self._scheduler.fail(self._scheduler.sequences, known)
+        return self._scheduler.fail_plan(plan, known) + self._scheduler.fail(self._scheduler.sequences, known)
 
     def _post(self, events: list[tuple[Sequence, Event]]) -> None:
         """Hands each sink its events, one list a request; a sink that raises loses its request, not the engine."""

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from inhouse.core.errors import InhouseError
-from inhouse.engine.blocks import Copy
+from inhouse.engine.blocks import Copy, Tables
+from inhouse.engine.encoders import Encoding
 from inhouse.engine.request import TokenLogprob
 from inhouse.engine.sequence import Sequence
 
@@ -24,15 +25,29 @@ class Chunk:
         return self.count if self.all_rows else min(self.draws, 1)
 
 
+@dataclass(slots=True, eq=False)
+class Encode:
+    """A whole encoder input in a step of `encode`, with the scratch blocks lent for it."""
+
+    encoding: Encoding
+    scratch: Tables
+
+
 @dataclass(slots=True)
 class Plan:
-    """One step: what runs, in this order."""
+    """One step: chunks of sequences, or encoder inputs; never both, as they are Programs of their own."""
 
     chunks: list[Chunk] = field(default_factory=list)
+    encodes: list[Encode] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
-        return sum(chunk.count for chunk in self.chunks)
+        return sum(chunk.count for chunk in self.chunks) + sum(len(e.encoding.tokens) for e in self.encodes)
+
+    @property
+    def entries(self) -> int:
+        """Sequences or inputs that run; 0: there is nothing to do."""
+        return len(self.chunks) + len(self.encodes)
 
 
 @dataclass(frozen=True, slots=True)

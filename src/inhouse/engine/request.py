@@ -124,10 +124,13 @@ class Request:
     adapter: int = 0  # LoRA slot; 0: none
     salt: str = ""  # prefixes are shared only between requests of the same salt
     tap: Tap | None = None  # receives the prompt's logits rows, in slices
+    encoder: "array[int] | None" = None  # encoder-decoders: ids of the encoder's input; `prompt` begins the decoder
 
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise UsageError("the prompt has no tokens", remedy="Give at least one token", param="prompt")
+        if self.encoder is not None and not len(self.encoder):
+            raise UsageError("the encoder's input has no tokens", remedy="Give at least one token", param="prompt")
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0, math.inf)
         if self.max_tokens == 0 and self.params.n > 1:
@@ -156,13 +159,17 @@ def make_request(
     priority: int = 0,
     adapter: int = 0,
     salt: str = "",
+    encoder: Iterable[int] | None = None,
 ) -> Request:
     """A Request from any iterable of ids; raises UsageError for an id that is no 32-bit integer."""
     try:
         ids = array("i", prompt)
+        inputs = None if encoder is None else array("i", encoder)
     except (TypeError, OverflowError) as error:
         raise UsageError(f"the prompt holds something that is no token id ({error})", param="prompt") from error
-    return Request(id, ids, params or SamplingParams(), max_tokens, prompt_logprobs, priority, adapter, salt)
+    return Request(
+        id, ids, params or SamplingParams(), max_tokens, prompt_logprobs, priority, adapter, salt, encoder=inputs
+    )
 
 
 @dataclass(frozen=True, slots=True)

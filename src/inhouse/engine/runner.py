@@ -6,13 +6,13 @@ Knows executor, batch and sampler; decides nothing about who runs.
 import numpy as np
 
 from inhouse.engine import sampler as sampling
-from inhouse.engine.batch import Batch, build, tokens_of
+from inhouse.engine.batch import Batch, build, build_encode, tokens_of
 from inhouse.engine.plan import Chunk, ChunkResult, Draw, Plan
 from inhouse.engine.request import TokenLogprob
 from inhouse.runtime.executor import F32, Executor
 from inhouse.runtime.sampling import Sampler
 
-PROGRAM = "step"
+PROGRAM, ENCODE = "step", "encode"
 
 
 class Runner:
@@ -24,6 +24,9 @@ class Runner:
 
     def run(self, plan: Plan) -> list[ChunkResult]:
         """Runs a step and draws. Raises what the executor raises; a fault of one row is that draw's error."""
+        if plan.encodes:
+            self._executor.run(ENCODE, build_encode(plan.encodes))
+            return []
         batch = build(plan)
         self._copy_blocks(batch)
         logits = self._executor.run(PROGRAM, batch.step)["logits"]

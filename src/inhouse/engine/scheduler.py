@@ -6,7 +6,9 @@ Pure Python: ids and counts, no tensors, no thread, no clock but the one it is g
 2. The rest of the step's budget goes to prompts in the same order, in chunks; while several prompts are under way,
    one takes at most half of what is left, so that a short one never waits for the whole of a long one.
 3. Waiting sequences are admitted in order, as long as blocks for all their known tokens are there.
-4. When blocks run out, the last in order gives its blocks back and waits again; its tokens are recomputed later.
+4. Encoder inputs (encoder-decoders) run whole, in steps of their own, in the order of the queue; while both wait,
+   steps of inputs and steps of tokens take turns.
+5. When blocks run out, the last in order gives its blocks back and waits again; its tokens are recomputed later.
 
 A sequence that fits when it is alone (checked on submission) therefore always ends.
 """
@@ -17,7 +19,8 @@ from collections.abc import Callable, Iterable
 
 from inhouse.core.errors import InhouseError
 from inhouse.engine.blocks import Blocks
-from inhouse.engine.plan import Chunk, ChunkResult, Counters, Draw, Plan, Planner
+from inhouse.engine.encoders import Encoders
+from inhouse.engine.plan import Chunk, ChunkResult, Counters, Draw, Encode, Plan, Planner
 from inhouse.engine.request import (
     EngineConfig,
     Event,
@@ -34,8 +37,11 @@ from inhouse.runtime.step import BLOCK_SIZE
 class Scheduler:
     """The sequences of one engine and their blocks."""
 
-    def __init__(self, blocks: Blocks, config: EngineConfig, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, blocks: Blocks, config: EngineConfig, clock: Callable[[], float], encoders: Encoders | None = None
+    ) -> None:
         self.blocks = blocks
+        self.encoders = encoders or Encoders((), (), {})
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.counters = Counters()
@@ -43,6 +49,7 @@ class Scheduler:
         self._clock = clock
         self._whole = not all(pool.group.chunkable for pool in blocks.pools.values())
         self._sharing = config.prefix_cache and blocks.shareable
+        self._encoded = False  # the last step was one of encoder inputs
 
     @property
     def sequences(self) -> list[Sequence]:
@@ -69,6 +76,64 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step; empty if there is nothing to do."""
+        plan = Plan()
+        for turn in (self._tokens, self._inputs) if self._encoded else (self._inputs, self._tokens):
+            plan = turn()
+            if plan.entries:
+                break
+        self._encoded = bool(plan.encodes)
+        return plan
+
+    def _inputs(self) -> Plan:
+        """Encoder inputs of the waiting sequences that could be admitted, in order, within the budget of tokens."""
+        plan, left = Plan(), self._config.step_tokens
+        if not self.encoders.present:
+            return plan
+        free = self._config.max_running - sum(s.choices for s in self.running)
+        for sequence in list(self.waiting):
+            free -= sequence.choices
+            if free < 0:
+                break
+            if sequence.encoding is not None or self._find_encoding(sequence):
+                continue
+            length = len(sequence.encoder)
+            if plan.encodes and length > left or not self._make_encoding(sequence, plan):
+                break
+            left -= length
+        return plan
+
+    def _find_encoding(self, sequence: Sequence) -> bool:
+        found = self.encoders.find(sequence.root, sequence.encoder)
+        if found is None:
+            return False
+        sequence.encoding = self.encoders.hold(found)
+        sequence.encoder_cached = len(found.tokens) if found.ready and not sequence.preemptions else 0
+        return True
+
+    def _make_encoding(self, sequence: Sequence, plan: Plan) -> bool:
+        """Lends blocks for the sequence's input, taking back those of inputs that wait behind it; False if short."""
+        scratch = self.encoders.lend_scratch(len(sequence.encoder))
+        if scratch is None:
+            return False
+        while (made := self.encoders.make(sequence.root, sequence.encoder)) is None:
+            running = {id(e.encoding) for e in plan.encodes}
+            behind = (s for s in reversed(self.waiting) if s.encoding and s.rank > sequence.rank)
+            last = next((s for s in behind if id(s.encoding) not in running), None)
+            if last is None:
+                self.encoders.return_scratch(scratch)
+                return False
+            self._drop_encoding(last)
+        sequence.encoding = self.encoders.hold(made)
+        plan.encodes.append(Encode(made, scratch))
+        return True
+
+    def _drop_encoding(self, sequence: Sequence) -> None:
+        if sequence.encoding is not None:
+            self.encoders.drop(sequence.encoding)
+            sequence.encoding = None
+
+    def _tokens(self) -> Plan:
+        """Tokens of the running sequences, and of those that are admitted."""
         planner = Planner(self._config.step_tokens, max(self._config.logit_rows, self._config.max_running))
         for sequence in [s for s in self.running if s.decoding]:
             self._plan(planner, sequence)
@@ -113,6 +178,9 @@ class Scheduler:
     def _admissible(self, planner: Planner) -> bool:
         if not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
             return False
+        head = self.waiting[0]
+        if head.request.encoder is not None and not (head.encoding and head.encoding.ready):
+            return False
         return sum(s.choices for s in self.running) + self.waiting[0].choices <= self._config.max_running
 
     def _admit(self, planner: Planner, sequence: Sequence) -> None:
@@ -156,6 +224,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.blocks.release(sequence.tables)
+        self._drop_encoding(sequence)
         self.running.remove(sequence)
         sequence.computed = sequence.published = 0
         sequence.preemptions += 1
@@ -168,6 +237,9 @@ class Scheduler:
         """Records a step that succeeded; returns its events, each with the sequence that it concerns."""
         events: list[tuple[Sequence, Event]] = []
         self.counters.steps += 1
+        for encode in plan.encodes:
+            encode.encoding.ready = True
+            self.encoders.return_scratch(encode.scratch)
         for chunk, result in zip(plan.chunks, results, strict=True):
             sequence = chunk.sequence
             self._advance(chunk)
@@ -182,7 +254,7 @@ class Scheduler:
         sequence = chunk.sequence
         sequence.computed += chunk.count
         if chunk.start < sequence.prompt_length <= sequence.computed and not sequence.clock.first_token:
-            self.counters.prompt_tokens += sequence.prompt_length
+            self.counters.prompt_tokens += sequence.usage().prompt_tokens
         if self._sharing:
             full = sequence.computed // BLOCK_SIZE
             self.blocks.publish(sequence.tables, sequence.extend_keys(full), sequence.published)
@@ -211,6 +283,8 @@ class Scheduler:
             array("i", sequence.tokens), self.blocks.fork(sequence.tables), sequence.root, sequence.recipe,
             Status.RUNNING, sequence.computed, sequence.cached, 0, True,
             Clock(sequence.clock.arrival, sequence.clock.scheduled), list(sequence.keys), sequence.published,
+            encoding=self.encoders.hold(sequence.encoding) if sequence.encoding else None,
+            encoder_cached=sequence.encoder_cached,
         )  # fmt: skip
         insort(self.running, sister, key=lambda s: s.rank)
         return sister
@@ -241,6 +315,14 @@ class Scheduler:
             if sequence.request.id == request_id and choice in (None, sequence.choice):
                 self._finish(sequence, FinishReason.CANCELLED, None, events)
         return events
+
+    def fail_plan(self, plan: Plan, error: InhouseError) -> list[tuple[Sequence, Event]]:
+        """Ends the sequences of a step that failed: those of its chunks, or those that wait for its inputs."""
+        for encode in plan.encodes:
+            self.encoders.return_scratch(encode.scratch)
+        inputs = {id(encode.encoding) for encode in plan.encodes}
+        waiting = [s for s in self.waiting if s.encoding is not None and id(s.encoding) in inputs]
+        return self.fail([*(chunk.sequence for chunk in plan.chunks), *waiting], error)
 
     def fail(self, sequences: Iterable[Sequence], error: InhouseError) -> list[tuple[Sequence, Event]]:
         """Ends sequences with an error."""
@@ -276,6 +358,7 @@ class Scheduler:
         queue.remove(sequence)
         sequence.status = Status.FINISHED
         self.blocks.release(sequence.tables)
+        self._drop_encoding(sequence)
 
     def _tally(self, reason: str) -> None:
         self.counters.finished[reason] = self.counters.finished.get(reason, 0) + 1
@@ -283,8 +366,10 @@ class Scheduler:
     def check(self) -> None:
         """Asserts the invariants: blocks match the living tables, and a sequence holds what it has computed."""
         self.blocks.check([s.tables for s in self.sequences])
+        self.encoders.check(s.encoding for s in self.sequences)
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
+            assert sequence.request.encoder is None or (sequence.encoding is not None and sequence.encoding.ready)
             assert 0 <= sequence.computed < len(sequence.tokens) <= sequence.limit + 1
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING

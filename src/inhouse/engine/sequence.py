@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from inhouse.engine.blocks import BlockKey, Tables, next_key
+from inhouse.engine.encoders import Encoding
 from inhouse.engine.recipe import Recipe
 from inhouse.engine.request import FinishReason, Request, Timings, TokenLogprob, Usage
 from inhouse.runtime.step import BLOCK_SIZE
@@ -60,11 +61,19 @@ class Sequence:
     keys: list[BlockKey] = field(default_factory=list)  # of full blocks, as far as needed
     published: int = 0  # leading blocks that others may find
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    encoding: Encoding | None = None  # what it holds of its encoder input
+    encoder_cached: int = 0  # tokens of its encoder input that were computed before it came
 
     @property
     def rank(self) -> tuple[int, int, int]:
         """Who goes first: lower is served earlier and preempted later."""
         return (self.request.priority, self.order, self.choice)
+
+    @property
+    def encoder(self) -> "array[int]":
+        """Its encoder input; the caller knows that there is one."""
+        assert self.request.encoder is not None
+        return self.request.encoder
 
     @property
     def prompt_length(self) -> int:
@@ -103,6 +112,9 @@ class Sequence:
         return self.keys[:count]
 
     def usage(self) -> Usage:
+        encoder = self.request.encoder
+        if encoder is not None:  # the prompt is what was given to read; how the decoder begins is no one's input
+            return Usage(len(encoder), self.output_length, self.encoder_cached)
         return Usage(self.prompt_length, self.output_length, self.cached)
 
     def ended_by(self, token: int) -> FinishReason | None:

@@ -24,13 +24,14 @@ def sizes_of(executor: Executor, config: EngineConfig) -> Sizes:
     """The sizes; a context that nobody asked for is lowered to what fits (LEAST_CONTEXT at least). Raises
     CapacityError if one context does not fit."""
     programs = executor.programs
-    chunked = all(group.chunkable for group in programs.groups)
+    shares = memory.share_groups(programs)
+    chunked = all(group.chunkable for group in shares.own)
     context = min(config.context_length or programs.context_length, programs.context_length)
     rows = max(config.logit_rows, config.max_running)
 
     def sizes(context: int, blocks: dict[str, int]) -> Sizes:
         longest = config.step_tokens if chunked else context
-        tokens = max(config.step_tokens, longest)
+        tokens = max(config.step_tokens, context if shares.scratch else longest)
         return Sizes(context, longest, tokens, min(rows, tokens) if chunked else tokens, blocks)
 
     if config.blocks:

@@ -7,6 +7,7 @@ memory; allocates nothing.
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -40,9 +41,49 @@ def blocks_per_sequence(group: StateGroup, context: int, step_tokens: int) -> in
     return min(whole, -(-(group.window + step_tokens) // BLOCK_SIZE) + 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """The state groups of a model, by who holds them."""
+
+    own: tuple[StateGroup, ...]  # grow with each sequence
+    cross: tuple[StateGroup, ...]  # written by `encode`, read by sequences with that input
+    scratch: tuple[StateGroup, ...]  # used within one step of a Program that runs inputs whole
+
+
+def share_groups(programs: ProgramSet) -> Shares:
+    """Which group is what: own and cross are those that `step` names, all others are scratch."""
+    step = programs.programs.get("step")
+    ops = step.ops if step else ()
+    cross = {op.attrs["group"] for op in ops if op.attrs.get("cross")}
+    own = {op.attrs["group"] for op in ops if "group" in op.attrs} - cross
+    return Shares(
+        tuple(g for g in programs.groups if g.name in own),
+        tuple(g for g in programs.groups if g.name in cross),
+        tuple(g for g in programs.groups if g.name not in own | cross),
+    )
+
+
+def scratch_tokens(context: int, step_tokens: int) -> int:
+    """Positions of a scratch group: those of one step, which may be one input as long as the context."""
+    return max(context, step_tokens) + BLOCK_SIZE * 64  # each input of a step leaves part of a block
+
+
 def sequence_bytes(programs: ProgramSet, kv_dtype: str, context: int, step_tokens: int) -> int:
-    """Bytes of state of one sequence of `context` tokens."""
-    return sum(blocks_per_sequence(g, context, step_tokens) * block_bytes(g, kv_dtype) for g in programs.groups)
+    """Bytes of state of one sequence of `context` tokens, and as many of encoder input."""
+    shares = share_groups(programs)
+    groups = (*shares.own, *shares.cross)
+    return sum(blocks_per_sequence(g, context, step_tokens) * block_bytes(g, kv_dtype) for g in groups)
+
+
+def scratch_blocks(programs: ProgramSet, context: int, step_tokens: int) -> dict[str, int]:
+    """Blocks of each scratch group; whatever the number of sequences."""
+    tokens = scratch_tokens(context, step_tokens)
+    return {g.name: -(-tokens // BLOCK_SIZE) for g in share_groups(programs).scratch}
+
+
+def _scratch_bytes(programs: ProgramSet, kv_dtype: str, context: int, step_tokens: int) -> int:
+    blocks = scratch_blocks(programs, context, step_tokens)
+    return sum(count * block_bytes(programs.group(name), kv_dtype) for name, count in blocks.items())
 
 
 def context_for(programs: ProgramSet, kv_dtype: str, budget: int, step_tokens: int) -> int:
@@ -50,7 +91,9 @@ def context_for(programs: ProgramSet, kv_dtype: str, budget: int, step_tokens: i
     low, high = 0, -(-programs.context_length // BLOCK_SIZE)
     while low < high:
         middle = (low + high + 1) // 2
-        fits = sequence_bytes(programs, kv_dtype, middle * BLOCK_SIZE, step_tokens) <= budget
+        tokens = middle * BLOCK_SIZE
+        one = sequence_bytes(programs, kv_dtype, tokens, step_tokens)
+        fits = one + _scratch_bytes(programs, kv_dtype, tokens, step_tokens) <= budget
         low, high = (middle, high) if fits else (low, middle - 1)
     return min(low * BLOCK_SIZE, programs.context_length)
 
@@ -106,17 +149,21 @@ def kv_blocks_for(
 ) -> dict[str, int]:
     """Blocks of each state group within `budget` bytes, in the proportion in which sequences of `context` use them,
     and no more than `sequences` of them need. Raises CapacityError if not even one sequence fits."""
-    each = {g.name: blocks_per_sequence(g, context, step_tokens) for g in programs.groups}
+    shares = share_groups(programs)
+    each = {g.name: blocks_per_sequence(g, context, step_tokens) for g in (*shares.own, *shares.cross)}
     one = sequence_bytes(programs, kv_dtype, context, step_tokens)
-    if one > budget:
+    scratch = _scratch_bytes(programs, kv_dtype, context, step_tokens)
+    if one + scratch > budget:
         raise CapacityError(
-            f"one sequence of {context} tokens needs {one} bytes of state ({kv_dtype}), the budget is {budget}",
+            f"one sequence of {context} tokens needs {one + scratch} bytes of state ({kv_dtype}), "
+            f"the budget is {budget}",
             remedy="Lower the context length, choose a smaller KV type, or free memory",
-            needed=one,
+            needed=one + scratch,
             budget=budget,
         )
-    share = min(budget / one, sequences) if one else sequences
-    return {name: max(int(share * blocks), blocks) for name, blocks in each.items()}
+    share = min((budget - scratch) / one, sequences) if one else sequences
+    grown = {name: max(int(share * blocks), blocks) for name, blocks in each.items()}
+    return grown | scratch_blocks(programs, context, step_tokens)
 
 
 def default_kv_budget(programs: ProgramSet, step_tokens: int, logit_rows: int, share: float = STATE_SHARE) -> int:
