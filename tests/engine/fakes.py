@@ -82,13 +82,14 @@ class FakeExecutor:
     name = "fake"
     kv_dtype = "f32"
 
-    def __init__(self, programs: ProgramSet, *, fail_when: int = -1, nan_when: int = -1) -> None:
+    def __init__(self, programs: ProgramSet, *, fail_when: int = -1, nan_when: int = -1, fail_encode: int = -1) -> None:
         self.programs = programs
         self.steps: list[Step] = []
         self.reserved: tuple[int, int, int] | None = None
         self.closed = False
         self.broken = False
-        self._fail_when, self._nan_when = fail_when, nan_when
+        self._nan_when = nan_when
+        self._fail_when = {"step": fail_when, "encode": fail_encode}
         self._blocks: dict[str, int] = {}
         self._cells: dict[str, npt.NDArray[np.int64]] = {}
 
@@ -107,7 +108,7 @@ class FakeExecutor:
         assert self.reserved is not None, "no room was made"
         assert all(now <= room for now, room in zip(size, self.reserved, strict=True)), "larger than announced"
         self.steps.append(step)
-        if self.broken or self._fail_when in step.tokens:
+        if self.broken or self._fail_when[program] in step.tokens:
             raise ExecutorError("the fake was told to fail")
         for token, position, sequence in zip(step.tokens, step.positions, step.sequences, strict=True):
             self._write(step, int(token), int(position), int(sequence), program)

@@ -119,7 +119,7 @@ def test_what_is_refused() -> None:
 
 
 def test_a_failed_encode_ends_those_who_wait_for_it_and_no_other() -> None:
-    executor = FakeExecutor(encoder_programs(), fail_when=60)
+    executor = FakeExecutor(encoder_programs(), fail_encode=60)
     engine = make_engine(executor, max_running=4)
     good, bad = Result(), Result()
     engine.submit(request("good", text(1, 10), 20), good.feed)
@@ -173,7 +173,7 @@ class EncoderMachine(RuleBasedStateMachine):
         config = EngineConfig(
             blocks={"full": blocks, "cross": cross, "encoder": 5}, max_running=running, step_tokens=budget
         )
-        executor = FakeExecutor(encoder_programs(context=80), fail_when=59)
+        executor = FakeExecutor(encoder_programs(context=80), fail_encode=59)
         self.engine = Engine(executor, config, {EOS}, sampler=ReferenceSampler(), start=False)
         self.results: dict[str, tuple[Request, Result]] = {}
 

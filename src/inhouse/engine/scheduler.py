@@ -179,8 +179,8 @@ class Scheduler:
         if not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
             return False
         head = self.waiting[0]
-        if head.request.encoder is not None and not (head.encoding and head.encoding.ready):
-            return False
+        if head.request.encoder is not None and head.encoding is None and not self._find_encoding(head):
+            return False  # its input comes first
         return sum(s.choices for s in self.running) + self.waiting[0].choices <= self._config.max_running
 
     def _admit(self, planner: Planner, sequence: Sequence) -> None:

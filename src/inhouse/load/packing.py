@@ -58,7 +58,7 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
             raise UnsupportedError(f"tensor {info.name!r} is {info.dtype}, a vector must be a float", param=info.name)
         return Part(spec, derive, info, "vector")
     if info.dtype in PLAIN:
-        if wish:
+        if wish and spec.kind != "table":
             kind = wish_for(spec, wish)
             return Part(spec, derive, info, QUANTIZED_FORMAT[kind], kind)
         return Part(spec, derive, info, PLAIN[info.dtype][0])

@@ -2,12 +2,13 @@
 
 import math
 
-from inhouse.model import decoder, encoder
+from inhouse.model import decoder, encoder, seq2seq
 from inhouse.model.encoder import EncoderSpec
+from inhouse.model.seq2seq import Seq2SeqSpec
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.program import ProgramSet, WeightSpec
 
-Spec = ModelSpec | EncoderSpec  # or any other kind of model: each has family, vocab_size, context_length and hidden
+Spec = ModelSpec | EncoderSpec | Seq2SeqSpec  # each has family, vocab_size, context_length and hidden
 
 
 def weight_specs(spec: Spec) -> dict[str, WeightSpec]:
@@ -17,6 +18,8 @@ def weight_specs(spec: Spec) -> dict[str, WeightSpec]:
             return decoder.weight_specs(spec)
         case EncoderSpec():
             return encoder.encoder_weights(spec)
+        case Seq2SeqSpec():
+            return seq2seq.weight_specs(spec)
 
 
 def build(spec: Spec) -> ProgramSet:
@@ -26,6 +29,8 @@ def build(spec: Spec) -> ProgramSet:
             return decoder.build(spec)
         case EncoderSpec():
             return encoder.build_encoder(spec)
+        case Seq2SeqSpec():
+            return seq2seq.build(spec)
 
 
 def parameters(spec: Spec) -> int:

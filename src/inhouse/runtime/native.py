@@ -12,7 +12,7 @@ from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
 from inhouse.runtime.library import last_error
 from inhouse.runtime.native_flat import flatten
 from inhouse.runtime.native_library import COutput, CStep, CWeight, check, library
-from inhouse.runtime.packed import FORMATS, Packed
+from inhouse.runtime.packed import FORMATS, Packed, pack_float
 from inhouse.runtime.program import ProgramSet
 from inhouse.runtime.step import I32, Step, check_step, step_rules
 
@@ -89,7 +89,8 @@ class NativeExecutor:
                 raise UsageError(f"weight {name!r} has shape {weights[name].shape}, needs {spec.shape}", param=name)
         kept: dict[str, Weight] = {name: weights[name] for name in programs.weights}
         for name, array in programs.constants.items():
-            kept[name] = np.ascontiguousarray(array, np.float32)
+            plain = np.ascontiguousarray(array, np.float32)
+            kept[name] = pack_float(plain, "f32") if plain.ndim == 2 else plain
         return kept
 
     def _create(self, isa: bytes | None, threads: int) -> int:

@@ -68,7 +68,7 @@ class WeightSpec:
 
     name: str
     shape: tuple[int, ...]
-    kind: str  # "linear" | "embedding" | "vector"; a tied head reads an "embedding" as a linear
+    kind: str  # "linear" | "embedding" (a tied head reads it as a linear) | "vector" | "table" (rows that stay floats)
 
 
 @dataclass(frozen=True, slots=True)

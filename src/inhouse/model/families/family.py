@@ -112,13 +112,14 @@ class Fused:
     groups: str = ""
     transpose: bool = False  # the file keeps [in, out]
     experts: bool = False
+    row: bool = False  # the file keeps a vector [n] as [1, n]
 
     def derive(self, spec: Spec, canonical: str, source: str, weights: Mapping[str, WeightSpec]) -> Derive:
         """Where the weight `canonical` of `spec` lies in the tensor `source`."""
         shape = weights[canonical].shape
         transpose = self.transpose and len(shape) == 2
         rows, total = self._rows(spec, canonical, weights)
-        whole = (shape[1], total) if transpose else (total, *shape[1:])
+        whole = (shape[1], total) if transpose else (1, total) if self.row else (total, *shape[1:])
         part = None
         if self.experts:
             each, numbers = whole[0], [int(n) for n in re.findall(r"\d+", canonical)]

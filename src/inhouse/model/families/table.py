@@ -5,11 +5,11 @@ from typing import Any
 
 from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.model.build import Spec
-from inhouse.model.families import encoders, llama, qwen
+from inhouse.model.families import encoders, llama, qwen, seq2seq
 from inhouse.model.families.family import Family, Tensors
 from inhouse.model.families.fields import Fields
 
-FAMILIES: tuple[Family, ...] = (*llama.ROWS, *qwen.ROWS, *encoders.ROWS)
+FAMILIES: tuple[Family, ...] = (*llama.ROWS, *qwen.ROWS, *encoders.ROWS, *seq2seq.ROWS)
 
 
 def resolve(
