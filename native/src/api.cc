@@ -83,7 +83,7 @@ int64_t ih_model_bytes(const ih_model* model) { return model->model->bytes(); }
 ih_status ih_reserve(ih_model* model, int64_t rows, int64_t sampled, int64_t sequences) {
   return guarded([&]() -> Status {
     if (rows < 0 || sampled < 0 || sequences < 0) return Status::usage("a negative number of rows");
-    model->model->reserve({{rows, sampled, sequences}});
+    model->model->reserve(model->model->rows_of(rows, sampled, sequences));
     return {};
   });
 }

@@ -1,4 +1,5 @@
 // The shape rules of every op, on the native side: a program that passes cannot make a body leave its buffers.
+#include <algorithm>
 #include <string>
 
 #include "formats.h"
@@ -196,6 +197,105 @@ void check_map(Rule& r, size_t inputs) {
   if (kind == OpKind::kAct || kind == OpKind::kGlu) r.integer(0, 0, kActivations - 1);
 }
 
+void check_glu(Rule& r) {
+  check_map(r, 2);
+  if (r.fault() == nullptr) r.need(r.op().real(1) >= 0.0f, "a negative limit");
+}
+
+void check_scale_rows(Rule& r) {
+  if (!r.arity(2, 0, 0, 1)) return;
+  r.floats();
+  r.alike(r.in(0), r.out(0));
+  r.need(r.in(0).axis == r.in(1).axis && r.in(1).width == 1, "needs one number for each row");
+}
+
+void check_concat(Rule& r) {
+  if (!r.arity(2, 0, 0, 1)) return;
+  r.floats();
+  r.integer(0, 1, r.in(0).width);
+  if (r.fault() != nullptr) return;
+  const int64_t heads = r.op().integer(0);
+  r.need(r.in(0).axis == r.in(1).axis && r.in(0).axis == r.out(0).axis, "axes differ");
+  r.need(r.in(0).width % heads == 0 && r.in(1).width % heads == 0, "a width is no multiple of heads");
+  r.need(r.out(0).width == r.in(0).width + r.in(1).width, "output has another width");
+}
+
+void check_head_linears(Rule& r) {
+  if (!r.arity(1, 1, 1, 1)) return;
+  r.integer(0, 1, r.in(0).width);
+  const Weight* w = r.weight(0);
+  if (w == nullptr || w->format < 0) return r.need(false, "no packed matrix");
+  if (r.fault() != nullptr) return;
+  const int64_t heads = r.op().integer(0);
+  const Value &x = r.in(0), &y = r.out(0);
+  r.need(w->out % heads == 0 && w->out / heads % kTileRows == 0, "a head's outputs must be a multiple of 16");
+  r.need(x.width == heads * w->in, "the matrix takes another width");
+  const bool codes = x.group == kQuantGroup && w->in % kQuantGroup == 0 && kFormats[w->format].low > 0;
+  r.need(x.dtype == DType::kF32 || codes, "the matrix cannot take its quantised input");
+  r.need(y.axis == x.axis && y.width == w->out && y.dtype == DType::kF32, "output does not fit the matrix");
+}
+
+void check_route(Rule& r) {
+  if (!r.arity(1, 0, 1, 1)) return;
+  r.floats();
+  const int64_t experts = r.in(0).width, k = r.op().integer(0), groups = r.op().integer(4);
+  r.need(experts <= kMaxExperts, "too many experts");
+  r.integer(0, 1, std::min<int64_t>(experts, kMaxTopK));
+  r.integer(2, 0, kScorings - 1);
+  r.integer(4, 0, experts);
+  r.integer(5, groups > 0 ? 1 : 0, std::max<int64_t>(groups, 0));
+  r.integer(6, 0, 1);
+  if (r.fault() != nullptr) return;
+  r.vector(0, experts, true);
+  r.need(k == r.set().routed.top_k, "route ops differ in top_k");
+  r.need(groups == 0 || (experts % groups == 0 && k <= experts / groups * r.op().integer(5)), "groups do not fit");
+  r.need(groups == 0 || r.op().integer(6) == 0 || experts / groups >= 2, "groups of one expert have no two best");
+  r.need(r.op().integer(2) != kSparsemixer || (k == 2 && groups == 0), "sparsemixer takes two experts, no groups");
+  r.need(r.in(0).axis == Axis::kTokens && r.out(0).axis == Axis::kTokens, "must be over tokens");
+  r.need(r.out(0).width == 2 * k, "routing must be 2 * top_k wide");
+}
+
+// The routing an op reads must be the last one made: its rows are sorted then.
+void check_routing(Rule& r, int32_t last_routing) {
+  r.need(r.op().inputs.size() == 2 && r.op().inputs[1] == last_routing, "its routing is not the last one");
+}
+
+void check_dispatch(Rule& r, int32_t last_routing) {
+  if (!r.arity(2, 0, 0, 1)) return;
+  r.floats();
+  check_routing(r, last_routing);
+  r.need(r.in(0).axis == Axis::kTokens && r.out(0).axis == Axis::kRouted, "must turn [T, W] into [R, W]");
+  r.need(r.in(0).width == r.out(0).width, "widths differ");
+}
+
+void check_combine(Rule& r, int32_t last_routing) {
+  if (!r.arity(2, 0, 0, 1)) return;
+  r.floats();
+  check_routing(r, last_routing);
+  r.need(r.in(0).axis == Axis::kRouted && r.out(0).axis == Axis::kTokens, "must turn [R, W] into [T, W]");
+  r.need(r.in(0).width == r.out(0).width, "widths differ");
+}
+
+void check_expert_linears(Rule& r, int32_t last_routing, int64_t experts) {
+  const size_t count = r.op().outputs.size();
+  r.integer(0, experts, experts);
+  r.need(count > 0, "no outputs");
+  if (r.fault() != nullptr) return;
+  const size_t each = static_cast<size_t>(experts), half = count * each;
+  if (!r.arity(2, 2 * half, 2 * half, count)) return;
+  check_routing(r, last_routing);
+  r.need(r.in(0).axis == Axis::kRouted, "its input must be routed rows");
+  for (size_t i = 0; i < half && r.fault() == nullptr; ++i) {
+    const Weight* w = r.weight(i);
+    const Value& y = r.out(static_cast<int>(i / each));
+    if (w == nullptr || w->format < 0) return r.need(false, "a packed weight is missing");
+    r.need(r.in(0).dtype == DType::kF32 || takes_codes(*w, r.in(0)), "a weight cannot take its quantised input");
+    r.need(w->in == r.in(0).width, "a weight takes another width");
+    r.need(y.axis == Axis::kRouted && y.width == w->out && y.dtype == DType::kF32, "an output does not fit its weight");
+    r.vector(half + i, w->out, true);
+  }
+}
+
 void check_select_rows(Rule& r) {
   if (!r.arity(1, 0, 0, 1)) return;
   r.floats();
@@ -211,8 +311,20 @@ void check_pool(Rule& r) {
   r.integer(0, 0, 3);
 }
 
-void check_op(Rule& r) {
+// The last routing made before an op, and over how many experts; -1 and 0 where there is none.
+struct Routing {
+  int32_t value = -1;
+  int64_t experts = 0;
+};
+
+void check_op(Rule& r, const Routing& last) {
   switch (r.op().kind) {
+    case OpKind::kDispatch:
+      return check_dispatch(r, last.value);
+    case OpKind::kExpertLinears:
+      return check_expert_linears(r, last.value, last.experts);
+    case OpKind::kCombine:
+      return check_combine(r, last.value);
     case OpKind::kEmbed:
       return check_embed(r);
     case OpKind::kRmsNorm:
@@ -230,6 +342,15 @@ void check_op(Rule& r) {
     case OpKind::kAttention:
       return check_attention(r);
     case OpKind::kGlu:
+      return check_glu(r);
+    case OpKind::kRoute:
+      return check_route(r);
+    case OpKind::kScaleRows:
+      return check_scale_rows(r);
+    case OpKind::kConcat:
+      return check_concat(r);
+    case OpKind::kHeadLinears:
+      return check_head_linears(r);
     case OpKind::kAdd:
     case OpKind::kMul:
       return check_map(r, 2);
@@ -246,11 +367,14 @@ void check_op(Rule& r) {
 
 Status check_program(const ProgramSet& set, const Program& program, const std::vector<Weight>& weights) {
   std::vector<bool> made(program.values.size(), false);
+  Routing last;
   for (size_t i = 0; i < program.ops.size(); ++i) {
     const Op& op = program.ops[i];
     Rule rule(set, program, op, weights);
     for (int32_t v : op.inputs) rule.need(made[v], "it reads a value before it is made");
-    if (rule.fault() == nullptr) check_op(rule);
+    if (rule.fault() == nullptr) check_op(rule, last);
+    if (rule.fault() == nullptr && op.kind == OpKind::kRoute)
+      last = {op.outputs[0], program.values[op.inputs[0]].width};
     for (int32_t v : op.outputs) {
       rule.need(!made[v], "it makes a value again");
       made[v] = true;

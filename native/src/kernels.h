@@ -72,6 +72,20 @@ struct AttentionTask {
   int32_t position, length, prefix, rows, kv_head;
 };
 
+// Index into SCORINGS of runtime/ops.py.
+enum Scoring : int32_t { kScoreSoftmax, kScoreSigmoid, kSoftmaxAfter, kSparsemixer, kScorings };
+
+constexpr int kMaxExperts = 4096;  // of a layer
+constexpr int kMaxTopK = 64;       // of a token
+
+// What a route op is; runtime/ops.py says what each field means. two_best: a group counts as its two best experts.
+struct RouteShape {
+  int32_t experts, top_k, groups, top_groups;
+  Scoring scoring;
+  bool normalize, two_best;
+  float scale, jitter;
+};
+
 // Every body follows one accumulation order, a function of the weight format alone: y[r][o] has the same bits
 // whatever `rows`, `tile_begin` and `tile_end` are.
 struct Kernels {
@@ -117,6 +131,12 @@ struct Kernels {
   void (*exp_weights)(const float* x, int64_t n, float top, float inverse, float* w, float* sums);
   // Merges the partials of partitions [begin, end), each `stride` floats after the one before, and writes y.
   void (*attend_merge)(const AttentionTask& task, int begin, int end, float* partials, int64_t stride);
+  // One row of route: logits [experts], correction [experts] or null -> routing [2 * top_k].
+  void (*route)(const RouteShape& shape, const float* logits, const float* correction, float* routing);
+  // y [n] = the sum of `count` rows [n], each times its weight, in that order.
+  void (*weighted_sum)(const float* const* rows, const float* weights, int count, int64_t n, float* y);
+  // glu with gate at most `limit`, up within -limit..limit, and `offset` added to up.
+  void (*glu_cut)(int act, float limit, float offset, const float* gate, const float* up, int64_t n, float* y);
   // Yardsticks of benchmarks (ops/probe-inl.h): each gives the work it has done; `sink` keeps it from being left out.
   double (*probe_dot)(int64_t loops, int32_t* sink);
   double (*probe_fma)(int64_t loops, int32_t* sink);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <new>
 #include <string>
+#include <utility>
 
 #include "attention.h"
 #include "dispatch.h"
@@ -18,6 +19,7 @@ namespace inhouse {
 namespace {
 
 constexpr int64_t kMaxElements = int64_t{1} << 40;
+constexpr int64_t kGuardGap = 4096;
 
 Status fault(int64_t i, const char* what) { return Status::usage("weight " + std::to_string(i) + ": " + what); }
 
@@ -79,10 +81,18 @@ Status Model::take_weights(const ih_weight* weights, int64_t count) {
   return {};
 }
 
+// Weights that lie less than a page apart share a range: between them is no whole page of anybody else's, and a model
+// of thousands of experts needs few ranges.
 Status Model::guard_weights() {
+  std::vector<std::pair<const uint8_t*, const uint8_t*>> ranges;
   for (const Weight& weight : weights_) {
-    if (weight.bytes == 0) continue;
-    const int64_t guard = guard_add(weight.data, weight.bytes);
+    if (weight.bytes > 0) ranges.emplace_back(weight.data, weight.data + weight.bytes);
+  }
+  std::sort(ranges.begin(), ranges.end());
+  for (size_t i = 0; i < ranges.size();) {
+    const uint8_t *begin = ranges[i].first, *end = ranges[i].second;
+    for (++i; i < ranges.size() && ranges[i].first < end + kGuardGap; ++i) end = std::max(end, ranges[i].second);
+    const int64_t guard = guard_add(begin, static_cast<size_t>(end - begin));
     if (guard < 0) return Status::capacity("no room to guard another mapping");
     guards_.push_back(guard);
   }
@@ -118,6 +128,7 @@ void Model::size_attention() {
 
 void Model::reserve(const Rows& rows) {
   arena_->reserve(rows);
+  routed_.reserve(rows[Axis::kTokens], set_.routed);
   const size_t sequences = static_cast<size_t>(rows[Axis::kSequences]);
   const size_t split = static_cast<size_t>(most_split_pieces(set_.context_length, threads_));
   const size_t whole = static_cast<size_t>(rows[Axis::kTokens] * kv_heads_);
@@ -130,7 +141,7 @@ Status Model::run(int32_t program, const ih_step& step, ih_output* outputs) {
     return Status::usage("no program " + std::to_string(program));
   }
   if (damaged_) return Status::failed("a mapped weight was lost in an earlier step");
-  const Rows rows = {{step.rows, step.sampled, step.sequences}};
+  const Rows rows = rows_of(step.rows, step.sampled, step.sequences);
   reserve(rows);
   Runner(*this, program, step, rows).run();
   if (damaged()) return Status::failed("the file behind a mapped weight was cut short or could not be read");

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "inhouse.h"
+#include "moe.h"
 #include "plan.h"
 #include "program.h"
 #include "relative.h"
@@ -54,6 +55,10 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
+  // Rows of every axis of a step with so many tokens, sampled rows and sequences.
+  Rows rows_of(int64_t tokens, int64_t sampled, int64_t sequences) const {
+    return {{tokens, sampled, sequences, tokens * set_.routed.top_k}};
+  }
   // Room for a step of that many rows. Throws std::bad_alloc.
   void reserve(const Rows& rows);
   // One step; outputs point into the arena until the next one. Throws std::bad_alloc.
@@ -80,6 +85,7 @@ class Model {
   int64_t kv_heads_ = 0;  // most of any group
   AttentionMemory attention_;
   std::vector<Relative> relative_;  // made before the first step, so that none allocates
+  RoutedRows routed_;
   bool damaged_ = false;
 };
 

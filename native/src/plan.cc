@@ -26,6 +26,7 @@ bool in_place(OpKind kind) {
     case OpKind::kMul:
     case OpKind::kScale:
     case OpKind::kSoftCap:
+    case OpKind::kScaleRows:
       return true;
     default:
       return false;
@@ -65,7 +66,10 @@ class Planner {
 
  private:
   // rope reads its angles again for every head, so only its first input may be written over.
-  static size_t shared_inputs(const Op& op) { return op.kind == OpKind::kRope ? 1 : op.inputs.size(); }
+  // Nor may the numbers that rows are scaled by.
+  static size_t shared_inputs(const Op& op) {
+    return op.kind == OpKind::kRope || op.kind == OpKind::kScaleRows ? 1 : op.inputs.size();
+  }
 
   // Frees the slots of those inputs [begin, end) that are dead after op i.
   void release(const Op& op, size_t i, size_t begin, size_t end) {

@@ -1,6 +1,7 @@
 // Reading of the flat form. A faulty array gives a Status; it never reads past the end or makes an endless list.
 #include "program.h"
 
+#include <algorithm>
 #include <string>
 
 namespace inhouse {
@@ -17,9 +18,11 @@ struct OpRow {
 
 // By OpKind.
 constexpr OpRow kOps[] = {
-    {"embed", 3}, {"rms_norm", 3},   {"layer_norm", 1},  {"quantize_rows", 1}, {"linears", 0},     {"rotary", 1},
-    {"rope", 2},  {"attention", 15}, {"act", 1},         {"glu", 1},           {"add", 0},         {"mul", 0},
-    {"scale", 1}, {"soft_cap", 1},   {"select_rows", 0}, {"pool", 2},          {"write_cross", 2},
+    {"embed", 3},   {"rms_norm", 3},    {"layer_norm", 1}, {"quantize_rows", 1}, {"linears", 0},
+    {"rotary", 1},  {"rope", 2},        {"attention", 15}, {"act", 1},           {"glu", 3},
+    {"add", 0},     {"mul", 0},         {"scale", 1},      {"soft_cap", 1},      {"select_rows", 0},
+    {"pool", 2},    {"write_cross", 2}, {"route", 8},      {"dispatch", 0},      {"expert_linears", 1},
+    {"combine", 0}, {"scale_rows", 0},  {"concat", 1},     {"head_linears", 1},
 };
 static_assert(sizeof(kOps) / sizeof(kOps[0]) == static_cast<size_t>(OpKind::kCount));
 
@@ -115,6 +118,22 @@ Program read_program(Reader& in, int64_t weights) {
   return program;
 }
 
+RoutedSizes routed_sizes(const ProgramSet& set) {
+  RoutedSizes sizes;
+  for (const Program& program : set.programs) {
+    for (const Op& op : program.ops) {
+      if (op.kind == OpKind::kRoute && !op.inputs.empty()) {
+        sizes.top_k = std::max(sizes.top_k, op.integer(0));
+        sizes.experts = std::max(sizes.experts, program.values[op.inputs[0]].width);
+      }
+      if (op.kind == OpKind::kExpertLinears) {
+        sizes.outputs = std::max(sizes.outputs, static_cast<int64_t>(op.outputs.size()));
+      }
+    }
+  }
+  return sizes;
+}
+
 }  // namespace
 
 const char* op_name(OpKind kind) { return kOps[static_cast<int>(kind)].name; }
@@ -128,6 +147,7 @@ Status read_programs(const int64_t* flat, int64_t length, int64_t weight_count, 
   const int64_t groups = in.count("the groups"), programs = in.count("the programs");
   for (int64_t i = 0; i < groups && !in.failed(); ++i) set->groups.push_back(read_group(in));
   for (int64_t i = 0; i < programs && !in.failed(); ++i) set->programs.push_back(read_program(in, weight_count));
+  if (!in.failed()) set->routed = routed_sizes(*set);
   return in.finish();
 }
 

@@ -17,29 +17,36 @@ namespace inhouse {
 constexpr int64_t kMagic = 0x31575048494eLL;
 constexpr int64_t kFlatVersion = 2;
 
-enum class Axis : int32_t { kTokens, kSampled, kSequences, kCount };
+enum class Axis : int32_t { kTokens, kSampled, kSequences, kRouted, kCount };
 enum class DType : int32_t { kF32, kI8, kCount };
 
 enum class OpKind : int32_t {
-  kEmbed,         // source (0 tokens, 1 positions, 2 types), offset, scale
-  kRmsNorm,       // eps, heads, offset
-  kLayerNorm,     // eps
-  kQuantizeRows,  // group (never 0)
-  kLinears,       //
-  kRotary,        // factor
-  kRope,          // head_dim, interleaved
-  kAttention,     // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, mask (0 causal,
-                  // 1 bidirectional, 2 prefix), cross, bias (0 none, 1 alibi, 2 relative), buckets, max_distance,
-                  // v_from_k
-  kAct,           // act
-  kGlu,           // act
-  kAdd,           //
-  kMul,           //
-  kScale,         // by
-  kSoftCap,       // cap
-  kSelectRows,    //
-  kPool,          // mode (0 cls, 1 mean, 2 last, 3 max), normalize
-  kWriteCross,    // group, layer slot
+  kEmbed,          // source (0 tokens, 1 positions, 2 types), offset, scale
+  kRmsNorm,        // eps, heads, offset
+  kLayerNorm,      // eps
+  kQuantizeRows,   // group (never 0)
+  kLinears,        //
+  kRotary,         // factor
+  kRope,           // head_dim, interleaved
+  kAttention,      // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, mask (0 causal,
+                   // 1 bidirectional, 2 prefix), cross, bias (0 none, 1 alibi, 2 relative), buckets, max_distance,
+                   // v_from_k
+  kAct,            // act
+  kGlu,            // act, limit, offset
+  kAdd,            //
+  kMul,            //
+  kScale,          // by
+  kSoftCap,        // cap
+  kSelectRows,     //
+  kPool,           // mode (0 cls, 1 mean, 2 last, 3 max), normalize
+  kWriteCross,     // group, layer slot
+  kRoute,          // top_k, normalize, scoring, scale, groups, top_groups, group_score (0 max, 1 top2), jitter
+  kDispatch,       //
+  kExpertLinears,  // experts
+  kCombine,        //
+  kScaleRows,      //
+  kConcat,         // heads
+  kHeadLinears,    // heads
   kCount
 };
 
@@ -72,8 +79,14 @@ struct Group {
   int64_t kv_heads, head_dim, v_dim, window, layers;
 };
 
+// The largest of any route op, and of the outputs of any expert_linears; top_k is one for all.
+struct RoutedSizes {
+  int64_t top_k = 0, experts = 0, outputs = 0;
+};
+
 struct ProgramSet {
   int64_t vocab_size, context_length;
+  RoutedSizes routed;
   std::vector<Group> groups;
   std::vector<Program> programs;
 };

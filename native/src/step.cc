@@ -7,13 +7,6 @@
 
 namespace inhouse {
 
-namespace {
-
-constexpr int64_t kTileProducts = 65536;  // multiply-adds of a linear that are
-constexpr int64_t kTilesPerThread = 4;
-
-}  // namespace
-
 Runner::Runner(Model& model, int32_t program, const ih_step& step, const Rows& rows)
     : model_(model),
       index_(program),
@@ -53,6 +46,20 @@ void Runner::run_op(const Op& op) {
       return select_rows(op);
     case OpKind::kPool:
       return pool(op);
+    case OpKind::kRoute:
+      return route(op);
+    case OpKind::kDispatch:
+      return dispatch(op);
+    case OpKind::kExpertLinears:
+      return expert_linears(op);
+    case OpKind::kCombine:
+      return combine(op);
+    case OpKind::kScaleRows:
+      return scale_rows(op);
+    case OpKind::kConcat:
+      return concat(op);
+    case OpKind::kHeadLinears:
+      return head_linears(op);
     default:
       return map(op);
   }
@@ -166,6 +173,10 @@ void Runner::map(const Op& op) {
       case OpKind::kAct:
         return kernels_.activation(static_cast<int>(op.integer(0)), a + at, n, y + at);
       case OpKind::kGlu:
+        if (op.real(1) > 0.0f || op.real(2) != 0.0f) {
+          return kernels_.glu_cut(static_cast<int>(op.integer(0)), glu_limit(op), op.real(2), a + at, b + at, n,
+                                  y + at);
+        }
         return kernels_.glu(static_cast<int>(op.integer(0)), a + at, b + at, n, y + at);
       case OpKind::kAdd:
         return kernels_.add(a + at, b + at, n, y + at);

@@ -11,6 +11,11 @@
 namespace inhouse {
 
 constexpr int64_t kTileElements = 16384;  // row-wise elements that are worth a tile of their own
+constexpr int64_t kTileProducts = 65536;  // multiply-adds of a linear that are
+constexpr int64_t kTilesPerThread = 4;
+
+// Where a gated unit cuts its inputs; infinite: nowhere.
+inline float glu_limit(const Op& op) { return op.real(1) > 0.0f ? op.real(1) : __builtin_inff(); }
 
 class Runner {
  public:
@@ -30,6 +35,17 @@ class Runner {
   void select_rows(const Op& op);
   void pool(const Op& op);
   void pool_one(const Op& op, const Span& span);
+
+  // moe_step.cc
+  void route(const Op& op);
+  void sort_rows(const RouteShape& shape, int32_t routing);
+  void dispatch(const Op& op);
+  void expert_linears(const Op& op);
+  void one_expert(const Op& op, int64_t output, int64_t expert, int64_t first_tile, int64_t last_tile);
+  void combine(const Op& op);
+  void scale_rows(const Op& op);
+  void concat(const Op& op);
+  void head_linears(const Op& op);
 
   // attention_step.cc
   void attention(const Op& op);

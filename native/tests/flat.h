@@ -34,7 +34,7 @@ class Decoder {
     const int64_t y = op(OpKind::kAdd, {x, o}, {}, {kWidth}, {});
     const int64_t gate =
         op(OpKind::kLinears, {y}, {matrix(kFfn, kWidth), matrix(kFfn, kWidth), -1, -1}, {kFfn, kFfn}, {});
-    const int64_t f = op(OpKind::kGlu, {gate, gate + 1}, {}, {kFfn}, {0});
+    const int64_t f = op(OpKind::kGlu, {gate, gate + 1}, {}, {kFfn}, {0, bits(0.0), bits(0.0)});
     const int64_t down = op(OpKind::kLinears, {f}, {matrix(kWidth, kFfn), -1}, {kWidth}, {});
     const int64_t z =
         op(OpKind::kLayerNorm, {op(OpKind::kAdd, {y, down}, {}, {kWidth}, {})}, {norm, -1}, {kWidth}, {bits(1e-5)});

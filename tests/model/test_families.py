@@ -100,7 +100,7 @@ def test_what_is_not_honoured_is_named(changes: dict[str, Any], named: str) -> N
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"expert_count": 8}, "expert_count"),
+        ({"expert_count": 8, "expert_used_count": 2, "expert_gating_func": 9}, "expert_gating_func"),
         ({"rope__scaling__type": "longrope"}, "longrope"),
         ({"attention__head_count_kv": np.array([4, 4, 2, 4, 4], np.int32)}, "head_count_kv"),
         ({"attention__value_length": 4}, "value_length"),
@@ -259,9 +259,10 @@ def test_gguf_llama_rows_are_put_in_half_order() -> None:
 
 
 def test_every_architecture_name_belongs_to_one_family() -> None:
-    for kind in ("architectures", "gguf"):
-        every = [name for family in FAMILIES for name in getattr(family, kind)]
-        assert len(every) == len(set(every))
+    every = [name for family in FAMILIES for name in family.architectures]
+    assert len(every) == len(set(every))
+    gguf = [(name, family.mixture) for family in FAMILIES for name in family.gguf]  # llama: Mixtral with experts
+    assert len(gguf) == len(set(gguf))
 
 
 def test_context_length_follows_the_stretch() -> None:

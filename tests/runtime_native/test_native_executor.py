@@ -52,7 +52,7 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def _routed() -> ProgramSet:
-    specs = {"table": WeightSpec("table", (VOCAB, 8), "embedding")}
+    specs = {"table": WeightSpec("table", (VOCAB, 5000), "embedding")}
     builder = Builder("step", specs)
     x = builder.one("embed", weights=["table"])
     builder.layer = 5
@@ -60,8 +60,8 @@ def _routed() -> ProgramSet:
 
 
 def test_ops_that_it_lacks_are_refused_by_name_and_layer() -> None:
-    model = OneOp().build("add", [8, 8])
-    with pytest.raises(UnsupportedError, match=r"cannot run route \(layer 5\)"):
+    model = OneOp().build("add", [5000, 5000])
+    with pytest.raises(UnsupportedError, match=r"cannot run route \(layer 5\): 2 of 5000 experts"):
         NativeExecutor(_routed(), {"table": model.weights["in0"]})
 
 

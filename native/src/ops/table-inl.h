@@ -5,6 +5,7 @@
 #include "ops/rows-inl.h"
 #include "ops/attention-inl.h"
 #include "ops/sample-inl.h"
+#include "ops/moe-inl.h"
 // clang-format on
 
 namespace inhouse::IH_ISA {
@@ -36,6 +37,9 @@ Kernels table(void (*add_linears)(Kernels&)) {
   t.block_max = block_max;
   t.exp_weights = exp_weights;
   t.attend_merge = attend_merge;
+  t.route = route;
+  t.weighted_sum = weighted_sum;
+  t.glu_cut = glu_cut;
   return t;
 }
 

@@ -62,10 +62,13 @@ def mla_block(
     name = f"layers.{layer}.attn"
     kv, k_rope, x = _compressed(builder, mla, name, h)
     q_nope, q_rope = builder.op("linears", x, weights=[f"{name}.q_nope.weight", f"{name}.q_rope.weight", "", ""])
-    turn = {"head_dim": mla.rope_dim, "interleaved": interleaved}
-    k = builder.one("concat", kv, builder.one("rope", k_rope, rotary, **turn), heads=1)
+
+    def turned(x: Value) -> Value:
+        return builder.one("rope", x, rotary, head_dim=mla.rope_dim, interleaved=interleaved)
+
+    k = builder.one("concat", kv, turned(k_rope), heads=1)
     inward = builder.one("head_linears", q_nope, weights=[f"{name}.k_b.weight"], heads=heads)
-    q = builder.one("concat", inward, builder.one("rope", q_rope, rotary, **turn), heads=heads)
+    q = builder.one("concat", inward, turned(q_rope), heads=heads)
     a = builder.one(
         "attention", q, k, group=GROUP, heads=heads, kv_heads=1, head_dim=mla.kv_rank + mla.rope_dim,
         v_dim=mla.kv_rank, scale=mla_scale(mla), v_from_k=True,

@@ -100,12 +100,13 @@ def context_for(programs: ProgramSet, kv_dtype: str, budget: int, step_tokens: i
 
 def activation_bytes(programs: ProgramSet, step_tokens: int, logit_rows: int) -> int:
     """Bytes of the values that live at once, in the worst op of any Program; S and N axes have logit_rows rows."""
-    sizes = {Axis.TOKENS: step_tokens, Axis.ROUTED: step_tokens}
-    return max((_peak(p, sizes, logit_rows) for p in programs.programs.values()), default=0)
+    return max((_peak(p, step_tokens, logit_rows) for p in programs.programs.values()), default=0)
 
 
-def _peak(program: Program, sizes: Mapping[Axis, int], others: int) -> int:
+def _peak(program: Program, tokens: int, others: int) -> int:
     """The largest sum of live values while the program runs (a value lives from its op to its last use)."""
+    top_k = max((int(op.attrs["top_k"]) for op in program.ops if op.kind == "route"), default=0)
+    sizes = {Axis.TOKENS: tokens, Axis.ROUTED: tokens * top_k}
     last = {value.id: i for i, op in enumerate(program.ops) for value in (*op.inputs, *op.outputs)}
     last |= {value.id: len(program.ops) for value in program.outputs.values()}
     live: dict[int, int] = {}

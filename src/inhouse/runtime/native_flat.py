@@ -10,17 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.ops import ACTIVATIONS, MASKS, POOLINGS
+from inhouse.runtime.ops import ACTIVATIONS, GROUP_SCORES, MASKS, POOLINGS, SCORINGS
+from inhouse.runtime.packed_layout import TILE_ROWS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
 MAGIC = 0x31575048494E
 FLAT_VERSION = 2
 
-AXES = (Axis.TOKENS, Axis.SAMPLED, Axis.SEQUENCES)
+AXES = (Axis.TOKENS, Axis.SAMPLED, Axis.SEQUENCES, Axis.ROUTED)
 DTYPES = (DType.F32, DType.I8)
 GROUP_KINDS = (StateKind.PAGED, StateKind.WINDOW, StateKind.CROSS, StateKind.LATENT)
 BIASES = ("none", "alibi", "relative")
 SOURCES = ("tokens", "positions", "types")
+MAX_EXPERTS, MAX_TOP_K = 4096, 64  # kMaxExperts and kMaxTopK of native/src/kernels.h
 
 
 def _bits(value: Attr) -> int:
@@ -81,6 +83,22 @@ def _slot(c: _Context) -> list[int]:
     return [c.programs.groups.index(group), group.layers.index(c.op.layer)]
 
 
+def _route(c: _Context) -> list[int]:
+    a = c.op.attrs
+    scoring, group_score = SCORINGS.index(str(a["scoring"])), GROUP_SCORES.index(str(a["group_score"]))
+    if c.op.inputs[0].width > MAX_EXPERTS or int(a["top_k"]) > MAX_TOP_K:
+        raise c.refuse(f"{a['top_k']} of {c.op.inputs[0].width} experts; at most {MAX_TOP_K} of {MAX_EXPERTS}")
+    first, last = c.attrs("top_k", "normalize"), c.attrs("jitter", real=["jitter"])
+    return [*first, scoring, _bits(a["scale"]), *c.attrs("groups", "top_groups"), group_score, *last]
+
+
+def _head_linears(c: _Context) -> list[int]:
+    heads = int(c.op.attrs["heads"])
+    if c.op.outputs[0].width // heads % TILE_ROWS:
+        raise c.refuse(f"{c.op.outputs[0].width // heads} outputs a head, which must be a multiple of {TILE_ROWS}")
+    return [heads]
+
+
 def _none(c: _Context) -> list[int]:
     return []
 
@@ -96,7 +114,7 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "rope": lambda c: c.attrs("head_dim", "interleaved"),
     "attention": _attention,
     "act": lambda c: [ACTIVATIONS.index(str(c.op.attrs["act"]))],
-    "glu": lambda c: [ACTIVATIONS.index(str(c.op.attrs["act"]))],
+    "glu": lambda c: [ACTIVATIONS.index(str(c.op.attrs["act"])), *c.attrs("limit", "offset", real=["limit", "offset"])],
     "add": _none,
     "mul": _none,
     "scale": lambda c: c.attrs("by", real=["by"]),
@@ -104,6 +122,13 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "select_rows": _none,
     "pool": lambda c: [POOLINGS.index(str(c.op.attrs["mode"])), *c.attrs("normalize")],
     "write_cross": _slot,
+    "route": _route,
+    "dispatch": _none,
+    "expert_linears": lambda c: c.attrs("experts"),
+    "combine": _none,
+    "scale_rows": _none,
+    "concat": lambda c: c.attrs("heads"),
+    "head_linears": _head_linears,
 }
 _NUMBERS = {kind: number for number, kind in enumerate(_ENCODERS)}
 

@@ -160,9 +160,11 @@ def hf_windows(fields: Fields, window: int, sliding: tuple[bool, ...]) -> tuple[
     return tuple(window if slides else 0 for slides in sliding) if window and any(sliding) else ()
 
 
-def from_gguf(fields: Fields, tensors: Tensors, family: str, *, qk_norm: bool = False) -> ModelSpec:
+def from_gguf(
+    fields: Fields, tensors: Tensors, family: str, *, qk_norm: bool = False, mixture: bool = False
+) -> ModelSpec:
     """ModelSpec of GGUF metadata under `{architecture}.`; biases and a head of its own are there if their tensors are.
-    Refuses every key left unread."""
+    `mixture`: the caller has read what there is of experts. Refuses every key left unread."""
     layers, hidden = fields.integer("block_count"), fields.integer("embedding_length")
     heads = _uniform(fields, "attention.head_count")
     kv_heads = _uniform(fields, "attention.head_count_kv", heads)
@@ -189,7 +191,8 @@ def from_gguf(fields: Fields, tensors: Tensors, family: str, *, qk_norm: bool = 
         windows=(window,) * layers if window and layers <= 2048 else (),
     )  # fmt: skip
     for key, allowed in NEUTRAL_GGUF.items():
-        fields.expect(key, allowed)
+        if not (mixture and key == "expert_count"):
+            fields.expect(key, allowed)
     fields.refuse_rest(INERT_GGUF)
     return check_spec(spec)
 

@@ -71,6 +71,7 @@ class Derive:
     transpose: bool = False
     rows: Rows | None = None
     order: HeadOrder | None = None
+    heads: int = 0  # transposed in as many blocks of rows, each on its own; 0: at once
 
     def index(self) -> npt.NDArray[np.int64] | None:
         """Source rows in canonical order, of a weight that is not transposed; None for all of them as they are."""
@@ -91,6 +92,10 @@ class Derive:
             return np.ascontiguousarray(array if index is None else array[index]).reshape(self.shape)
         if self.part is not None:
             array = array[self.part.index()]
+        if self.heads:
+            return np.ascontiguousarray(array.reshape(self.heads, -1, array.shape[-1]).swapaxes(1, 2)).reshape(
+                self.shape
+            )
         for step in (self.rows, self.order):
             if step is not None:
                 array = array[:, step.index()]
@@ -103,8 +108,10 @@ class Fused:
 
     `of`: the canonical weights in it, in their order along the rows, without layer prefix and suffix
     (("attn.q", "attn.k", "attn.v")); () for a tensor of its own. `groups`: what it is grouped by: nothing (one block
-    after the other), `kv_heads` ([key-value heads, q.. k v]) or `rows` (they alternate row by row). `experts`: it holds
-    those of every expert, expert by expert along the first axis; the canonical name then has a number for the expert.
+    after the other), `kv_heads` ([key-value heads, q.. k v]), `heads`, or `rows` (they alternate row by row).
+    `experts`: it holds those of every expert, expert by expert along the first axis; the canonical name then has a
+    number for the expert.
+    `vector`: a matrix of one row, kept as a vector.
     """
 
     name: str
@@ -113,6 +120,7 @@ class Fused:
     transpose: bool = False  # the file keeps [in, out]
     experts: bool = False
     row: bool = False  # the file keeps a vector [n] as [1, n]
+    vector: bool = False
 
     def derive(self, spec: Spec, canonical: str, source: str, weights: Mapping[str, WeightSpec]) -> Derive:
         """Where the weight `canonical` of `spec` lies in the tensor `source`."""
@@ -121,6 +129,8 @@ class Fused:
         rows, total = self._rows(spec, canonical, weights)
         whole = (shape[1], total) if transpose else (1, total) if self.row else (total, *shape[1:])
         part = None
+        if self.vector:
+            whole = shape[1:]
         if self.experts:
             each, numbers = whole[0], [int(n) for n in re.findall(r"\d+", canonical)]
             count = spec.moe.experts if isinstance(spec, ModelSpec) and spec.moe else 1
@@ -137,9 +147,13 @@ class Fused:
             return None, count
         prefix = stem.removesuffix(ours)
         sizes = [weights[f"{prefix}{name}{dot}{suffix}"].shape[0] for name in self.of]
-        groups = {"": 1, "kv_heads": getattr(spec, "kv_heads", 1), "rows": sizes[0]}[self.groups]
+        heads, kv_heads = getattr(spec, "heads", 1), getattr(spec, "kv_heads", 1)
+        groups = {"": 1, "kv_heads": kv_heads, "heads": heads, "rows": sizes[0]}[self.groups]
         start = sum(sizes[: self.of.index(ours)])
         return Rows(groups, sum(sizes) // groups, start // groups, count // groups), sum(sizes)
+
+
+Place = str | Fused | tuple[str | Fused, ...]  # of several, the first that the checkpoint has
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +173,13 @@ class Family:
     gguf: tuple[str, ...]  # GGUF `general.architecture`
     from_hf: Callable[[Fields, Tensors], Spec]
     from_gguf: Callable[[Fields, Tensors], Spec]
-    hf_names: Mapping[str, str | Fused]  # canonical name -> tensor, both with {i} for the layer, {e} for the expert
-    gguf_names: Mapping[str, str | Fused]
+    hf_names: Mapping[str, Place]  # canonical name -> tensor, both with {i} for the layer, {e} for the expert
+    gguf_names: Mapping[str, Place]
+    mixture: bool = False  # of two rows of one GGUF architecture, the one whose models have experts
     gguf_pairs: bool = False  # GGUF keeps q and k with rotary pairs side by side
     hf_order: str = ""  # HeadOrder of q and k in Hugging Face checkpoints; "": canonical
     prefix: str = ""  # of Hugging Face names, which some checkpoints leave out (`transformer.`)
-    ignored: tuple[str, ...] = ()  # patterns of tensors that carry nothing the spec does not say
+    ignored: tuple[str, ...] = ()  # patterns of tensors that carry nothing the spec does not say; {layers}: how many
 
     def derive(self, spec: Spec, names: Collection[str]) -> dict[str, Derive]:
         """Canonical name -> where it comes from, for every weight of `spec`, in the order of the forward pass.
@@ -177,23 +192,35 @@ class Family:
         out: dict[str, Derive] = {}
         weights = weight_specs(spec)
         for canonical in weights:
-            layer, expert = (*re.findall(r"\d+", canonical), "", "")[:2]
-            key = re.sub(r"\d+", "{e}", re.sub(r"\d+", "{i}", canonical, count=1))
-            place = table[key]
-            pattern = self._bare(place) if bare else _name(place)
-            source = pattern.replace("{i}", layer).replace("{e}", expert)
-            fused = place if isinstance(place, Fused) else Fused(pattern)
+            place, source = self._place(table, canonical, names, bare)
+            fused = place if isinstance(place, Fused) else Fused(place)
             derive = fused.derive(spec, canonical, source, weights)
             out[canonical] = replace(derive, order=self._order(spec, canonical, gguf))
         used = {derive.source for derive in out.values()}
         none_left([name for name in used if name not in names], "lacks", "Fetch the whole model again")
-        left = [name for name in names if name not in used and not _matches(name, (*self.ignored, *ignored))]
+        ignored = tuple(p.replace("{layers}", str(getattr(spec, "layers", ""))) for p in (*self.ignored, *ignored))
+        left = [name for name in names if name not in used and not _matches(name, ignored)]
         none_left(
             left, f"has, beyond what {self.name} uses,", "The model is not what its config says; check config.json"
         )
         return out
 
-    def _bare(self, place: str | Fused) -> str:
+    def _place(
+        self, table: Mapping[str, Place], canonical: str, names: Collection[str], bare: bool
+    ) -> tuple[str | Fused, str]:
+        """The place of a weight, and the tensor's name there."""
+        numbers = re.findall(r"\d+", canonical)
+        pieces = re.split(r"\d+", canonical)
+        place = table["".join(a + b for a, b in zip(pieces, ("{i}", "{e}", "")[: len(numbers)] + ("",), strict=True))]
+        layer, expert = (*numbers, "", "")[:2]
+        choices = place if isinstance(place, tuple) else (place,)
+        sources = [
+            (self._bare(one) if bare else _name(one)).replace("{i}", layer).replace("{e}", expert) for one in choices
+        ]
+        found = next((at for at, source in enumerate(sources) if source in names), 0)
+        return choices[found], sources[found]
+
+    def _bare(self, place: Place) -> str:
         return _name(place).removeprefix(self.prefix)
 
     def _order(self, spec: Spec, canonical: str, gguf: bool) -> HeadOrder | None:
@@ -204,7 +231,8 @@ class Family:
         return HeadOrder(spec.heads if part.group(1) == "q" else spec.kv_heads, spec.head_dim, kind)
 
 
-def _name(place: str | Fused) -> str:
+def _name(place: Place) -> str:
+    place = place[0] if isinstance(place, tuple) else place
     return place if isinstance(place, str) else place.name
 
 

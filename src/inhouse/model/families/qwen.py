@@ -6,7 +6,7 @@ from inhouse.model.families.fields import Fields
 from inhouse.model.spec import LIMITS, ModelSpec
 
 
-def _windows(fields: Fields) -> tuple[int, ...]:
+def windows(fields: Fields) -> tuple[int, ...]:
     """Layers from `max_window_layers` on slide, where `use_sliding_window` is on."""
     layers = min(fields.integer("num_hidden_layers"), LIMITS["layers"])
     first = fields.integer("max_window_layers", 28)
@@ -18,14 +18,22 @@ def _windows(fields: Fields) -> tuple[int, ...]:
 
 def _qwen2(fields: Fields, tensors: Tensors) -> ModelSpec:
     """arXiv 2407.10671: q, k and v have biases, always."""
-    return decoder.from_hf(fields, tensors, "qwen2", windows=_windows(fields), qkv_bias=True, context=32768)
+    return decoder.from_hf(fields, tensors, "qwen2", windows=windows(fields), qkv_bias=True, context=32768)
 
 
 def _qwen3(fields: Fields, tensors: Tensors) -> ModelSpec:
     """arXiv 2505.09388: RMS norm of each head of q and k, heads of 128 unless stated."""
-    bias, windows = fields.flag("attention_bias", False), _windows(fields)
+    bias = fields.flag("attention_bias", False)
     return decoder.from_hf(
-        fields, tensors, "qwen3", windows=windows, qkv_bias=bias, o_bias=bias, qk_norm=True, head_dim=128, context=32768
+        fields,
+        tensors,
+        "qwen3",
+        windows=windows(fields),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm=True,
+        head_dim=128,
+        context=32768,
     )
 
 

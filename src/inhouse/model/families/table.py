@@ -5,11 +5,13 @@ from typing import Any
 
 from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.model.build import Spec
-from inhouse.model.families import encoders, llama, qwen, seq2seq
+from inhouse.model.families import deepseek, encoders, gptoss, llama, moe, qwen, seq2seq
 from inhouse.model.families.family import Family, Tensors
 from inhouse.model.families.fields import Fields
 
-FAMILIES: tuple[Family, ...] = (*llama.ROWS, *qwen.ROWS, *encoders.ROWS, *seq2seq.ROWS)
+FAMILIES: tuple[Family, ...] = (
+    *llama.ROWS, *qwen.ROWS, *moe.ROWS, *deepseek.ROWS, *gptoss.ROWS, *encoders.ROWS, *seq2seq.ROWS
+)  # fmt: skip
 
 
 def resolve(
@@ -44,8 +46,10 @@ def resolve(
 
 def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[Spec, Family]:
     name = config["general.architecture"]
-    for family in FAMILIES:
-        if name in family.gguf:
+    experts = bool(config.get(f"{name}.expert_count"))
+    rows = [family for family in FAMILIES if name in family.gguf]
+    for family in rows:
+        if family.mixture == experts or len(rows) == 1:
             tokens = config.get("tokenizer.ggml.tokens")
             full = dict(config)
             if tokens is not None:

@@ -1,0 +1,111 @@
+"""Mixtures of experts and latent attention, against transformers: checkpoints with a tensor for each expert, as they
+are published, and with all experts in one, as transformers 5 keeps them."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import save_file
+
+from tests.families.parity import F32, TransformersOracle, check_parity, open_tiny, transformers_oracle
+from tests.families.shapes import SHAPE
+
+pytestmark = pytest.mark.torch
+
+E = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MLA = {"num_key_value_heads": 6, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "mscale": 0.7,
+    "mscale_all_dim": 0.9, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
+GRANITE = {
+    "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
+    "num_local_experts": 4,
+}  # fmt: skip
+V2 = E | MLA | {"n_routed_experts": 8, "n_shared_experts": 2}
+GROUPS = {
+    "first_k_dense_replace": 1, "q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+    "routed_scaling_factor": 2.0,
+}  # fmt: skip
+V3 = E | MLA | {"n_routed_experts": 8, "first_k_dense_replace": 1, "q_lora_rank": 24, "n_group": 4, "topk_group": 2}
+OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 6, "num_experts_per_tok": 2}
+CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", "Mixtral", {"num_local_experts": 5}),
+    "mixtral-window": ("mixtral", "Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    "qwen2_moe": (
+        "qwen2_moe", "Qwen2Moe",
+        E | {"num_experts": 6, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
+    "qwen3_moe": (
+        "qwen3_moe", "Qwen3Moe",
+        E | {"num_experts": 6, "norm_topk_prob": True, "head_dim": 16, "decoder_sparse_step": 2},
+    ),
+    "olmoe": ("olmoe", "Olmoe", {"num_experts": 6, "num_experts_per_tok": 3}),
+    "granitemoe": ("granitemoe", "GraniteMoe", GRANITE),
+    "granitemoe-shared": ("granitemoe", "GraniteMoeShared", GRANITE | {"shared_intermediate_size": 40}),
+    "phimoe": (
+        "phimoe", "Phimoe", {"attention_bias": True, "lm_head_bias": True, "num_local_experts": 5},
+    ),
+    "deepseek_v2": ("deepseek_v2", "DeepseekV2", V2 | GROUPS),
+    "deepseek_v2-lite": ("deepseek_v2", "DeepseekV2", V2 | {"q_lora_rank": None, "rope_parameters": YARN}),
+    "deepseek_v3": ("deepseek_v3", "DeepseekV3", V3),
+    "deepseek_v3-yarn": ("deepseek_v3", "DeepseekV3", V3 | {"rope_parameters": YARN, "attention_bias": True}),
+    "gpt_oss": ("gpt_oss", "GptOss", OSS),
+}  # fmt: skip
+
+
+def oracle_of(case: str) -> tuple[str, TransformersOracle]:
+    """(family, a random original); corrections of routers, which begin as zeros, are made to matter."""
+    family, name, changes = CASES[case]
+    oracle = transformers_oracle(f"{name}ForCausalLM", f"{name}Config", SHAPE | changes)
+    with torch.no_grad():
+        for key, buffer in oracle.model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn(buffer.shape) * 0.3)
+    return family, oracle
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_ids_and_batches(case: str, tmp_path: Path) -> None:
+    family, oracle = oracle_of(case)
+    check_parity(oracle, tmp_path, family, case=case.removeprefix(family).strip("-"))
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """An original that is saved under the names that transformers 5 has in memory."""
+
+    original: TransformersOracle
+
+    def save(self, folder: Path) -> None:
+        config = self.original.model.config.to_dict() | {"architectures": [type(self.original.model).__name__]}
+        (folder / "config.json").write_text(json.dumps(config))
+        state = {name: t.detach().contiguous().numpy() for name, t in self.original.model.state_dict().items()}
+        save_file(state, folder / "model.safetensors")
+
+    def logits(self, tokens: Sequence[int]) -> F32:
+        return self.original.logits(tokens)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe", "granitemoe", "phimoe", "deepseek_v3"])
+def test_all_experts_in_one_tensor(case: str, tmp_path: Path) -> None:
+    family, oracle = oracle_of(case)
+    check_parity(Stacked(oracle), tmp_path, family, case="stacked")
+
+
+def test_both_forms_give_the_same_weights(tmp_path: Path) -> None:
+    _, oracle = oracle_of("qwen2_moe")
+    found = []
+    for name, one in (("each", oracle), ("stacked", Stacked(oracle))):
+        (tmp_path / name).mkdir()
+        one.save(tmp_path / name)
+        found.append(open_tiny(tmp_path / name).weights)
+    assert list(found[0]) == list(found[1])
+    for name, weight in found[0].items():
+        ours, theirs = (w if isinstance(w, np.ndarray) else w.dequantize() for w in (weight, found[1][name]))
+        np.testing.assert_array_equal(ours, theirs, err_msg=name)
