@@ -34,7 +34,7 @@ def build(plan: Plan) -> Batch:
         positions=np.arange(rows, dtype=np.int32) + np.repeat(starts - (ends - counts), counts).astype(np.int32),
         sequences=np.repeat(np.arange(len(chunks), dtype=np.int32), counts),
         lengths=starts + counts,
-        tables=_tables([_tables_of(c.sequence) for c in chunks]),
+        tables=stack_tables([_tables_of(c.sequence) for c in chunks]),
         sampled=sampled,
         adapters=np.array([c.sequence.request.adapter for c in chunks], np.int32),
         encoder_lengths=np.array([len(c.sequence.request.encoder or ()) for c in chunks], np.int32),
@@ -51,7 +51,7 @@ def build_encode(encodes: Sequence[Encode]) -> Step:
         positions=np.concatenate([np.arange(count, dtype=np.int32) for count in counts]),
         sequences=np.repeat(np.arange(len(encodes), dtype=np.int32), counts),
         lengths=counts,
-        tables=_tables([e.encoding.tables | e.scratch for e in encodes]),
+        tables=stack_tables([e.encoding.tables | e.scratch for e in encodes]),
         sampled=np.zeros(0, np.int32),
         adapters=np.zeros(len(encodes), np.int32),
     )
@@ -76,7 +76,8 @@ def _tables_of(sequence: Running) -> Tables:
     return sequence.tables if sequence.encoding is None else sequence.tables | sequence.encoding.tables
 
 
-def _tables(each: Sequence[Tables]) -> dict[str, I32]:
+def stack_tables(each: Sequence[Tables]) -> dict[str, I32]:
+    """State group -> block ids [N, M] of that many entries, padded with -1."""
     return {name: _table([tables[name] for tables in each]) for name in each[0]}
 
 

@@ -27,10 +27,13 @@ from inhouse.core.errors import (
 )
 from inhouse.engine.admission import check_encoder, check_ids, limit_of
 from inhouse.engine.blocks import Blocks, root_digest
+from inhouse.engine.embed import Embedder
 from inhouse.engine.encoders import Encoders
 from inhouse.engine.plan import Plan
 from inhouse.engine.recipe import make_recipe
 from inhouse.engine.request import (
+    EmbedRequest,
+    EmbedSink,
     EngineConfig,
     Event,
     Failed,
@@ -73,6 +76,9 @@ class Stats:
     preemptions: int
     finished: dict[str, int]  # stop, length, cancelled, error -> choices
     state_bytes: int  # allocated for state
+    embed_waiting: int = 0  # requests for vectors that are not wholly answered
+    embed_inputs: int = 0  # inputs answered with vectors
+    embed_tokens: int = 0  # of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +127,8 @@ class Engine:
         self.config = config or EngineConfig()
         self.executor = executor
         programs = executor.programs
-        require(programs, "step")
+        if "step" not in programs.programs:
+            require(programs, "embed")
         shares = share_groups(programs)
         for group in shares.own:
             if group.kind not in SCHEDULED:
@@ -139,6 +146,9 @@ class Engine:
         self.capacity = self._blocks.capacity(sizes.longest_chunk)  # tokens that one sequence can hold
         self._scheduler = Scheduler(self._blocks, self.config, time.monotonic, self._encoders)
         self._runner = Runner(executor, sampler or NativeSampler())
+        self._embeds = Embedder(
+            executor, self._blocks, self._encoders, self.config, self.context_length, time.monotonic
+        )
         self._on_step = on_step
         self._sinks: dict[str, Sink] = {}  # living requests
         self._mail = _Mail()
@@ -160,6 +170,7 @@ class Engine:
         run, min_tokens beyond the room), ContextLengthError (beyond the context or all blocks), CapacityError (queue
         full), ConflictError (the id is in use), UnavailableError (draining, closed, or the executor is damaged).
         """
+        require(self.executor.programs, "step")
         limit = limit_of(request, self.context_length, self.capacity)
         check_ids(request, self.vocab_size)
         check_encoder(request, self._encoders.present, self.context_length, self._encoders.capacity)
@@ -189,6 +200,25 @@ class Engine:
         with self._changed:
             self._mail.cancelled.append((request_id, choice))
             self._changed.notify_all()
+
+    def embed(self, request: EmbedRequest, sink: EmbedSink) -> str:
+        """Queues inputs that are answered with vectors; their events go to `sink`, in the engine's thread. Returns the
+        request's id; `cancel` takes it.
+
+        Raises, before anything is queued: UnsupportedError (the model gives no such role), UsageError (an id or type
+        outside its tables), ContextLengthError, CapacityError, ConflictError, UnavailableError.
+        """
+        with self._changed:
+            self._check_open(request.id)
+            self._embeds.check(request)
+            self._embeds.add(request, sink)
+            self._changed.notify_all()
+        return request.id
+
+    @property
+    def embeds(self) -> Embedder:
+        """The embed requests: what may be asked for (`roles`, `limit`) and their counters. Read only."""
+        return self._embeds
 
     def stream(self, request: Request) -> Generator[Event, None, None]:
         """Submits and yields the events until the last; leaving early cancels. Not for the engine's thread.
@@ -224,7 +254,8 @@ class Engine:
         return Stats(
             len(self._scheduler.running), len(self._scheduler.waiting) + len(self._mail.submitted),
             used, c.steps, c.prompt_tokens, c.generation_tokens, c.prefix_queries, c.prefix_hits,
-            c.preemptions, dict(c.finished), self.state_bytes,
+            c.preemptions, dict(c.finished), self.state_bytes, self._embeds.waiting, self._embeds.counters.inputs,
+            self._embeds.counters.tokens,
         )  # fmt: skip
 
     @property
@@ -236,7 +267,7 @@ class Engine:
         """Refuses new requests and waits for the living ones; False if some are left after `timeout` seconds."""
         with self._changed:
             self._refusal = self._refusal or UnavailableError("the engine is draining", remedy="Ask another server")
-            return self._changed.wait_for(lambda: not self._sinks, timeout)
+            return self._changed.wait_for(lambda: not self._sinks and not self._embeds.living, timeout)
 
     def close(self) -> None:
         """Fails what still lives, stops the thread and closes the executor. May be called twice."""
@@ -254,10 +285,7 @@ class Engine:
 
     def _check_door(self, request: Request) -> None:
         """May the request come in now; called with the lock held."""
-        if self._refusal is not None:
-            raise self._refusal
-        if request.id in self._sinks:
-            raise ConflictError(f"a request {request.id!r} is living", remedy="Use a new id")
+        self._check_open(request.id)
         most = self.config.max_running
         if request.params.n > most:
             raise UsageError(
@@ -271,16 +299,40 @@ class Engine:
                 f"{waiting} sequences wait, the queue holds {self.config.max_queue}", remedy="Try again later"
             )
 
+    def _check_open(self, request_id: str) -> None:
+        """Raises UnavailableError if nobody is let in, ConflictError if the id is in use."""
+        if self._refusal is not None:
+            raise self._refusal
+        if request_id in self._sinks or self._embeds.lives(request_id):
+            raise ConflictError(f"a request {request_id!r} is living", remedy="Use a new id")
+
     # ---- the engine's thread --------------------------------------------------------------------------------------
 
     def step(self) -> bool:
-        """One step: take the mail, schedule, run, commit. False if there was nothing to run."""
+        """A step of tokens (take the mail, schedule, run, commit), then one of vectors. False if neither had work."""
         events = self._take_mail()
         plan = self._scheduler.schedule()
         if plan.entries:
             events += self._run(plan)
         self._post(events)
-        return bool(plan.entries)
+        return self._embed() or bool(plan.entries)
+
+    def _embed(self) -> bool:
+        """One step of Program `embed`; False if there was nothing to run."""
+        began = time.monotonic()
+        done = self._embeds.step()
+        self._scheduler.held = self._embeds.starved
+        if done is None:
+            return False
+        if done.error is None:
+            self._failures = 0
+            if self._on_step:
+                self._on_step(StepReport(done.tokens, done.inputs, time.monotonic() - began))
+        elif self._count_failure(done.error):
+            self._end_all(self._refusal or done.error)
+        with self._changed:
+            self._changed.notify_all()
+        return True
 
     def check(self) -> None:
         """Asserts the invariants of scheduler and blocks; for tests, and when idle."""
@@ -292,6 +344,9 @@ class Engine:
             mail, self._mail = self._mail, _Mail()
             for sequence, _ in mail.submitted:
                 self._scheduler.add(sequence)
+            self._embeds.take_mail()
+        for id_, _ in mail.cancelled:
+            self._embeds.cancel(id_)
         return [event for id_, choice in mail.cancelled for event in self._scheduler.cancel(id_, choice)]
 
     def _run(self, plan: Plan) -> list[tuple[Sequence, Event]]:
@@ -310,14 +365,21 @@ class Engine:
     def _fail(self, plan: Plan, error: Exception) -> list[tuple[Sequence, Event]]:
         """Ends the sequences of a failed step; after several in a row all of them, and the door is shut."""
         known = error if isinstance(error, InhouseError) else ExecutorError(f"a step failed: {error!r}")
+        if not self._count_failure(known):
+            return self._scheduler.fail_plan(plan, known)
+        self._embeds.end_all(known)
+        return self._scheduler.fail_plan(plan, known) + self._scheduler.fail(self._scheduler.sequences, known)
+
+    def _count_failure(self, known: InhouseError) -> bool:
+        """Counts a failed step; True if it was one too many and the door is shut."""
         self._failures += 1
         if self._failures < MAX_FAILURES:
-            return self._scheduler.fail_plan(plan, known)
+            return False
         self._refusal = UnavailableError(
             f"{self._failures} steps failed one after another, the last with: {known.message}",
             remedy="The executor is damaged; load the model again",
         )
-        return self._scheduler.fail_plan(plan, known) + self._scheduler.fail(self._scheduler.sequences, known)
+        return True
 
     def _post(self, events: list[tuple[Sequence, Event]]) -> None:
         """Hands each sink its events, one list a request; a sink that raises loses its request, not the engine."""
@@ -347,11 +409,14 @@ class Engine:
 
     def _sleep(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._stopping or self._mail.submitted or self._mail.cancelled)
+            self._changed.wait_for(
+                lambda: self._stopping or self._mail.submitted or self._mail.cancelled or self._embeds.mail
+            )
 
     def _end_all(self, error: InhouseError) -> None:
         """Fails every living request and lets no other in."""
         self._refusal = error
+        self._embeds.end_all(error)
         self._post(self._take_mail() + self._scheduler.fail(self._scheduler.sequences, error))
         for request_id, sink in self._sinks.items():  # what the scheduler has lost, if the fault was its own
             sink([Failed(request_id, 0, error, True)])

@@ -256,6 +256,48 @@ class Failed:
     last: bool
 
 
+@dataclass(frozen=True, slots=True)
+class EmbedRequest:
+    """Inputs run whole and answered with vectors: `role` of the Program `embed` (`pooled`, `scores`, `hidden`).
+
+    An input of no token, or types of another length, is a UsageError."""
+
+    id: str
+    inputs: "tuple[array[int], ...]"  # token ids, type code "i"
+    types: "tuple[array[int], ...]" = ()  # token types of each input; (): all 0
+    role: str = "pooled"
+    priority: int = 0  # lower is served first
+
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise UsageError("there is no input", remedy="Give at least one", param="input")
+        if not all(len(ids) for ids in self.inputs):
+            raise UsageError("an input has no tokens", remedy="Give each at least one token", param="input")
+        if self.types and [len(kinds) for kinds in self.types] != [len(ids) for ids in self.inputs]:
+            raise UsageError("token types and inputs differ in length", param="input")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all inputs."""
+        return sum(len(ids) for ids in self.inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The answer to one input: float32 [width] of `pooled` or `scores`, [tokens, width] of what has a row a token.
+    `last`: no input of the request is left. Inputs may end in any order."""
+
+    request_id: str
+    index: int
+    values: npt.NDArray[np.float32]
+    tokens: int
+    timings: Timings
+    last: bool
+
+
+EmbedEvent: TypeAlias = "Embedded | Failed"  # a Failed ends the whole request
+EmbedSink: TypeAlias = Callable[[list[EmbedEvent]], None]
+
 Event: TypeAlias = PromptEvent | TokenEvent | Finished | Failed
 Sink: TypeAlias = Callable[[list[Event]], None]
 

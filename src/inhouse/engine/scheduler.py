@@ -45,6 +45,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.counters = Counters()
+        self.held = False  # nobody is admitted: blocks are being saved up for another
         self._config = config
         self._clock = clock
         self._whole = not all(pool.group.chunkable for pool in blocks.pools.values())
@@ -176,7 +177,7 @@ class Scheduler:
         return busy or any(s is not sequence for s in self.waiting[:2]) and len(self.running) < self._config.max_running
 
     def _admissible(self, planner: Planner) -> bool:
-        if not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
+        if self.held or not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
             return False
         head = self.waiting[0]
         if head.request.encoder is not None and head.encoding is None and not self._find_encoding(head):
