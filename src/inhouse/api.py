@@ -53,14 +53,30 @@ class Engine:
     def generate(
         self, prompt: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
     ) -> Answer:
-        """Continues a text. `sampling`: fields of `SamplingParams` (temperature, top_p, seed, ...)."""
-        return self._run(self._session.prompt_ids(prompt), max_tokens, stop, sampling)
+        """Continues a text; an encoder-decoder (T5, BART) reads it and answers. `sampling`: fields of `SamplingParams`
+        (temperature, top_p, seed, ...)."""
+        return self._run(self._session.prompt_ids(prompt), max_tokens, stop, self._params(sampling))
+
+    def translate(
+        self,
+        text: str,
+        *,
+        source: str | None = None,
+        target: str | None = None,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        **sampling: Any,
+    ) -> Answer:
+        """Translates a text. Languages are named as in the model's vocabulary (NLLB `eng_Latn`, M2M100 `en`, mBART
+        `en_XX`); T5 takes English names. Raises UsageError for a language that the model lacks."""
+        ids, params, start = self._session.translate(text, source, target, self._params(sampling))
+        return self._run(ids, max_tokens, stop, params, start)
 
     def chat(
         self, messages: Chat, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
     ) -> Answer:
         """Answers a chat: one message as a str, or messages as {"role", "content"}."""
-        return self._run(self._chat_ids(messages), max_tokens, stop, sampling)
+        return self._run(self._chat_ids(messages), max_tokens, stop, self._params(sampling))
 
     def stream(
         self, messages: Chat, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
@@ -90,10 +106,15 @@ class Engine:
         return replace(self._session.defaults, **sampling)
 
     def _run(
-        self, prompt: Sequence[int], max_tokens: int | None, stop: Sequence[str], sampling: Mapping[str, Any]
+        self,
+        prompt: Sequence[int],
+        max_tokens: int | None,
+        stop: Sequence[str],
+        params: SamplingParams,
+        start: int | None = None,
     ) -> Answer:
         text: list[str] = []
-        for event in self._session.stream(prompt, replace(self._params(sampling), n=1), max_tokens, stop):
+        for event in self._session.stream(prompt, replace(params, n=1), max_tokens, stop, start=start):
             if isinstance(event, TextFailed):
                 raise event.error
             if isinstance(event, TextDelta):

@@ -5,7 +5,7 @@ Knows ids only: no text, no user, no socket. Everything here is plain data, chec
 
 import math
 from array import array
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Real
@@ -72,6 +72,9 @@ class SamplingParams:
     min_tokens: int = 0  # no stop token before that many
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # id sequences that must not appear in the output
+    no_repeat_ngram: int = 0  # no run of that many tokens may appear twice, prompt included; 0: off
+    first_token: int | None = None  # what the output begins with, whatever the logits (a target language)
+    last_token: int | None = None  # what an output that reaches its limit ends with
 
     def __post_init__(self) -> None:
         _between("temperature", self.temperature, 0, MAX_TEMPERATURE)
@@ -84,6 +87,7 @@ class SamplingParams:
         _between("frequency_penalty", self.frequency_penalty, -2, 2)
         _whole("n", self.n, 1, MAX_CHOICES)
         _whole("min_tokens", self.min_tokens, 0, math.inf)
+        _whole("no_repeat_ngram", self.no_repeat_ngram, 0, math.inf)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
@@ -102,6 +106,8 @@ class SamplingParams:
             ("stop_token_ids", self.stop_token_ids),
             ("allowed_token_ids", self.allowed_token_ids or ()),
             ("bad_words", (token for word in self.bad_words for token in word)),
+            ("first_token", () if self.first_token is None else (self.first_token,)),
+            ("last_token", () if self.last_token is None else (self.last_token,)),
         )
 
 
@@ -131,6 +137,8 @@ class Request:
             raise UsageError("the prompt has no tokens", remedy="Give at least one token", param="prompt")
         if self.encoder is not None and not len(self.encoder):
             raise UsageError("the encoder's input has no tokens", remedy="Give at least one token", param="prompt")
+        if self.encoder is not None and self.prompt_logprobs is not None:
+            raise UsageError("an encoder-decoder has no logprobs of its input", param="logprobs")
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0, math.inf)
         if self.max_tokens == 0 and self.params.n > 1:
@@ -143,6 +151,11 @@ class Request:
             )  # fmt: skip
         if self.prompt_logprobs is not None:
             _whole("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+
+    @property
+    def continued(self) -> Sequence[int]:
+        """What the output's text continues: the prompt, or nothing for an encoder-decoder."""
+        return self.prompt if self.encoder is None else ()
 
     @property
     def wants_rows(self) -> bool:

@@ -3,6 +3,7 @@
 Knows SamplingParams and the arrays of `runtime.sampling`; the drawing itself is the sampler's.
 """
 
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from inhouse.engine.plan import Draw
 from inhouse.engine.recipe import BAN, Recipe
 from inhouse.engine.request import Request, TokenLogprob
 from inhouse.engine.sequence import Sequence
-from inhouse.runtime.sampling import F32, I32, NOT_A_NUMBER, ROW, U32, Sampler
+from inhouse.runtime.sampling import F32, I32, NOT_A_NUMBER, ROW, U32, Sampler, mask_of
 
 MOST = 2**31 - 1  # top_k of a row is an int32; what is beyond the vocabulary filters nothing
 
@@ -22,6 +23,7 @@ MOST = 2**31 - 1  # top_k of a row is an int32; what is beyond the vocabulary fi
 class _Arrays:
     """The flat arrays of one call, as they fill."""
 
+    vocab: int
     rows: list[tuple[float, ...]] = field(default_factory=list)
     bias_ids: list[I32] = field(default_factory=list)
     bias_values: list[F32] = field(default_factory=list)
@@ -32,21 +34,24 @@ class _Arrays:
 
     def add(self, sequence: Sequence, recipe: Recipe, choice: int, logit_row: int) -> None:
         begin, start = self.biased, self.recorded
-        self._bias(recipe.bias_ids, recipe.bias_values)
-        banned = banned_now(sequence)
+        forced = forced_now(sequence)
+        if forced is None:
+            self._bias(recipe.bias_ids, recipe.bias_values)
+        banned = banned_now(sequence) if forced is None else []
         if banned:
             self._bias(np.array(banned, np.int32), np.full(len(banned), BAN, np.float32))
         if recipe.penalties:
             self.history.append(tokens_of(sequence.tokens, 0, len(sequence.tokens)))
             self.recorded += len(sequence.tokens)
-        if recipe.mask is not None:
-            self.masks.append(recipe.mask)
+        mask = recipe.mask if forced is None else mask_of((forced,), self.vocab)
+        if mask is not None:
+            self.masks.append(mask)
         self.rows.append(
             (
                 sequence.seed, len(sequence.tokens), begin, self.biased,
                 start, min(start + sequence.prompt_length, self.recorded), self.recorded,
                 logit_row, choice, min(max(sequence.request.params.top_k, 0), MOST),
-                len(self.masks) - 1 if recipe.mask is not None else -1, *recipe.numbers,
+                len(self.masks) - 1 if mask is not None else -1, *recipe.numbers,
             )
         )  # fmt: skip
 
@@ -56,22 +61,39 @@ class _Arrays:
         self.biased += ids.size
 
 
+def forced_now(sequence: Sequence) -> int | None:
+    """The one token that may come next, where the parameters name the output's first or last."""
+    params = sequence.request.params
+    if params.first_token is not None and not sequence.output_length:
+        return params.first_token
+    return params.last_token if len(sequence.tokens) == sequence.limit - 1 else None
+
+
 def banned_now(sequence: Sequence) -> list[int]:
-    """Tokens that may not come next: stops before min_tokens, and ends of bad words whose beginnings stand there."""
+    """Tokens that may not come next: stops before min_tokens, ends of bad words whose beginnings stand there, and those
+    that would repeat a run of `no_repeat_ngram`."""
     params = sequence.request.params
     banned = sorted(sequence.stops) if sequence.output_length < params.min_tokens else []
     for word in params.bad_words:
         head = len(word) - 1
         if 0 < head <= sequence.output_length and tuple(sequence.tokens[-head:]) == word[:-1]:
             banned.append(word[-1])
+    if params.no_repeat_ngram:
+        banned += _repeats(sequence.tokens, params.no_repeat_ngram - 1)
     return banned
+
+
+def _repeats(tokens: "array[int]", head: int) -> set[int]:
+    """What followed earlier runs that equal the last `head` tokens."""
+    last = tokens[len(tokens) - head :]
+    return {tokens[i + head] for i in range(len(tokens) - head) if tokens[i : i + head] == last}
 
 
 def draw(sampler: Sampler, logits: F32, wanted: list[tuple[Sequence, Recipe, int, int]]) -> list[Draw]:
     """One draw for each (sequence, recipe, choice, row of logits)."""
     if not wanted:
         return []
-    arrays = _Arrays()
+    arrays = _Arrays(logits.shape[1])
     for sequence, recipe, choice, row in wanted:
         arrays.add(sequence, recipe, choice, row)
     none = np.zeros(0, np.int32)

@@ -6,16 +6,19 @@ Knows how to open a model and how text becomes a request; knows nothing of proto
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
-from inhouse.core.errors import UsageError
+from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
 from inhouse.engine.engine import Engine, StepReport
-from inhouse.engine.request import EngineConfig, SamplingParams, make_request
+from inhouse.engine.request import EngineConfig, Request, SamplingParams, make_request
 from inhouse.engine.text import TextAssembler, TextEvent
 from inhouse.load.model import LoadedModel, open_model
 from inhouse.model.tokens.tokenizer import Tokenizer
+from inhouse.model.tokens.translate import language_codes, translate
 
 # What a model's generation_config may set; anything else it says is for other programs.
 _DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty")
@@ -32,7 +35,9 @@ class Session:
     def __init__(self, model: LoadedModel, config: EngineConfig | None = None) -> None:
         self.model = model
         self.tokenizer: Tokenizer = model.tokenizer
-        self.defaults = default_params(model.generation)
+        self.reads = "encode" in model.programs.programs  # an encoder-decoder: prompts go to its encoder
+        self.defaults = default_params(model.generation, self.reads)
+        self._start = int(model.generation.get("decoder_start_token_id", getattr(model.spec, "start_token", 0)))
         self.on_step: Callable[[StepReport], None] | None = None  # whoever watches; called in the engine's thread
         self.engine = Engine(
             model.executor, config, self.tokenizer.eos_ids, model.digest, on_step=lambda step: self._stepped(step)
@@ -86,11 +91,14 @@ class Session:
         add_generation_prompt: bool = True,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """The prompt of a chat: the model's template rendered, special tokens read as such.
+        """The prompt of a chat: the model's template rendered, special tokens read as such. For an encoder-decoder
+        without a template of its own: the last message, which must be the user's, as it is.
 
         A template of the model's own writes its BOS itself; before our default one the tokenizer's is put.
         `template_kwargs` are further variables of the template; its own three may not be among them (UsageError).
         """
+        if self.reads and self.model.chat_template.is_default:
+            return self.prompt_ids(last_message(messages))
         extra = {"add_generation_prompt": add_generation_prompt} | dict(template_kwargs or {})
         taken = {"self", "messages", "tools"} & set(extra)
         if taken or not isinstance(extra["add_generation_prompt"], bool):
@@ -103,6 +111,40 @@ class Session:
         """The ids of a plain prompt."""
         return self.tokenizer.encode(text, add_special=add_special)
 
+    @cached_property
+    def languages(self) -> dict[str, int]:
+        """The languages that the model has tokens for: code -> id."""
+        return language_codes(self.model.spec.family, self.tokenizer)
+
+    def translate(
+        self, text: str, source: str | None, target: str | None, params: SamplingParams
+    ) -> tuple[list[int], SamplingParams, int | None]:
+        """The prompt of a translation, `params` with what its output begins with, and the decoder's start where the
+        language sets it. Raises UsageError and UnsupportedError for languages that the model lacks."""
+        if not self.reads:
+            raise UnsupportedError("only encoder-decoders take languages", param="target_language")
+        found = translate(self.model.spec.family, self.tokenizer, self.languages, text, source, target)
+        if found.first_token is not None:
+            params = replace(params, first_token=found.first_token)
+        return found.encoder, params, found.start_token
+
+    def request(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        max_tokens: int | None = None,
+        prompt_logprobs: int | None = None,
+        salt: str = "",
+        start: int | None = None,
+    ) -> Request:
+        """A request for a prompt: of an encoder-decoder its encoder reads it, and the decoder begins with `start`
+        (None: with what the model says). Raises UsageError for ids out of range."""
+        if not self.reads:
+            return make_request(name, prompt, params, max_tokens, prompt_logprobs, salt=salt)
+        first = [self._start if start is None else start]
+        return make_request(name, first, params, max_tokens, prompt_logprobs, salt=salt, encoder=prompt)
+
     def stream(
         self,
         prompt: Sequence[int],
@@ -111,17 +153,18 @@ class Session:
         stops: Sequence[str] = (),
         *,
         skip_special: bool = True,
+        start: int | None = None,
     ) -> Iterator[TextEvent]:
-        """Runs one request and gives its text events; leaving the iteration early cancels it.
+        """Runs one request and gives its text events; leaving the iteration early cancels it. `start`: see `request`.
 
         Raises what `Engine.submit` raises; a failed step is a TextFailed event.
         """
         name = f"local-{uuid.uuid4().hex}"
+        request = self.request(name, prompt, params or self.defaults, max_tokens, start=start)
         assembler = TextAssembler(
-            self.tokenizer, prompt, stops, skip_special=skip_special,
+            self.tokenizer, request.continued, stops, skip_special=skip_special,
             stop_choice=lambda choice: self.engine.cancel(name, choice),
         )  # fmt: skip
-        request = make_request(name, prompt, params or self.defaults, max_tokens)
         with closing(self.engine.stream(request)) as events:
             for event in events:
                 yield from assembler.feed([event])
@@ -154,9 +197,27 @@ def engine_config(settings: Settings) -> EngineConfig:
     )
 
 
-def default_params(generation: Mapping[str, Any]) -> SamplingParams:
-    """Sampling defaults out of a model's generation_config: greedy where it says `do_sample: false`."""
+def last_message(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What an encoder-decoder reads of a chat: the text of the last message. Raises UnsupportedError for a system
+    message, which it has no place for, and UsageError if the last message is not the user's."""
+    if any(message.get("role") == "system" for message in messages):
+        raise UnsupportedError("this model reads one text and has no place for a system message", param="messages")
+    if not messages or messages[-1].get("role") != "user" or not isinstance(messages[-1].get("content"), str):
+        raise UsageError("the last message must be the user's: it is what the model reads", param="messages")
+    return str(messages[-1]["content"])
+
+
+def default_params(generation: Mapping[str, Any], reads: bool = False) -> SamplingParams:
+    """Sampling defaults out of a model's generation_config: greedy where it says `do_sample: false`, and for an
+    encoder-decoder (`reads`) unless it says true, together with what its output begins and ends with."""
     given = {name: generation[name] for name in _DEFAULTS if generation.get(name) is not None}
-    if generation.get("do_sample") is False:
+    if generation.get("do_sample", not reads) is False:
         given["temperature"] = 0.0
+    if reads:
+        words = tuple(tuple(word) for word in generation.get("bad_words_ids", ()))
+        given |= {
+            "first_token": generation.get("forced_bos_token_id"), "last_token": generation.get("forced_eos_token_id"),
+            "bad_words": words, "no_repeat_ngram": generation.get("no_repeat_ngram_size", 0),
+            "min_tokens": max(generation.get("min_length", 0) - 1, 0),
+        }  # fmt: skip
     return SamplingParams(**given)

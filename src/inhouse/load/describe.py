@@ -3,7 +3,6 @@
 Knows which file says what (config.json, generation_config.json, GGUF keys); does not read weights.
 """
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inhouse.core.errors import FormatError, NotFoundError, UsageError
+from inhouse.core.errors import FormatError, UsageError
 from inhouse.core.tensors import TensorSource
+from inhouse.load.generation import CONFIG_BYTES, from_folder, from_metadata
 from inhouse.model.build import Spec
 from inhouse.model.families.family import Family
 from inhouse.model.families.table import resolve
@@ -23,28 +23,9 @@ from inhouse.store.mapping import MappedSource
 from inhouse.store.mapping import Mapping as FileMapping
 from inhouse.store.source import materialise, open_source, read_json
 
-CONFIG_BYTES = 16 << 20
 CARD_BYTES = 1 << 20
 ROPE_FACTORS = "rope_freqs.weight"
 GGUF_TOKENS = "tokenizer.ggml.tokens"
-
-# Sampling defaults that are taken over: name -> (lowest, highest).
-_SAMPLING: Mapping[str, tuple[float, float]] = {
-    "temperature": (0.0, 100.0),
-    "top_k": (-1.0, 1e9),
-    "top_p": (0.0, 1.0),
-    "min_p": (0.0, 1.0),
-    "typical_p": (0.0, 1.0),
-    "repetition_penalty": (0.01, 100.0),
-    "max_new_tokens": (0.0, 1e9),
-}
-_GGUF_SAMPLING: Mapping[str, str] = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
-    "general.sampling.penalty_repeat": "repetition_penalty",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +78,11 @@ def describe(path: Path, context: int | None = None) -> Described:
             config: Mapping[str, Any] = source.metadata
             factors = materialise(source, ROPE_FACTORS).tolist() if ROPE_FACTORS in source else ()
             spec, family = resolve(config, set(source), factors)
-            generation = _gguf_generation(config)
+            generation = from_metadata(config)
         else:
             config = read_json(folder / "config.json", CONFIG_BYTES)
             spec, family = resolve(config, set(source))
-            generation = _hf_generation(folder)
+            generation = from_folder(folder, config)
     except BaseException:
         source.close()
         raise
@@ -167,34 +148,3 @@ def _head(path: Path) -> str:
             return file.read(CARD_BYTES).decode("utf-8", "replace")
     except OSError:
         return ""
-
-
-def _hf_generation(folder: Path) -> dict[str, Any]:
-    try:
-        config = read_json(folder / "generation_config.json", CONFIG_BYTES)
-    except NotFoundError:
-        return {}
-    found = _checked(
-        {name: config[name] for name in _SAMPLING if config.get(name) is not None}, "generation_config.json"
-    )
-    if isinstance(config.get("do_sample"), bool):
-        found["do_sample"] = config["do_sample"]
-    return found
-
-
-def _gguf_generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    return _checked({ours: metadata[key] for key, ours in _GGUF_SAMPLING.items() if key in metadata}, "GGUF metadata")
-
-
-def _checked(values: dict[str, Any], where: str) -> dict[str, Any]:
-    for name, value in values.items():
-        low, high = _SAMPLING[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise FormatError(f"{where}: {name} is {str(value)[:40]!r}, not a number", param=name)
-        if not low <= value <= high:
-            raise FormatError(f"{where}: {name} is {value}, allowed {low:g}..{high:g}", param=name)
-        if name in ("top_k", "max_new_tokens"):
-            if value != int(value):
-                raise FormatError(f"{where}: {name} is {value}, not a whole number", param=name)
-            values[name] = int(value)
-    return values

@@ -14,7 +14,7 @@ from pathlib import Path
 from inhouse.core.errors import FormatError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.load.choose import Choice, choose_files
-from inhouse.load.describe import CONFIG_BYTES
+from inhouse.load.generation import CONFIG_BYTES
 from inhouse.load.importer import Imported, import_model
 from inhouse.model.families.table import resolve
 from inhouse.store import lock

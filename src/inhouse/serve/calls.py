@@ -41,7 +41,7 @@ class Call:
         self._assemblers = [
             TextAssembler(
                 session.tokenizer,
-                request.prompt,
+                request.continued,
                 stops,
                 skip_special=skip_special,
                 include_stop=include_stop,

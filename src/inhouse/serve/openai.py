@@ -7,7 +7,7 @@ OpenAPI document (2.3.0); what the SDKs rely on stands in docs/server.md.
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from inhouse.core.errors import InhouseError, UsageError
@@ -27,7 +27,8 @@ def sampling_params(body: SamplingFields, defaults: SamplingParams, logprobs: in
         given = getattr(body, name)
         return getattr(defaults, name) if given is None else given
 
-    return SamplingParams(
+    return replace(
+        defaults,
         temperature=pick("temperature"),
         top_k=pick("top_k"),
         top_p=pick("top_p"),
@@ -42,7 +43,7 @@ def sampling_params(body: SamplingFields, defaults: SamplingParams, logprobs: in
         logprobs=logprobs,
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
-        min_tokens=body.min_tokens or 0,
+        min_tokens=pick("min_tokens"),
     )
 
 

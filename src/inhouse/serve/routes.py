@@ -8,15 +8,16 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from inhouse.core.errors import InhouseError, UsageError
-from inhouse.engine.request import MAX_CHOICES, SamplingParams, make_request
+from inhouse.engine.request import MAX_CHOICES, SamplingParams
 from inhouse.engine.request import Request as EngineRequest
-from inhouse.engine.session import Session
+from inhouse.engine.session import Session, last_message
 from inhouse.engine.text import TextFailed
 from inhouse.serve.calls import Call
 from inhouse.serve.observe import CallObserver
@@ -42,8 +43,8 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answers a chat. `max_tokens` beyond the room that the prompt leaves is a 400 with both numbers."""
     session = _pool(http).get(body.model)
     params = sampling_params(body, session.defaults, chat_logprobs(body))
-    prompt = await asyncio.to_thread(_chat_ids, session, body)
-    requests = _requests("chatcmpl", [prompt], params, body.limit(), None, body.cache_salt)
+    asked = await asyncio.to_thread(_chat_ids, session, body, params)
+    requests = _requests(session, "chatcmpl", [asked], body.limit(), None, body.cache_salt)
     reply = _reply(session, body, requests, chat=True, logprobs=bool(body.logprobs))
     return await _answer(http, session, body, requests, reply)
 
@@ -54,10 +55,11 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     """Continues one or several prompts. The context rule is that of the chat route."""
     session = _pool(http).get(body.model)
     params = sampling_params(body, session.defaults, body.logprobs)
-    prompts = await asyncio.to_thread(_prompt_ids, session, body)
+    asked = await asyncio.to_thread(_prompt_ids, session, body, params)
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.logprobs if body.echo and body.logprobs is not None else None
-    requests = _requests("cmpl", prompts, params, limit, scored, body.cache_salt)
+    requests = _requests(session, "cmpl", asked, limit, scored, body.cache_salt)
+    prompts = [one.ids for one in asked]
     reply = _reply(session, body, requests, chat=False, logprobs=body.logprobs is not None)
     reply.echo = echo_texts(body, session.tokenizer, prompts)
     reply.echo_ids = [p for p in prompts for _ in range(params.n)]
@@ -69,7 +71,16 @@ def _pool(http: Request) -> Pool:
     return pool
 
 
-def _chat_ids(session: Session, body: ChatRequest) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One prompt with the parameters of its answer; `start`: what the decoder begins with, where a language says."""
+
+    ids: list[int]
+    params: SamplingParams
+    start: int | None = None
+
+
+def _chat_ids(session: Session, body: ChatRequest, params: SamplingParams) -> _Asked:
     messages = [
         {"role": "system" if m.role == "developer" else m.role, "content": m.text()}
         | ({"name": m.name} if m.name else {})
@@ -77,13 +88,28 @@ def _chat_ids(session: Session, body: ChatRequest) -> list[int]:
     ]
     add = True if body.add_generation_prompt is None else body.add_generation_prompt
     with _naming("messages"):
-        return session.chat_ids(messages, add_generation_prompt=add, template_kwargs=body.chat_template_kwargs)
+        if body.translates:
+            return _translated(session, body, last_message(messages), params)
+        ids = session.chat_ids(messages, add_generation_prompt=add, template_kwargs=body.chat_template_kwargs)
+        return _Asked(ids, params)
 
 
-def _prompt_ids(session: Session, body: CompletionRequest) -> list[list[int]]:
+def _prompt_ids(session: Session, body: CompletionRequest, params: SamplingParams) -> list[_Asked]:
     add = body.add_special_tokens is not False
     with _naming("prompt"):
-        return [session.prompt_ids(p, add_special=add) if isinstance(p, str) else p for p in body.prompts()]
+        if body.translates:
+            return [_translated(session, body, prompt, params) for prompt in body.prompts()]
+        ids = [session.prompt_ids(p, add_special=add) if isinstance(p, str) else p for p in body.prompts()]
+        return [_Asked(prompt, params) for prompt in ids]
+
+
+def _translated(session: Session, body: SamplingFields, text: str | list[int], params: SamplingParams) -> _Asked:
+    if not isinstance(text, str):
+        raise UsageError("a translation is asked for with text, not token ids", param="prompt")
+    return _Asked(*session.translate(text, body.source_language, body.target_language, params))
+
+
+_NAMED = ("chat_template_kwargs", "source_language", "target_language")
 
 
 @contextmanager
@@ -92,26 +118,28 @@ def _naming(field: str) -> Iterator[None]:
     try:
         yield
     except InhouseError as error:
-        error.param = error.param if error.param in ("chat_template_kwargs",) else field
+        error.param = error.param if error.param in _NAMED else field
         raise
 
 
 def _requests(
+    session: Session,
     prefix: str,
-    prompts: Sequence[Sequence[int]],
-    params: SamplingParams,
+    asked: Sequence[_Asked],
     max_tokens: int | None,
     prompt_logprobs: int | None,
     salt: str | None,
 ) -> list[EngineRequest]:
     """One engine request a prompt; choices beyond the limit of a call are refused."""
-    if len(prompts) * params.n > MAX_CHOICES:
-        asked = f"{len(prompts)} prompts with n = {params.n}"
-        raise UsageError(f"{asked} make more than {MAX_CHOICES} choices", remedy="Send several calls", param="n")
+    if len(asked) * asked[0].params.n > MAX_CHOICES:
+        many = f"{len(asked)} prompts with n = {asked[0].params.n}"
+        raise UsageError(f"{many} make more than {MAX_CHOICES} choices", remedy="Send several calls", param="n")
     name = f"{prefix}-{uuid.uuid4().hex}"
     return [
-        make_request(f"{name}-{i}" if i else name, prompt, params, max_tokens, prompt_logprobs, salt=salt or "")
-        for i, prompt in enumerate(prompts)
+        session.request(
+            f"{name}-{i}" if i else name, one.ids, one.params, max_tokens, prompt_logprobs, salt or "", one.start
+        )
+        for i, one in enumerate(asked)
     ]
 
 

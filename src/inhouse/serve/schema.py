@@ -190,6 +190,12 @@ class SamplingFields(_Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = Field(None, description="requests share cached prefixes only under an equal salt")
+    source_language: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        None, description="translation models: language of the text, as the model's vocabulary names it"
+    )
+    target_language: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
+        None, description="translation models: language of the answer"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -201,6 +207,11 @@ class SamplingFields(_Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only when stream is true")
         return self
+
+    @property
+    def translates(self) -> bool:
+        """Whether a language is named."""
+        return self.source_language is not None or self.target_language is not None
 
     def stops(self) -> list[str]:
         """The stop strings as a list; empty ones, which would stop at once, are left out."""
