@@ -147,12 +147,12 @@ struct Kernels {
 constexpr int64_t partial_pitch(int64_t v_dim) { return (v_dim + 15) / 16 * 16 + 16; }
 
 constexpr int kSampleBlock = 256;  // logits that the sampler looks at together
-constexpr int kAttentionRows = 4;  // (row, query head) pairs that a body works on at once
+constexpr int kAttentionRows = 8;  // (row, query head) pairs that a body works on at once, at most
 
-// Floats that `attend` and `attend_partition` need: scores, widened K and V, merged and fresh partials.
+// Floats that `attend` and `attend_partition` need: scores and queries, widened K and V, merged and fresh partials.
 constexpr int64_t attention_scratch(const AttentionShape& s, int64_t rows) {
   const int64_t pairs = rows * (s.heads / s.kv_heads);
-  return kAttentionRows * kPartition + int64_t{kPartition} * (s.head_dim + s.v_dim) + 16 +
+  return kAttentionRows * (kPartition + int64_t{s.head_dim}) + int64_t{kPartition} * (s.head_dim + s.v_dim) + 16 +
          (pairs + kAttentionRows) * partial_pitch(s.v_dim);
 }
 

@@ -1,5 +1,6 @@
 // Attention bodies at every level: against double arithmetic over the cached values; partitions apart and merged are
 // the same bits as all at once; a row has the same bits alone and in any task.
+#include <algorithm>
 #include <cstring>
 #include <memory>
 

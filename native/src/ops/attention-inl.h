@@ -1,21 +1,7 @@
-// Attention over paged K and V. Scores run over head_dim in ascending order, one position a lane; weighted sums run
-// over positions in ascending order, one element of V a lane; partitions merge in ascending order. None of it depends
-// on which rows share a task, so a row's bits are those it has alone.
+// Attention over paged K and V: what a task sees, partition by partition, merged in ascending order. Nothing depends on
+// which rows share a task, so a row's bits are those it has alone. The arithmetic is in attention_rows-inl.h.
 namespace inhouse::IH_ISA {
 namespace {
-
-struct F32Kv {
-  using T = float;
-  static IH_INLINE V get(const T* p) { return load(p); }
-};
-struct F16Kv {
-  using T = uint16_t;
-  static IH_INLINE V get(const T* p) { return load_f16(p); }
-};
-struct BF16Kv {
-  using T = uint16_t;
-  static IH_INLINE V get(const T* p) { return load_bf16(p); }
-};
 
 // Sixteen floats to the cache's type, through `half` where it is a 16-bit one.
 IH_INLINE void narrow16(KvType type, V v, uint16_t* half) {
@@ -48,155 +34,6 @@ void store_kv(const AttentionShape& s, const float* k, const float* v, uint8_t* 
   }
 }
 
-// Where the K and V of a partition's blocks lie, as T.
-template <class T>
-struct Tiles {
-  const T* k[kPartitionBlocks];
-  const T* v[kPartitionBlocks];
-};
-
-// Some (row, query head) pairs: their queries and the positions each sees, counted from the partition's start.
-struct Queries {
-  const float* q[kAttentionRows];
-  int32_t low[kAttentionRows], high[kAttentionRows];  // [low, high) within the partition; empty where high <= low
-  int32_t here[kAttentionRows];                       // the row's own position, counted from the partition's start
-  int32_t head[kAttentionRows];
-};
-
-// scores[r][16 b ...] = q_r . k for R queries and B blocks from block `first`.
-template <int R, int B, class Kv>
-IH_INLINE void score_blocks(const Queries& rows, const Tiles<typename Kv::T>& tiles, int first, int64_t head_dim,
-                            float* scores) {
-  V sums[R][B];
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) sums[r][b] = zero();
-  }
-  for (int64_t d = 0; d < head_dim; ++d) {
-    V k[B];
-    for (int b = 0; b < B; ++b) k[b] = Kv::get(tiles.k[first + b] + d * kCacheBlock);
-    for (int r = 0; r < R; ++r) {
-      const V q = set1(rows.q[r][d]);
-      for (int b = 0; b < B; ++b) sums[r][b] = fma(q, k[b], sums[r][b]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int b = 0; b < B; ++b) store(scores + r * kPartition + (first + b) * kCacheBlock, sums[r][b]);
-  }
-}
-
-template <int R, class Kv>
-void score(const Queries& rows, const Tiles<typename Kv::T>& tiles, int first, int last, int64_t head_dim,
-           float* scores) {
-  constexpr int kStep = kAccumulators / R;
-  int b = first;
-  for (; b + kStep <= last; b += kStep) score_blocks<R, kStep, Kv>(rows, tiles, b, head_dim, scores);
-  for (; b < last; ++b) score_blocks<R, 1, Kv>(rows, tiles, b, head_dim, scores);
-}
-
-// The distance of the first of sixteen keys, held where the bias of all sixteen no longer changes.
-IH_INLINE int32_t clamp_gap(int32_t gap, int32_t reach) {
-  if (gap > reach + 1) return reach + 1;
-  return gap < -reach - 16 ? -reach - 16 : gap;
-}
-
-// Scores of one row to weights e^(score - maximum), zero outside [low, high); gives the maximum and the sum.
-void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, float* maximum, float* total) {
-  const int first = rows.low[r] / kCacheBlock, last = (rows.high[r] + kCacheBlock - 1) / kCacheBlock;
-  const V low = set1(static_cast<float>(rows.low[r])), high = set1(static_cast<float>(rows.high[r]));
-  const V scale = set1(s.scale), cap = set1(s.softcap), none = set1(-__builtin_inff());
-  const V slope = set1(s.slopes == nullptr ? 0.0f : -s.slopes[rows.head[r]]);
-  const V here = set1(static_cast<float>(rows.here[r]));
-  const float* relative = nullptr;
-  if (s.relative != nullptr) relative = s.relative + rows.head[r] * relative_pitch(s.reach) + s.reach + 16;
-  V top = none;
-  for (int b = first; b < last; ++b) {
-    const V at = add(iota(), set1(static_cast<float>(b * kCacheBlock)));
-    V x = mul(load(scores + b * kCacheBlock), scale);
-    if (s.softcap != 0.0f) x = mul(cap, tanh(div(x, cap)));
-    if (s.slopes != nullptr) x = fma(slope, abs(sub(at, here)), x);
-    if (relative != nullptr) x = add(x, load(relative + clamp_gap(b * kCacheBlock - rows.here[r], s.reach)));
-    x = select(both(less_equal(low, at), less(at, high)), x, none);
-    store(scores + b * kCacheBlock, x);
-    top = max(x, top);
-  }
-  *maximum = reduce_max(top);
-  const V shift = set1(*maximum);
-  V sums = zero();
-  for (int b = first; b < last; ++b) {
-    const V at = add(iota(), set1(static_cast<float>(b * kCacheBlock)));
-    const V inside = exp(sub(load(scores + b * kCacheBlock), shift));
-    const V weight = select(both(less_equal(low, at), less(at, high)), inside, zero());
-    store(scores + b * kCacheBlock, weight);
-    sums = add(sums, weight);
-  }
-  *total = reduce_add(sums);
-}
-
-// sums_r[c ... c + 16 C) += weight_r[p] v_p for positions [low, high). V is read to the end of its last vector; what
-// lies beyond v_dim reaches only the padding of the sums.
-template <int R, int C, class Kv>
-IH_INLINE void weigh_columns(const Tiles<typename Kv::T>& tiles, int low, int high, int64_t v_dim, int64_t c,
-                             const float* weights, int64_t pitch, float* sums) {
-  V acc[R][C];
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < C; ++j) acc[r][j] = load(sums + r * pitch + c + 16 * j);
-  }
-  for (int p = low; p < high; ++p) {
-    const typename Kv::T* row = tiles.v[p / kCacheBlock] + (p % kCacheBlock) * v_dim + c;
-    V v[C];
-    for (int j = 0; j < C; ++j) v[j] = Kv::get(row + 16 * j);
-    for (int r = 0; r < R; ++r) {
-      const V w = set1(weights[r * kPartition + p]);
-      for (int j = 0; j < C; ++j) acc[r][j] = fma(w, v[j], acc[r][j]);
-    }
-  }
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < C; ++j) store(sums + r * pitch + c + 16 * j, acc[r][j]);
-  }
-}
-
-template <int R, class Kv>
-void weigh(const Tiles<typename Kv::T>& tiles, int low, int high, int64_t v_dim, const float* weights, float* sums) {
-  constexpr int kStep = kAccumulators / R;
-  const int64_t pitch = partial_pitch(v_dim);
-  int64_t c = 0;
-  if (low >= high) return;
-  for (; c + 16 * kStep <= v_dim; c += 16 * kStep) {
-    weigh_columns<R, kStep, Kv>(tiles, low, high, v_dim, c, weights, pitch, sums);
-  }
-  for (; c < v_dim; c += 16) weigh_columns<R, 1, Kv>(tiles, low, high, v_dim, c, weights, pitch, sums);
-}
-
-// Partial results of R pairs over one partition. Positions that all R see are taken together, the rest row by row,
-// so that no row's sum meets a position it may not see.
-template <int R, class Kv>
-void partial_rows(const AttentionShape& s, const Queries& rows, const Tiles<typename Kv::T>& tiles, float* scores,
-                  float* partial) {
-  const int64_t pitch = partial_pitch(s.v_dim), end = pitch - 16;
-  int first = kPartition, last = 0, low = 0, high = kPartition;
-  for (int r = 0; r < R; ++r) {
-    first = rows.low[r] < first ? rows.low[r] : first;
-    last = rows.high[r] > last ? rows.high[r] : last;
-    low = rows.low[r] > low ? rows.low[r] : low;
-    high = rows.high[r] < high ? rows.high[r] : high;
-  }
-  score<R, Kv>(rows, tiles, first / kCacheBlock, (last + kCacheBlock - 1) / kCacheBlock, s.head_dim, scores);
-  for (int r = 0; r < R; ++r) {
-    for (int64_t c = 0; c < end; c += 16) store(partial + r * pitch + c, zero());
-    soften(s, rows, r, scores + r * kPartition, partial + r * pitch + end, partial + r * pitch + end + 1);
-  }
-  if (high < low) high = low;
-  for (int r = 0; r < R; ++r) {
-    const int stop = rows.high[r] < low ? rows.high[r] : low;
-    weigh<1, Kv>(tiles, rows.low[r], stop, s.v_dim, scores + r * kPartition, partial + r * pitch);
-  }
-  weigh<R, Kv>(tiles, low, high, s.v_dim, scores, partial);
-  for (int r = 0; r < R; ++r) {
-    const int start = rows.low[r] > high ? rows.low[r] : high;
-    weigh<1, Kv>(tiles, start, rows.high[r], s.v_dim, scores + r * kPartition, partial + r * pitch);
-  }
-}
-
 // Positions [*low, *high) that the row at `position` sees.
 IH_INLINE void visible(const AttentionTask& task, int32_t position, int32_t* low, int32_t* high) {
   const AttentionShape& s = *task.shape;
@@ -217,13 +54,13 @@ IH_INLINE void partitions_of(const AttentionTask& task, int* begin, int* end) {
   *end = (high + kPartition - 1) / kPartition;
 }
 
-// Fills `rows` with up to kAttentionRows pairs from pair `first` that see the partition; returns how many; *taken is
+// Fills `rows` with up to kPairRows pairs from pair `first` that see the partition; returns how many; *taken is
 // the index of the first of them. Pairs that do not see it are passed over.
 int gather(const AttentionTask& task, int partition, int first, int pairs, Queries* rows, int* taken) {
   const AttentionShape& s = *task.shape;
   const int group = s.heads / s.kv_heads, start = partition * kPartition;
   int count = 0;
-  for (int i = first; i < pairs && count < kAttentionRows; ++i) {
+  for (int i = first; i < pairs && count < kPairRows; ++i) {
     const int32_t position = task.position + i / group, head = task.kv_head * group + i % group;
     int32_t low, high;
     visible(task, position, &low, &high);
@@ -280,15 +117,6 @@ Tiles<float> widen(const AttentionTask& task, const Tiles<typename Kv::T>& tiles
   return wide;
 }
 
-template <class Kv>
-void partial_any(const AttentionShape& s, int count, const Queries& rows, const Tiles<typename Kv::T>& tiles,
-                 float* scores, float* partial) {
-  if (count == 4) return partial_rows<4, Kv>(s, rows, tiles, scores, partial);
-  if (count == 3) return partial_rows<3, Kv>(s, rows, tiles, scores, partial);
-  if (count == 2) return partial_rows<2, Kv>(s, rows, tiles, scores, partial);
-  return partial_rows<1, Kv>(s, rows, tiles, scores, partial);
-}
-
 // Adds `fresh`, a later partition's partial, to `merged`.
 IH_INLINE void merge(float* merged, const float* fresh, int64_t pitch) {
   const int64_t end = pitch - 16;
@@ -323,8 +151,8 @@ void finish(const AttentionTask& task, int i, const float* merged) {
 
 // One partition for all pairs of the task: `take(i, partial)` gets each pair that sees it.
 template <class Kv, class Take>
-IH_INLINE void each_pair(const AttentionTask& task, int partition, const Tiles<typename Kv::T>& tiles, float* scores,
-                         float* fresh, Take take) {
+IH_INLINE void each_pair(const AttentionTask& task, int partition, const Tiles<typename Kv::T>& tiles, bool near,
+                         float* scores, float* fresh, Take take) {
   const AttentionShape& s = *task.shape;
   const int pairs = task.rows * (s.heads / s.kv_heads);
   const int64_t pitch = partial_pitch(s.v_dim);
@@ -333,7 +161,7 @@ IH_INLINE void each_pair(const AttentionTask& task, int partition, const Tiles<t
   for (int i = 0; i < pairs;) {
     const int count = gather(task, partition, i, pairs, &rows, &taken);
     if (count == 0) break;
-    partial_any<Kv>(s, count, rows, tiles, scores, fresh);
+    partial_any<Kv, kPairRows>(s, count, rows, tiles, near, scores, fresh);
     for (int r = 0; r < count; ++r) take(taken + r, fresh + r * pitch);
     i = taken + count;
   }
@@ -346,7 +174,7 @@ struct Scratch {
 IH_INLINE Scratch scratch_of(const AttentionShape& s, float* p) {
   Scratch out;
   out.scores = p;
-  out.wide = out.scores + kAttentionRows * kPartition;
+  out.wide = out.scores + kAttentionRows * (kPartition + int64_t{s.head_dim});
   out.fresh = out.wide + int64_t{kPartition} * (s.head_dim + s.v_dim) + 16;
   out.merged = out.fresh + kAttentionRows * partial_pitch(s.v_dim);
   return out;
@@ -356,10 +184,10 @@ template <class Kv, class Take>
 IH_INLINE void run_partition(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
   const Tiles<typename Kv::T> tiles = tiles_of<Kv>(task, partition);
   const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
-  if (task.shape->v_from_k || (pairs > 2 * kAttentionRows && task.shape->kv_type != kKvF32)) {
-    each_pair<F32Kv>(task, partition, widen<Kv>(task, tiles, scratch.wide), scratch.scores, scratch.fresh, take);
+  if (task.shape->v_from_k || (pairs > 2 * kPairRows && task.shape->kv_type != kKvF32)) {
+    each_pair<F32Kv>(task, partition, widen<Kv>(task, tiles, scratch.wide), true, scratch.scores, scratch.fresh, take);
   } else {
-    each_pair<Kv>(task, partition, tiles, scratch.scores, scratch.fresh, take);
+    each_pair<Kv>(task, partition, tiles, false, scratch.scores, scratch.fresh, take);
   }
 }
 

@@ -28,6 +28,22 @@ IH_INLINE V exp(V x) {
   return select(less(x, set1(-103.97f)), zero(), y);
 }
 
+// e^x for x <= 0, with one step of scaling: 0 below -87.33, NaN stays NaN. As exact as exp.
+IH_INLINE V exp_below(V x) {
+  const V clamped = max(set1(-88.0f), x);
+  const V n = round_even(mul(clamped, set1(1.44269504088896341f)));
+  V r = fma(n, set1(-0.693145751953125f), clamped);
+  r = fma(n, set1(-1.42860682030941723e-6f), r);
+  V p = fma(set1(0.0001989098087f), r, set1(0.001393364103f));
+  p = fma(p, r, set1(0.008333310934f));
+  p = fma(p, r, set1(0.04166646501f));
+  p = fma(p, r, set1(0.1666666668f));
+  p = fma(p, r, set1(0.5f));
+  p = fma(mul(r, r), p, r);
+  const V y = mul(add(p, set1(1.0f)), from_bits(shift_left<23>(add_int(to_int(n), set1_int(127)))));
+  return select(less(x, set1(-87.33f)), zero(), y);
+}
+
 // tanh x; near zero by an odd polynomial (|x| < 0.6, 1e-9), elsewhere through e^2x.
 IH_INLINE V tanh(V x) {
   const V a = abs(x), t = mul(x, x);

@@ -12,7 +12,7 @@
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kAccumulators = 8;  // V registers that a body may keep sums in without spilling
+constexpr int kAccumulators = 16;  // V registers that a body may keep sums in without spilling
 
 using V = __m512;     // 16 x f32
 using VI = __m512i;   // 16 x i32
