@@ -81,13 +81,9 @@ struct Buffers {
       : x(rows * 4864, 0.5f),
         y(static_cast<size_t>(rows) * 4864),
         head(kHead.out),
-        codes(rows * 4864),
-        scales(rows * 152),
-        sums(rows * 304) {}
+        codes(static_cast<size_t>(quant_bytes(rows + kMaxLanes, 4864))) {}
   std::vector<float> x, y, head;
-  std::vector<int8_t> codes;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+  std::vector<uint8_t> codes;
 };
 
 void step(const Kernels& k, const Model& m, int rows, Team& team, Buffers& b, int thread) {
@@ -96,12 +92,9 @@ void step(const Kernels& k, const Model& m, int rows, Team& team, Buffers& b, in
     const bool head = i + 1 == m.weights.size();
     const int n = head && rows > 32 ? 1 : rows;  // a long prompt needs the head for its last row
     const bool codes = kFormats[w.format].low != 0;
-    for (int r = thread; codes && r < n; r += team.size) {
-      k.quantize_row(&b.x[r * w.in], w.in, w.in, 32, &b.codes[r * w.in], &b.scales[r * w.in / 32],
-                     &b.sums[r * w.in / 16]);
-    }
+    const QuantRows q = quant_rows(b.codes.data(), (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes, w.in, n);
+    for (int r = thread; codes && r < n; r += team.size) k.quantize_row(&b.x[r * w.in], w.in, kQuantGroup, q, r);
     team.wait();
-    const QuantRows q = {b.codes.data(), b.scales.data(), b.sums.data(), w.in, w.in, 32, w.in / 32};
     float* y = head ? b.head.data() : b.y.data();
     const int64_t ldy = head ? (n > 1 ? 0 : w.out) : w.out, tiles = (w.out + 15) / 16;
     const int64_t claim = std::max<int64_t>(1, tiles / (team.size * kClaims));

@@ -18,13 +18,37 @@ struct Weight {
   size_t bytes;
 };
 
-// Rows of quantised activations (op quantize_rows). `width` elements a row, padded with zeros to a multiple of 32.
+// Rows of quantised activations (op quantize_rows), in blocks of kQuantGroup elements, the last one padded with zeros.
+// `lanes` rows lie together, so that a body that works on several rows finds them side by side: of row r and block b,
+// entry at(r, b) = (r / lanes * blocks + b) * lanes + r % lanes.
 struct QuantRows {
-  const int8_t* codes;  // [rows][stride]
-  const float* scales;  // [rows][groups]
-  const int32_t* sums;  // [rows][stride / 16] sum of the codes of each 16 elements
-  int64_t width, stride, group, groups;
+  int8_t* codes;  // [entries][kQuantGroup]
+  float* scales;  // [entries]; of a group that is longer than a block, in each of its blocks
+  int32_t* sums;  // [entries] sum of the block's codes
+  int32_t* low;   // [entries] sum of the first half of them
+  int64_t blocks, lanes;
+
+  int64_t at(int64_t row, int64_t block) const { return (row / lanes * blocks + block) * lanes + row % lanes; }
 };
+
+constexpr int64_t kMaxLanes = 8;
+
+// Rows that lie together where a step has so many.
+constexpr int64_t lanes_for(int64_t rows) { return rows < 2 ? 1 : rows < 3 ? 2 : rows < 5 ? 4 : kMaxLanes; }
+
+// The rows in memory of `capacity` rows (a multiple of kMaxLanes): codes first, then the three planes of words.
+inline QuantRows quant_rows(uint8_t* memory, int64_t capacity, int64_t width, int64_t rows) {
+  const int64_t blocks = (width + kQuantGroup - 1) / kQuantGroup, entries = capacity * blocks;
+  uint8_t* words = memory + entries * kQuantGroup;
+  return {reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(words),
+          reinterpret_cast<int32_t*>(words + 4 * entries), reinterpret_cast<int32_t*>(words + 8 * entries),
+          blocks, lanes_for(rows)};
+}
+
+// Bytes of `capacity` rows of that width.
+constexpr int64_t quant_bytes(int64_t capacity, int64_t width) {
+  return capacity * ((width + kQuantGroup - 1) / kQuantGroup) * (kQuantGroup + 12);
+}
 
 // Index into ACTIVATIONS of runtime/ops.py.
 enum Activation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kQuickGelu, kTanh, kSigmoid, kActivations };
@@ -98,9 +122,8 @@ struct Kernels {
                     const float* bias, float* y, int64_t ldy);
   // Row `row` of a packed matrix as f32 [in] (embedding gather; exact dequantisation).
   void (*unpack_row)(const Weight& w, int64_t row, float* out);
-  // One row of quantize_rows: codes padded with zeros to `stride`.
-  void (*quantize_row)(const float* x, int64_t width, int64_t stride, int64_t group, int8_t* codes, float* scales,
-                       int32_t* sums);
+  // Row `row` of quantize_rows from x [width]; `group` is a multiple of kQuantGroup, or not below `width`.
+  void (*quantize_row)(const float* x, int64_t width, int64_t group, const QuantRows& q, int64_t row);
   // Row-wise f32 bodies.
   void (*rms_norm)(const float* x, const float* w, float eps, float offset, int64_t heads, int64_t n, float* y);
   void (*layer_norm)(const float* x, const float* w, const float* b, float eps, int64_t n, float* y);

@@ -28,14 +28,10 @@ inhouse::Weight weight_of(const ih_weight& w) {
 
 Status quantized_linear(const inhouse::Kernels& k, const ih_weight& w, const float* x, int64_t rows, float* y) {
   if (!takes_int8(kFormats[w.format])) return Status::usage("float weights take float activations");
-  const int64_t stride = (w.in + 31) / 32 * 32, groups = stride / 32;
-  std::vector<int8_t> codes(static_cast<size_t>(rows * stride));
-  std::vector<float> scales(static_cast<size_t>(rows * groups));
-  std::vector<int32_t> sums(static_cast<size_t>(rows * groups * 2));
-  for (int64_t r = 0; r < rows; ++r) {
-    k.quantize_row(x + r * w.in, w.in, stride, 32, &codes[r * stride], &scales[r * groups], &sums[r * groups * 2]);
-  }
-  const inhouse::QuantRows q = {codes.data(), scales.data(), sums.data(), w.in, stride, 32, groups};
+  const int64_t capacity = (rows + inhouse::kMaxLanes - 1) / inhouse::kMaxLanes * inhouse::kMaxLanes;
+  std::vector<uint8_t> memory(static_cast<size_t>(inhouse::quant_bytes(capacity, w.in)));
+  const inhouse::QuantRows q = inhouse::quant_rows(memory.data(), capacity, w.in, rows);
+  for (int64_t r = 0; r < rows; ++r) k.quantize_row(x + r * w.in, w.in, inhouse::kQuantGroup, q, r);
   k.linear_i8(weight_of(w), q, static_cast<int>(rows), 0, (w.out + 15) / 16, nullptr, y, w.out);
   return {};
 }

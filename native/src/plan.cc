@@ -116,8 +116,7 @@ class Planner {
 
 int64_t row_bytes(const Value& value) {
   if (value.dtype == DType::kF32) return value.width * 4;
-  const int64_t stride = code_stride(value.width);
-  return stride + scale_count(value) * 4 + stride / 16 * 4;
+  return quant_bytes(1, value.width);
 }
 
 Plan plan_program(const Program& program) { return Planner(program).run(); }
@@ -129,7 +128,7 @@ void Arena::reserve(const Rows& rows) {
   Rows wanted = rows_;
   for (int axis = 0; axis < static_cast<int>(Axis::kCount); ++axis) {
     enough = enough && rows.of[axis] <= rows_.of[axis];
-    if (rows.of[axis] > wanted.of[axis]) wanted.of[axis] = rows.of[axis];
+    if (rows.of[axis] > wanted.of[axis]) wanted.of[axis] = round_up(rows.of[axis], kMaxLanes);
   }
   if (enough) return;
   std::vector<std::vector<int64_t>> offsets;

@@ -100,8 +100,4 @@ Status check_programs(const ProgramSet& set, const std::vector<Weight>& weights)
 
 const char* op_name(OpKind kind);
 
-// Bytes between rows of int8 codes, and scales of a row.
-constexpr int64_t code_stride(int64_t width) { return (width + 31) / 32 * 32; }
-constexpr int64_t scale_count(const Value& v) { return (v.width + v.group - 1) / v.group; }
-
 }  // namespace inhouse

@@ -67,17 +67,7 @@ void Runner::run_op(const Op& op) {
 
 QuantRows Runner::codes(int32_t v) {
   const Value& q = value(v);
-  const int64_t capacity = model_.arena_->capacity(q.axis);
-  QuantRows rows = {};
-  rows.width = q.width;
-  rows.stride = code_stride(q.width);
-  rows.group = q.group;
-  rows.groups = scale_count(q);
-  uint8_t* base = model_.arena_->at(index_, v);
-  rows.codes = reinterpret_cast<const int8_t*>(base);
-  rows.scales = reinterpret_cast<const float*>(base + capacity * rows.stride);
-  rows.sums = reinterpret_cast<const int32_t*>(rows.scales + capacity * rows.groups);
-  return rows;
+  return quant_rows(model_.arena_->at(index_, v), model_.arena_->capacity(q.axis), q.width, rows_[q.axis]);
 }
 
 void Runner::embed(const Op& op) {
@@ -108,12 +98,10 @@ void Runner::layer_norm(const Op& op) {
 }
 
 void Runner::quantize_rows(const Op& op) {
+  const Value& made = value(op.outputs[0]);
   const QuantRows q = codes(op.outputs[0]);
-  each_row(rows_of(op.inputs[0]), q.width, [&](int64_t r) {
-    kernels_.quantize_row(row(op.inputs[0], r), q.width, q.stride, q.group, const_cast<int8_t*>(q.codes) + r * q.stride,
-                          const_cast<float*>(q.scales) + r * q.groups,
-                          const_cast<int32_t*>(q.sums) + r * (q.stride / 16));
-  });
+  each_row(rows_of(op.inputs[0]), made.width,
+           [&](int64_t r) { kernels_.quantize_row(row(op.inputs[0], r), made.width, made.group, q, r); });
 }
 
 // All the op's matrices in one job: chunks of weight tiles, counted through the matrices.

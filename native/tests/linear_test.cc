@@ -118,25 +118,19 @@ struct Matrix {
 
 struct Rows {  // activations, and their quantised form by the kernel itself
   Rows(const Kernels& k, int rows, int64_t width, int64_t group, std::mt19937& rng)
-      : x(rows * width),
-        stride((width + 31) / 32 * 32),
-        groups((width + group - 1) / group),
-        codes(rows * stride),
-        scales(rows * groups),
-        sums(rows * stride / 16) {
+      : x(rows * width), capacity((rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes), memory(quant_bytes(capacity, width)) {
     std::normal_distribution<float> normal;
     for (float& v : x) v = normal(rng);
-    for (int r = 0; r < rows; ++r) {
-      k.quantize_row(&x[r * width], width, stride, group, &codes[r * stride], &scales[r * groups],
-                     &sums[r * stride / 16]);
-    }
-    q = {codes.data(), scales.data(), sums.data(), width, stride, group, groups};
+    remake(k, rows, width, group);
   }
+  void remake(const Kernels& k, int rows, int64_t width, int64_t group) {
+    q = quant_rows(memory.data(), capacity, width, rows);
+    for (int r = 0; r < rows; ++r) k.quantize_row(&x[r * width], width, group, q, r);
+  }
+  int8_t& code(int64_t r, int64_t k) const { return q.codes[q.at(r, k / 32) * 32 + k % 32]; }
   std::vector<float> x;
-  int64_t stride, groups;
-  std::vector<int8_t> codes;
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
+  int64_t capacity;
+  std::vector<uint8_t> memory;
   QuantRows q;
 };
 
@@ -147,11 +141,11 @@ float expected_i8(const Matrix& m, const Rows& x, int r, int64_t o) {
   for (int64_t first = 0; first < m.l.width; first += run) {
     int32_t dot = 0, sum = 0;
     for (int64_t k = first; k < first + run; ++k) {
-      const int32_t a = x.codes[r * x.stride + k];
+      const int32_t a = x.code(r, k);
       dot += m.code(o, k) * a;
       sum += a;
     }
-    const float s = x.scales[r * x.groups + (x.groups > 1 ? first / 32 : 0)];
+    const float s = x.q.scales[x.q.at(r, first / 32)];
     y = std::fma(static_cast<float>(dot), m.scale(o, first) * s, y);
     if (m.f.minimum) y = std::fma(m.minimum(o, first), static_cast<float>(sum) * s, y);
   }
@@ -227,13 +221,10 @@ void check_extremes(const Kernels& k, int format, std::mt19937& rng) {
     std::memset(m.bytes.data + m.l.low, fill, m.l.tile_bytes - m.l.low);
     Rows x(k, 2, in, 32, rng);
     for (int64_t i = 0; i < in; ++i) {
-      x.codes[i] = 127;
-      x.codes[x.stride + i] = -127;
+      x.x[i] = 1.0f;
+      x.x[in + i] = -1.0f;
     }
-    for (int64_t i = 0; i < in / 16; ++i) {
-      x.sums[i] = 127 * 16;
-      x.sums[x.stride / 16 + i] = -127 * 16;
-    }
+    x.remake(k, 2, in, 32);
     check_linear(
         std::string(k.isa) + " " + m.f.name + " extremes", m, 2, std::string(k.isa) != "scalar",
         [&](int n, int64_t a, int64_t b, float* y) { k.linear_i8(m.weight, x.q, n, a, b, nullptr, y, 16); },
@@ -241,37 +232,37 @@ void check_extremes(const Kernels& k, int format, std::mt19937& rng) {
   }
 }
 
+// Row 2 of three, between rows that it must leave alone.
 void check_quantize(const Kernels& k, int64_t width, int64_t group, std::mt19937& rng) {
-  std::vector<float> x(width);
-  std::normal_distribution<float> normal;
-  for (float& v : x) v = normal(rng);
-  if (width > 40) std::fill(x.begin(), x.begin() + 32, 0.0f);
+  Rows rows(k, 3, width, group, rng);
+  float* x = &rows.x[2 * width];
+  if (width > 40) std::fill(x, x + 32, 0.0f);
   if (width > 70) x[64] = std::nanf("");
-  const int64_t stride = (width + 31) / 32 * 32, groups = (width + group - 1) / group;
-  std::vector<int8_t> codes(stride, 99);
-  std::vector<float> scales(groups, 99);
-  std::vector<int32_t> sums(stride / 16, 99);
-  k.quantize_row(x.data(), width, stride, group, codes.data(), scales.data(), sums.data());
+  std::fill(rows.memory.begin(), rows.memory.end(), uint8_t{99});
+  const QuantRows q = quant_rows(rows.memory.data(), rows.capacity, width, 3);
+  k.quantize_row(x, width, group, q, 2);
   const std::string name = std::string(k.isa) + " quantize_row " + std::to_string(width);
-  for (int64_t g = 0; g < groups; ++g) {
-    const int64_t first = g * group, last = std::min(width, first + group);
+  for (int64_t first = 0; first < width; first += group) {
+    const int64_t last = std::min(width, first + group);
     float most = 0;
     bool nan = false;
     for (int64_t i = first; i < last; ++i) {
       nan = nan || std::isnan(x[i]);
       most = std::max(most, std::fabs(x[i]));
     }
-    check(nan ? std::isnan(scales[g]) : scales[g] == most / 127.0f, name + " scale");
     for (int64_t i = first; i < last; ++i) {
-      const float q = nan || most == 0 ? 0.0f : std::nearbyint(x[i] * (127.0f / most));
-      check(codes[i] == q, name + " code");
+      const float scale = q.scales[q.at(2, i / 32)];
+      check(nan ? std::isnan(scale) : scale == most / 127.0f, name + " scale");
+      const float code = nan || most == 0 ? 0.0f : std::nearbyint(x[i] * (127.0f / most));
+      check(rows.code(2, i) == code, name + " code");
     }
   }
-  for (int64_t i = width; i < stride; ++i) check(codes[i] == 0, name + " padding");
-  for (int64_t i = 0; i < stride / 16; ++i) {
-    int32_t sum = 0;
-    for (int64_t j = 0; j < 16; ++j) sum += codes[i * 16 + j];
-    check(sums[i] == sum, name + " sum");
+  for (int64_t i = width; i < q.blocks * 32; ++i) check(rows.code(2, i) == 0, name + " padding");
+  for (int64_t b = 0; b < q.blocks; ++b) {
+    int32_t sums[2] = {};
+    for (int64_t i = 0; i < 32; ++i) sums[i / 16] += rows.code(2, b * 32 + i);
+    check(q.low[q.at(2, b)] == sums[0] && q.sums[q.at(2, b)] == sums[0] + sums[1], name + " sums");
+    for (int64_t other = 0; other < 2; ++other) check(q.sums[q.at(other, b)] == 0x63636363, name + " others' rows");
   }
 }
 

@@ -4,47 +4,52 @@ namespace {
 
 constexpr float kTiny = 1e-30f;  // a group whose largest magnitude is below this counts as all zero
 
-// Codes and sums of elements [0, n) of a group; n is a multiple of 16 except at a row's end.
-IH_INLINE void quantize_run(const float* x, int64_t n, V inverse, int8_t* codes, int32_t* sums) {
-  for (int64_t i = 0; i < n; i += 16) {
-    const V v = n - i >= 16 ? load(x + i) : load_n(x + i, n - i);
-    const VI q = to_int(mul(v, inverse));
-    store_i8(codes + i, q);
-    sums[i / 16] = reduce_add_int(q);
-  }
+// Codes and sums of a block of n elements (`n` is below kQuantGroup at a row's end) into entry `at`.
+IH_INLINE void quantize_block(const float* x, int64_t n, V inverse, const QuantRows& q, int64_t at) {
+  const int64_t high = n > 16 ? n - 16 : 0;
+  const V a = n >= 16 ? load(x) : load_n(x, n), b = high == 16 ? load(x + 16) : high == 0 ? zero() : load_n(x + 16, high);
+  const VI low = to_int(mul(a, inverse)), rest = to_int(mul(b, inverse));
+  store_i8(q.codes + at * kQuantGroup, low);
+  store_i8(q.codes + at * kQuantGroup + 16, rest);
+  const int32_t sum = reduce_add_int(low);
+  q.low[at] = sum;
+  q.sums[at] = sum + reduce_add_int(rest);
 }
 
-IH_INLINE void zero_run(int64_t n, int8_t* codes, int32_t* sums) {
-  for (int64_t i = 0; i < n; i += 16) {
-    store_i8(codes + i, set1_int(0));
-    sums[i / 16] = 0;
-  }
+IH_INLINE void zero_block(const QuantRows& q, int64_t at) {
+  store_i8(q.codes + at * kQuantGroup, set1_int(0));
+  store_i8(q.codes + at * kQuantGroup + 16, set1_int(0));
+  q.low[at] = q.sums[at] = 0;
 }
 
-// `group` is a multiple of 16, or not below `width`; `stride` a multiple of 32.
-void quantize_row(const float* x, int64_t width, int64_t stride, int64_t group, int8_t* codes, float* scales,
-                  int32_t* sums) {
+// Compared as integers, magnitudes order as floats do, with infinity and NaN on top.
+IH_INLINE int32_t largest_bits(const float* x, int64_t n) {
+  VI most = set1_int(0);
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) most = max_int(most, magnitude_bits(load(x + i)));
+  if (i < n) most = max_int(most, magnitude_bits(load_n(x + i, n - i)));
+  return reduce_max_int(most);
+}
+
+void quantize_row(const float* x, int64_t width, int64_t group, const QuantRows& q, int64_t row) {
+  int64_t at = q.at(row, 0);
   for (int64_t first = 0; first < width; first += group) {
-    const int64_t n = width - first < group ? width - first : group;
-    // Compared as integers, magnitudes order as floats do, with infinity and NaN on top.
-    VI most_bits = set1_int(0);
-    for (int64_t i = 0; i < n; i += 16) {
-      const V v = n - i >= 16 ? load(x + first + i) : load_n(x + first + i, n - i);
-      most_bits = max_int(most_bits, magnitude_bits(v));
-    }
-    const int32_t bits = reduce_max_int(most_bits);
+    const int64_t end = width - first < group ? width : first + group;
+    const int32_t bits = largest_bits(x + first, end - first);
     const bool finite = bits < 0x7f800000;
     const float most = __builtin_bit_cast(float, bits);
-    if (finite && most >= kTiny) {
-      *scales++ = most / 127.0f;
-      quantize_run(x + first, n, set1(127.0f / most), codes + first, sums + first / 16);
-    } else {
-      *scales++ = finite ? 0.0f : __builtin_nanf("");
-      zero_run(n, codes + first, sums + first / 16);
+    const bool some = finite && most >= kTiny;
+    const float scale = some ? most / 127.0f : finite ? 0.0f : __builtin_nanf("");
+    const V inverse = set1(some ? 127.0f / most : 0.0f);
+    for (int64_t i = first; i < end; i += kQuantGroup, at += q.lanes) {
+      q.scales[at] = scale;
+      if (some) {
+        quantize_block(x + i, end - i < kQuantGroup ? end - i : kQuantGroup, inverse, q, at);
+      } else {
+        zero_block(q, at);
+      }
     }
   }
-  const int64_t end = (width + 15) / 16 * 16;
-  if (end < stride) zero_run(stride - end, codes + end, sums + end / 16);
 }
 
 }  // namespace
