@@ -1,172 +1,206 @@
-// Speed of the packed linears beside the machine's limits: all matrices of a model, activations quantised, no
-// attention. Usage: linear_bench [format=q4_0] [threads=2] [isa, default the highest] [seconds per figure=2] [huge]
-// Prints one line for each number of rows: tokens/s, bytes of weights/s, integer operations/s, and the share of the
-// clock that the threads had to themselves (below 1 the machine was busy: do not quote the figures).
+// Speed of the packed linears beside the machine's limits, one JSON object a line: first the peaks, measured by the
+// same run, then for each model, format, level and number of rows every matrix and the sum of all. Matrices that share
+// an input (q k v; gate up) are one, as in a step; weights are read from memory, not from a cache.
+// Usage: linear_bench [--model NAME|all] [--format NAME,...] [--isa NAME,...] [--rows N,...] [--threads N]
+//                     [--seconds S (a figure)] [--totals (no single matrices)] [--huge (huge pages)]
 #include <sys/mman.h>
-#include <time.h>
 
 #include <algorithm>
-#include <atomic>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "dispatch.h"
 #include "formats.h"
-#include "kernels.h"
+#include "inhouse.h"
+#include "linears.h"
+#include "shapes.h"
 
 using namespace inhouse;
 
 namespace {
 
-struct Shape {
-  int64_t out, in;
+constexpr size_t kBufferBytes = size_t{192} << 20;  // weights in turn, far beyond the last cache
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr int64_t kPromptRows = 64;  // from here on the head is needed for one row
+
+struct Options {
+  std::string model = "qwen2.5-0.5b";
+  std::vector<std::string> formats = {"q4_0", "q8_0", "bf16"}, levels;
+  std::vector<int64_t> rows = {1, 2, 4, 8, 16, 32, 64, 512};
+  int threads = 0;
+  double seconds = 0.05;
+  bool totals = false, huge = false;
 };
 
-// Qwen2.5-0.5B: a layer's matrices, 24 layers, and the head.
-const Shape kLayer[] = {{896, 896}, {128, 896}, {128, 896}, {896, 896}, {4864, 896}, {4864, 896}, {896, 4864}};
-constexpr int kLayers = 24;
-const Shape kHead = {151936, 896};
-constexpr size_t kHuge = size_t{2} << 20;
-constexpr int64_t kClaims = 2;  // pieces of a matrix for each thread
+struct Free {
+  void operator()(uint8_t* p) const { std::free(p); }
+};
+using Buffer = std::unique_ptr<uint8_t, Free>;
 
-double seconds(clockid_t clock) {
-  timespec t;
-  clock_gettime(clock, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
+Buffer make_buffer(size_t bytes, bool huge) {
+  bytes = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  Buffer buffer(static_cast<uint8_t*>(std::aligned_alloc(kHugePage, bytes)));
+  if (huge) madvise(buffer.get(), bytes, MADV_HUGEPAGE);
+  std::memset(buffer.get(), 0x35, bytes);  // 0x3535 is 0.33 in f16
+  return buffer;
 }
 
-struct Model {
-  Model(int format, bool huge_pages) : huge(huge_pages) {
-    for (int i = 0; i < kLayers; ++i) {
-      for (const Shape& s : kLayer) add(format, s);
-    }
-    add(format, kHead);
-  }
-  void add(int format, const Shape& s) {
-    const size_t bytes = static_cast<size_t>(packed_bytes(kFormats[format], s.out, s.in));
-    uint8_t* data = static_cast<uint8_t*>(std::aligned_alloc(kHuge, (bytes + kHuge - 1) / kHuge * kHuge));
-    if (huge) madvise(data, bytes, MADV_HUGEPAGE);
-    std::memset(data, 0x35, bytes);  // 0x3535 is 0.33 in f16
-    weights.push_back({format, s.out, s.in, data, bytes});
-  }
-  bool huge;
-  std::vector<Weight> weights;
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+struct Peaks {
+  double read, dot, fma;  // a second
 };
 
-struct Team {  // a spin barrier for each matrix, tiles claimed by a counter
-  explicit Team(int n) : size(n) {}
-  void wait() {
-    const int turn = turns.load();
-    if (arrived.fetch_add(1) + 1 == size) {
-      arrived = 0;
-      next = 0;
-      turns.fetch_add(1);
+Peaks peaks_of(const char* isa, int threads) {
+  Peaks p = {};
+  ih_probe(isa, IH_PROBE_READ, threads, &p.read);
+  ih_probe(isa, IH_PROBE_DOT, threads, &p.dot);
+  ih_probe(isa, IH_PROBE_FMA, threads, &p.fma);
+  std::printf("{\"kind\":\"peak\",\"isa\":\"%s\",\"threads\":%d,\"read_GBs\":%.1f,\"dot_GOPs\":%.1f,\"fma_GOPs\":%.1f}\n",
+              isa, threads, p.read * 1e-9, p.dot * 1e-9, p.fma * 1e-9);
+  return p;
+}
+
+struct Memory {
+  Buffer weights, x, quants, y;
+};
+
+// Seconds of one multiplication, the median over `budget` seconds; `used` becomes the bytes of the weight.
+double time_matrix(const Kernels& kernels, int threads, int format, int64_t out, int64_t in, int64_t rows,
+                   const Memory& memory, double budget, size_t* used) {
+  const size_t tile = static_cast<size_t>(layout_of(kFormats[format], in).tile_bytes);
+  const int64_t cut = std::min<int64_t>(out, static_cast<int64_t>(kBufferBytes / tile) * kTileRows);
+  const size_t bytes = static_cast<size_t>(packed_bytes(kFormats[format], cut, in));
+  const size_t copies = kBufferBytes / bytes;
+  const bool codes = takes_int8(kFormats[format]);
+  const QuantRows quants = quant_rows(memory.quants.get(), (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes, in, rows);
+  const float* x = reinterpret_cast<const float*>(memory.x.get());
+  for (int64_t r = 0; codes && r < rows; ++r) kernels.quantize_row(x + r * in, in, kQuantGroup, quants, r);
+  const LinearInput input = {rows, in, codes ? nullptr : x, codes ? &quants : nullptr};
+  std::vector<double> times;
+  double last = now();
+  for (const double begin = last; times.size() < 4 || last - begin < budget;) {
+    Pool::Step pool(Pool::process(), threads);
+    const size_t copy = times.size() % copies;
+    const Weight w = {format, cut, in, memory.weights.get() + copy * bytes, bytes};
+    const LinearTask task = {&w, nullptr, reinterpret_cast<float*>(memory.y.get())};
+    run_linears(pool, kernels, input, &task, 1);
+    const double end = now();
+    times.push_back(end - last);
+    last = end;
+  }
+  std::nth_element(times.begin(), times.begin() + static_cast<ptrdiff_t>(times.size() / 2), times.end());
+  *used = bytes * static_cast<size_t>(out) / static_cast<size_t>(cut);
+  return times[times.size() / 2] * static_cast<double>(out) / static_cast<double>(cut);
+}
+
+void print_figures(double operations, double bytes, double time, const Peaks& peaks, bool codes) {
+  const double peak = codes ? peaks.dot : peaks.fma;
+  std::printf("\"ms\":%.4f,\"GOPs\":%.1f,\"GBs\":%.1f,\"of_compute\":%.3f,\"of_read\":%.3f}\n", time * 1e3,
+              operations / time * 1e-9, bytes / time * 1e-9, operations / time / peak, bytes / time / peaks.read);
+}
+
+void measure(const Options& o, const Kernels& kernels, const Peaks& peaks, const ModelShape& model, int format,
+             int64_t rows, const Memory& memory) {
+  double time = 0, operations = 0, bytes = 0;
+  const bool codes = takes_int8(kFormats[format]);
+  for (int i = 0; i < kMatrices; ++i) {
+    const MatrixShape m = matrix_of(model, i);
+    if (!layout_of(kFormats[format], m.in).valid) return;
+    const int64_t n = m.head && rows >= kPromptRows ? 1 : rows;
+    size_t used = 0;
+    const double once = time_matrix(kernels, o.threads, format, m.out, m.in, n, memory, o.seconds, &used);
+    const double products = 2.0 * static_cast<double>(m.out * m.in * n), count = static_cast<double>(m.count);
+    if (!o.totals) {
+      std::printf("{\"kind\":\"matrix\",\"model\":\"%s\",\"matrix\":\"%s\",\"out\":%ld,\"in\":%ld,\"format\":\"%s\","
+                  "\"isa\":\"%s\",\"rows\":%ld,", model.name, m.what, m.out, m.in, kFormats[format].name, kernels.isa, n);
+      print_figures(products, static_cast<double>(used), once, peaks, codes);
+    }
+    time += once * count;
+    operations += products * count;
+    bytes += static_cast<double>(used) * count;
+  }
+  std::printf("{\"kind\":\"model\",\"model\":\"%s\",\"format\":\"%s\",\"isa\":\"%s\",\"rows\":%ld,\"tokens_s\":%.1f,",
+              model.name, kFormats[format].name, kernels.isa, rows, static_cast<double>(rows) / time);
+  print_figures(operations, bytes, time, peaks, codes);
+  std::fflush(stdout);
+}
+
+std::vector<std::string> split(const char* text) {
+  std::vector<std::string> parts(1);
+  for (const char* p = text; *p != 0; ++p) {
+    if (*p == ',') {
+      parts.emplace_back();
     } else {
-      while (turns.load() == turn) {
-      }
+      parts.back() += *p;
     }
   }
-  const int size;
-  std::atomic<int> arrived{0}, turns{0};
-  std::atomic<int64_t> next{0};
-};
-
-struct Buffers {
-  explicit Buffers(int rows)
-      : x(rows * 4864, 0.5f),
-        y(static_cast<size_t>(rows) * 4864),
-        head(kHead.out),
-        codes(static_cast<size_t>(quant_bytes(rows + kMaxLanes, 4864))) {}
-  std::vector<float> x, y, head;
-  std::vector<uint8_t> codes;
-};
-
-void step(const Kernels& k, const Model& m, int rows, Team& team, Buffers& b, int thread) {
-  for (size_t i = 0; i < m.weights.size(); ++i) {
-    const Weight& w = m.weights[i];
-    const bool head = i + 1 == m.weights.size();
-    const int n = head && rows > 32 ? 1 : rows;  // a long prompt needs the head for its last row
-    const bool codes = kFormats[w.format].low != 0;
-    const QuantRows q = quant_rows(b.codes.data(), (n + kMaxLanes - 1) / kMaxLanes * kMaxLanes, w.in, n);
-    for (int r = thread; codes && r < n; r += team.size) k.quantize_row(&b.x[r * w.in], w.in, kQuantGroup, q, r);
-    team.wait();
-    float* y = head ? b.head.data() : b.y.data();
-    const int64_t ldy = head ? (n > 1 ? 0 : w.out) : w.out, tiles = (w.out + 15) / 16;
-    const int64_t claim = std::max<int64_t>(1, tiles / (team.size * kClaims));
-    for (int64_t t; (t = team.next.fetch_add(claim)) < tiles;) {
-      const int64_t end = t + claim < tiles ? t + claim : tiles;
-      if (codes) {
-        k.linear_i8(w, q, n, t, end, nullptr, y, ldy);
-      } else {
-        k.linear_f32(w, b.x.data(), w.in, n, t, end, nullptr, y, ldy);
-      }
-    }
-    team.wait();
-  }
+  return parts;
 }
 
-void measure(const Kernels& k, const Model& m, int rows, int threads, double budget) {
-  Team team(threads);
-  Buffers buffers(rows);
-  std::atomic<bool> more{true};
-  int steps = 0;
-  double busy = 0;
-  const double begin = seconds(CLOCK_MONOTONIC);
-  auto work = [&](int thread) {
-    const double cpu = seconds(CLOCK_THREAD_CPUTIME_ID);
-    while (true) {
-      team.wait();
-      if (!more) break;
-      step(k, m, rows, team, buffers, thread);
-      if (thread == 0) {
-        ++steps;
-        more = seconds(CLOCK_MONOTONIC) - begin < budget;
-      }
+bool parse(int argc, char** argv, Options* o) {
+  for (int i = 1; i < argc; ++i) {
+    const std::string key = argv[i];
+    if (key == "--totals" || key == "--huge") {
+      (key == "--huge" ? o->huge : o->totals) = true;
+      continue;
     }
-    if (thread == 0) busy = seconds(CLOCK_THREAD_CPUTIME_ID) - cpu;
-  };
-  std::vector<std::thread> others;
-  for (int t = 1; t < threads; ++t) others.emplace_back(work, t);
-  work(0);
-  for (std::thread& t : others) t.join();
-  const double time = seconds(CLOCK_MONOTONIC) - begin;
-  double bytes = 0, operations = 0;
-  for (const Weight& w : m.weights) {
-    const bool head = &w == &m.weights.back();
-    bytes += static_cast<double>(w.bytes) * steps;
-    operations += 2.0 * static_cast<double>(w.out * w.in) * (head && rows > 32 ? 1 : rows) * steps;
+    if (++i == argc) return false;
+    if (key == "--model") o->model = argv[i];
+    else if (key == "--format") o->formats = split(argv[i]);
+    else if (key == "--isa") o->levels = split(argv[i]);
+    else if (key == "--threads") o->threads = std::atoi(argv[i]);
+    else if (key == "--seconds") o->seconds = std::atof(argv[i]);
+    else if (key == "--rows") {
+      o->rows.clear();
+      for (const std::string& n : split(argv[i])) o->rows.push_back(std::max(1, std::atoi(n.c_str())));
+    } else return false;
   }
-  std::printf("rows %4d  %8.1f tok/s  %6.1f GB/s  %7.1f GOP/s  own clock %.2f\n", rows, steps * rows / time,
-              bytes / time * 1e-9, operations / time * 1e-9, busy / time);
+  if (o->threads < 1) o->threads = default_threads();
+  return true;
+}
+
+int number_of(const std::string& format) {
+  for (int i = 0; i < kFormatCount; ++i) {
+    if (format == kFormats[i].name) return i;
+  }
+  return -1;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::string name = argc > 1 ? argv[1] : "q4_0";
-  const int threads = argc > 2 ? std::atoi(argv[2]) : 2;
-  const double budget = argc > 4 ? std::atof(argv[4]) : 2.0;
-  const Kernels* kernels = nullptr;
-  const std::string isa = argc > 3 ? argv[3] : "";
-  const Kernels* level;
-  for (int i = 0; (level = available_kernels(i)) != nullptr; ++i) {
-    if (isa.empty() || isa == level->isa) kernels = level;
-  }
-  int format = -1;
-  for (int i = 0; i < kFormatCount; ++i) {
-    if (name == kFormats[i].name && layout_of(kFormats[i], 896).valid) format = i;
-  }
-  if (kernels == nullptr || format < 0 || threads < 1) {
-    std::fprintf(stderr, "unknown level or format (K types need inputs in multiples of 256)\n");
+  Options o;
+  if (!parse(argc, argv, &o)) {
+    std::fprintf(stderr, "linear_bench: unknown option; bench/linear_bench.cc begins with the list\n");
     return 2;
   }
-  std::printf("%s %s, %d threads, Qwen2.5-0.5B shapes\n", kernels->isa, name.c_str(), threads);
-  const Model model(format, argc > 5 && std::string(argv[5]) == "huge");
-  for (const int rows : {1, 8, 32, 512}) measure(*kernels, model, rows, threads, budget);
+  int64_t widest = 0, tallest = 0, most = *std::max_element(o.rows.begin(), o.rows.end());
+  for (const ModelShape& m : kModels) {
+    widest = std::max(widest, m.ffn);
+    tallest = std::max({tallest, 2 * m.ffn * most, m.vocab * std::min(most, kPromptRows)});
+  }
+  const Memory memory = {make_buffer(kBufferBytes, o.huge), make_buffer(static_cast<size_t>(widest * most) * 4, o.huge),
+                         make_buffer(static_cast<size_t>(quant_bytes(most + kMaxLanes, widest)), o.huge),
+                         make_buffer(static_cast<size_t>(tallest) * 4, o.huge)};
+  const Kernels* kernels;
+  for (int i = 0; (kernels = available_kernels(i)) != nullptr; ++i) {
+    const bool last = available_kernels(i + 1) == nullptr;
+    const bool named = std::find(o.levels.begin(), o.levels.end(), kernels->isa) != o.levels.end();
+    if (o.levels.empty() ? !last : !named) continue;
+    const Peaks peaks = peaks_of(kernels->isa, o.threads);
+    for (const ModelShape& m : kModels) {
+      if (o.model != "all" && o.model != m.name) continue;
+      for (const std::string& format : o.formats) {
+        if (number_of(format) < 0) continue;
+        for (const int64_t rows : o.rows) measure(o, *kernels, peaks, m, number_of(format), rows, memory);
+      }
+    }
+  }
   return 0;
 }

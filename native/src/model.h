@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "inhouse.h"
+#include "linears.h"
 #include "moe.h"
 #include "plan.h"
 #include "program.h"
@@ -84,6 +85,7 @@ class Model {
   int threads_ = 1;
   int64_t kv_heads_ = 0;  // most of any group
   AttentionMemory attention_;
+  std::vector<LinearTask> linear_tasks_;  // of the op that runs
   std::vector<Relative> relative_;  // made before the first step, so that none allocates
   RoutedRows routed_;
   bool damaged_ = false;

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "cpu.h"
+#include "linears.h"
 
 namespace inhouse {
 
@@ -104,34 +105,17 @@ void Runner::quantize_rows(const Op& op) {
            [&](int64_t r) { kernels_.quantize_row(row(op.inputs[0], r), made.width, made.group, q, r); });
 }
 
-// All the op's matrices in one job: chunks of weight tiles, counted through the matrices.
 void Runner::linears(const Op& op) {
-  const int64_t rows = rows_of(op.inputs[0]), width = value(op.inputs[0]).width;
-  if (rows == 0) return;
+  const Value& x = value(op.inputs[0]);
+  const bool quantized = x.dtype == DType::kI8;
+  const QuantRows quants = quantized ? codes(op.inputs[0]) : QuantRows{};
+  std::vector<LinearTask>& tasks = model_.linear_tasks_;
+  tasks.clear();
   const size_t count = op.outputs.size();
-  const bool quantized = value(op.inputs[0]).dtype == DType::kI8;
-  const QuantRows x = quantized ? codes(op.inputs[0]) : QuantRows{};
-  int64_t tiles = 0;
-  for (size_t i = 0; i < count; ++i) tiles += (weight(op, i)->out + kTileRows - 1) / kTileRows;
-  const int64_t worth = std::max<int64_t>(1, kTileProducts / (rows * width * kTileRows));
-  const int64_t fair = std::max<int64_t>(1, tiles / (pool_.threads() * kTilesPerThread));
-  const int64_t chunk = std::max(worth, fair);
-  pool_.run((tiles + chunk - 1) / chunk, [&](int64_t task, int) {
-    int64_t begin = task * chunk, end = std::min(tiles, begin + chunk);
-    for (size_t i = 0; i < count && end > 0; ++i) {
-      const Weight& w = *weight(op, i);
-      const int64_t here = (w.out + kTileRows - 1) / kTileRows, last = std::min(end, here);
-      const float* bias = vector(op, count + i);
-      float* y = floats(op.outputs[i]);
-      if (begin < last && quantized) {
-        kernels_.linear_i8(w, x, static_cast<int>(rows), begin, last, bias, y, w.out);
-      } else if (begin < last) {
-        kernels_.linear_f32(w, floats(op.inputs[0]), width, static_cast<int>(rows), begin, last, bias, y, w.out);
-      }
-      begin = std::max<int64_t>(0, begin - here);
-      end -= here;
-    }
-  });
+  for (size_t i = 0; i < count; ++i) tasks.push_back({weight(op, i), vector(op, count + i), floats(op.outputs[i])});
+  const LinearInput in = {rows_of(op.inputs[0]), x.width, quantized ? nullptr : floats(op.inputs[0]),
+                          quantized ? &quants : nullptr};
+  run_linears(pool_, kernels_, in, tasks.data(), count);
 }
 
 void Runner::rotary(const Op& op) {

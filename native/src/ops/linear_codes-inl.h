@@ -5,7 +5,8 @@ namespace inhouse::IH_ISA {
 namespace {
 
 constexpr int64_t kAhead = 12288;  // bytes that a sweep prefetches ahead (measured: 4 to 16 KiB)
-constexpr int kStripRows = 64;     // rows whose sums are prepared at once and that share a tile while it is in L2
+constexpr int kStripRows = 64;     // rows whose sums are prepared at once
+constexpr int64_t kTilesBytes = 384 << 10;  // of weights that stay in the second-level cache for all rows
 constexpr int64_t kStarts = kMaxLanes * kMaxGroups;  // (row, group) pairs prepared at once
 
 // What goes with each entry (QuantRows) of a strip of rows, prepared once for all tiles of a call. Where a block has two
@@ -97,41 +98,55 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64
   IH_UNROLL for (int r = 0; r < R; ++r) { y[r] = sums[r]; }
 }
 
-// Rows [row, rows) of the strip that starts at row `first`, in blocks of R, then of half as many.
+// A strip: rows [first, first + rows) against tiles [begin, end).
+struct Piece {
+  int64_t first, rows, begin, end;
+};
+
+// Rows [row, rows) of a strip in blocks of R, then of half as many. A block goes through all tiles before the next, so
+// that its activations stay in the first-level cache and its outputs are written in runs.
 template <int ID, int R>
-IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, int64_t first,
-                          int64_t row, int64_t rows, int64_t tile, const float* bias, float* y, int64_t ldy) {
-  const int64_t count = (rows + x.lanes - 1) / x.lanes * x.lanes * x.blocks;
-  for (; rows - row >= R; row += R) {
-    const int64_t at = x.at(row, 0), all = first * x.blocks + at;
-    V sums[R];
-    codes_tile<ID, R>(tile_of<ID>(w, l, tile),
-                      {x.codes + all * kBlock,
-                       x.scales + all,
-                       {strip.start + at, strip.start + count + at},
-                       {strip.sum + at, strip.sum + count + at}},
-                      x.lanes, sums);
-    for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (first + row + r) * ldy);
+IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, const Piece& p,
+                          int64_t row, const float* bias, float* y, int64_t ldy) {
+  const int64_t count = (p.rows + x.lanes - 1) / x.lanes * x.lanes * x.blocks;
+  for (; p.rows - row >= R; row += R) {
+    const int64_t at = x.at(row, 0), all = p.first * x.blocks + at;
+    const Entries entries = {x.codes + all * kBlock,
+                             x.scales + all,
+                             {strip.start + at, strip.start + count + at},
+                             {strip.sum + at, strip.sum + count + at}};
+    for (int64_t tile = p.begin; tile < p.end; ++tile) {
+      V sums[R];
+      codes_tile<ID, R>(tile_of<ID>(w, l, tile), entries, x.lanes, sums);
+      for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (p.first + row + r) * ldy);
+    }
   }
-  if constexpr (R > 1) codes_rows<ID, R / 2>(w, l, x, strip, first, row, rows, tile, bias, y, ldy);
+  if constexpr (R > 1) codes_rows<ID, R / 2>(w, l, x, strip, p, row, bias, y, ldy);
+}
+
+template <int ID>
+void codes_linear(const Weight& w, const QuantRows& x, int64_t rows, int64_t tile_begin, int64_t tile_end,
+                  const float* bias, float* y, int64_t ldy) {
+  const Layout l = layout_of(kFormats[w.format], w.in);
+  const int64_t groups = l.blocks * Tile<ID>::halves;
+  const int64_t fit = kStarts / groups < kStripRows ? kStarts / groups / kMaxLanes * kMaxLanes : kStripRows;
+  const int64_t tiles = l.tile_bytes < kTilesBytes ? kTilesBytes / l.tile_bytes : 1;
+  Strip strip;
+  for (int64_t begin = tile_begin; begin < tile_end; begin += tiles) {
+    const int64_t end = tile_end - begin < tiles ? tile_end : begin + tiles;
+    for (int64_t row = 0; row < rows; row += fit) {
+      const int64_t n = rows - row < fit ? rows - row : fit;
+      if (rows > fit || begin == tile_begin) prepare<ID>(x, row, n, strip);
+      codes_rows<ID, kIntRows>(w, l, x, strip, {row, n, begin, end}, 0, bias, y, ldy);
+    }
+  }
 }
 
 void linear_i8(const Weight& w, const QuantRows& x, int rows, int64_t tile_begin, int64_t tile_end, const float* bias,
                float* y, int64_t ldy) {
-  const Layout l = layout_of(kFormats[w.format], w.in);
   with_codes_of(w.format, [&](auto id) {
-    constexpr int ID = id.value;
-    if constexpr (takes_int8(kFormats[ID])) {
-      const int64_t groups = l.blocks * Tile<ID>::halves;
-      const int64_t fit = kStarts / groups < kStripRows ? kStarts / groups / kMaxLanes * kMaxLanes : kStripRows;
-      Strip strip;
-      for (int64_t row = 0; row < rows; row += fit) {
-        const int64_t n = rows - row < fit ? rows - row : fit;
-        prepare<ID>(x, row, n, strip);
-        for (int64_t tile = tile_begin; tile < tile_end; ++tile) {
-          codes_rows<ID, kIntRows>(w, l, x, strip, row, 0, n, tile, bias, y, ldy);
-        }
-      }
+    if constexpr (takes_int8(kFormats[id.value])) {
+      codes_linear<id.value>(w, x, rows, tile_begin, tile_end, bias, y, ldy);
     }
   });
 }
