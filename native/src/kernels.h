@@ -20,15 +20,25 @@ struct Weight {
 
 // Rows of quantised activations (op quantize_rows), in blocks of kQuantGroup elements, the last one padded with zeros.
 // `lanes` rows lie together, so that a body that works on several rows finds them side by side: of row r and block b,
-// entry at(r, b) = (r / lanes * blocks + b) * lanes + r % lanes.
+// entry (r / lanes * blocks + b) * lanes + r % lanes. A view begins at another row or block than the first.
 struct QuantRows {
   int8_t* codes;  // [entries][kQuantGroup]
   float* scales;  // [entries]; of a group that is longer than a block, in each of its blocks
   int32_t* sums;  // [entries] sum of the block's codes
   int32_t* low;   // [entries] sum of the first half of them
   int64_t blocks, lanes;
+  int64_t row, block;  // where a view begins
 
-  int64_t at(int64_t row, int64_t block) const { return (row / lanes * blocks + block) * lanes + row % lanes; }
+  // Entry of row r and block b of the view.
+  int64_t at(int64_t r, int64_t b) const {
+    return ((row + r) / lanes * blocks + block + b) * lanes + (row + r) % lanes;
+  }
+  QuantRows view(int64_t first_row, int64_t first_block) const {
+    QuantRows v = *this;
+    v.row += first_row;
+    v.block += first_block;
+    return v;
+  }
 };
 
 constexpr int64_t kMaxLanes = 8;
@@ -42,7 +52,7 @@ inline QuantRows quant_rows(uint8_t* memory, int64_t capacity, int64_t width, in
   uint8_t* words = memory + entries * kQuantGroup;
   return {reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(words),
           reinterpret_cast<int32_t*>(words + 4 * entries), reinterpret_cast<int32_t*>(words + 8 * entries),
-          blocks, lanes_for(rows)};
+          blocks, lanes_for(rows), 0, 0};
 }
 
 // Bytes of `capacity` rows of that width.

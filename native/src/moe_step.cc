@@ -110,11 +110,7 @@ void Runner::one_expert(const Op& op, int64_t output, int64_t expert, int64_t fi
   const float* bias = vector(op, op.weights.size() / 2 + output * experts + expert);
   float* y = row(op.outputs[output], begin);
   if (value(op.inputs[0]).dtype == DType::kI8) {
-    QuantRows x = codes(op.inputs[0]);
-    x.codes += begin * x.stride;
-    x.scales += begin * x.groups;
-    x.sums += begin * (x.stride / 16);
-    kernels_.linear_i8(w, x, rows, first_tile, last_tile, bias, y, w.out);
+    kernels_.linear_i8(w, codes(op.inputs[0]).view(begin, 0), rows, first_tile, last_tile, bias, y, w.out);
   } else {
     kernels_.linear_f32(w, row(op.inputs[0], begin), w.in, rows, first_tile, last_tile, bias, y, w.out);
   }
@@ -165,11 +161,7 @@ void Runner::head_linears(const Op& op) {
     const int64_t head = task / each, first = head * tiles + task % each * chunk;
     const int64_t last = std::min((head + 1) * tiles, first + chunk);
     if (value(op.inputs[0]).dtype == DType::kI8) {
-      QuantRows x = codes(op.inputs[0]);
-      x.codes += head * w.in;
-      x.scales += head * w.in / kQuantGroup;
-      x.sums += head * w.in / 16;
-      x.width = w.in;
+      const QuantRows x = codes(op.inputs[0]).view(0, head * w.in / kQuantGroup);
       kernels_.linear_i8(w, x, static_cast<int>(rows), first, last, nullptr, y, w.out);
     } else {
       const float* x = floats(op.inputs[0]) + head * w.in;

@@ -212,6 +212,24 @@ void check_matrix(const Kernels& k, int format, int64_t out, int64_t in, int row
       [&](int r, int64_t o) { return expected_i8(m, whole, r, o); });
 }
 
+// Rows and inputs from the middle of a larger matrix of activations give the bits of a matrix of their own.
+void check_views(const Kernels& k, int format, std::mt19937& rng) {
+  const int64_t in = 256, out = 20;
+  const Matrix m(format, out, in, rng);
+  if (!takes_int8(m.f) || !m.l.valid) return;
+  const Rows wide(k, 21, 3 * in, 32, rng);
+  std::vector<float> part(21 * out), own(21 * out);
+  for (const int begin : {0, 1, 3, 8, 13}) {
+    Rows x(k, 21, in, 32, rng);
+    for (int r = begin; r < 21; ++r) std::memcpy(&x.x[(r - begin) * in], &wide.x[r * 3 * in + in], in * 4);
+    x.remake(k, 21 - begin, in, 32);
+    k.linear_i8(m.weight, wide.q.view(begin, in / 32), 21 - begin, 0, 2, nullptr, part.data(), out);
+    k.linear_i8(m.weight, x.q, 21 - begin, 0, 2, nullptr, own.data(), out);
+    check(std::memcmp(part.data(), own.data(), static_cast<size_t>((21 - begin) * out) * 4) == 0,
+          std::string(k.isa) + " " + m.f.name + " view from row " + std::to_string(begin));
+  }
+}
+
 // The extremes: codes of all ones times activations of +-127 must not saturate anywhere.
 void check_extremes(const Kernels& k, int format, std::mt19937& rng) {
   const int64_t in = 256;
@@ -279,6 +297,7 @@ int main() {
       check_matrix(*k, format, 5, 172, 9, rng);  // inputs that are no multiple of the block
       check_matrix(*k, format, 1, 32, 1, rng);
       check_extremes(*k, format, rng);
+      check_views(*k, format, rng);
     }
     for (const int64_t width : {1, 15, 16, 31, 32, 33, 172, 512}) {
       check_quantize(*k, width, 32, rng);

@@ -30,24 +30,41 @@ constexpr int start_factor() {
   return (is_wide(kFormats[ID]) ? 128 - kWideZero : 0) - kFormats[ID].zero;
 }
 
-// The strip of `rows` rows from `row`, a multiple of the lanes. Lanes without a row hold whatever memory held.
+// Entries [from, from + count) of `x` into the strip from `to`; the second half of its arrays starts at `half`.
 template <int ID>
-void prepare(const QuantRows& x, int64_t row, int64_t rows, Strip& strip) {
+void prepare_run(const QuantRows& x, int64_t from, int64_t count, Strip& strip, int64_t to, int64_t half) {
   constexpr Format f = kFormats[ID];
   constexpr bool two = Tile<ID>::halves == 2;
   constexpr uint32_t factor = static_cast<uint32_t>(start_factor<ID>());
-  const int64_t from = row * x.blocks, count = (rows + x.lanes - 1) / x.lanes * x.lanes * x.blocks;
   const int32_t *sums = x.sums + from, *low = x.low + from;
   const float* scales = x.scales + from;
+  int32_t *start = strip.start + to, *start2 = start + half;
+  float *sum = strip.sum + to, *sum2 = sum + half;
   const auto rest = [&](int64_t i) { return static_cast<uint32_t>(sums[i]) - static_cast<uint32_t>(low[i]); };
   for (int64_t i = 0; factor != 0 && i < count; ++i) {
-    strip.start[i] = static_cast<int32_t>(factor * static_cast<uint32_t>(two ? low[i] : sums[i]));
-    if (two) strip.start[count + i] = static_cast<int32_t>(factor * rest(i));
+    start[i] = static_cast<int32_t>(factor * static_cast<uint32_t>(two ? low[i] : sums[i]));
+    if (two) start2[i] = static_cast<int32_t>(factor * rest(i));
   }
   for (int64_t i = 0; f.minimum && i < count; ++i) {
     const float scale = f.two_level ? -scales[i] : scales[i];
-    strip.sum[i] = static_cast<float>(two ? low[i] : sums[i]) * scale;
-    if (two) strip.sum[count + i] = static_cast<float>(static_cast<int32_t>(rest(i))) * scale;
+    sum[i] = static_cast<float>(two ? low[i] : sums[i]) * scale;
+    if (two) sum2[i] = static_cast<float>(static_cast<int32_t>(rest(i))) * scale;
+  }
+}
+
+// Rows [first, end) of the view against tiles [begin, tiles_end); their lanes lie in [group, groups_end).
+struct Piece {
+  int64_t first, end, begin, tiles_end;
+  int64_t group, groups_end;
+};
+
+// All lanes of a piece. Those without a row hold whatever memory held.
+template <int ID>
+void prepare(const QuantRows& x, const Piece& p, int64_t blocks, Strip& strip) {
+  const int64_t run = blocks * x.lanes;
+  for (int64_t g = p.group; g < p.groups_end; ++g) {
+    prepare_run<ID>(x, (g * x.blocks + x.block) * x.lanes, run, strip, (g - p.group) * run,
+                    (p.groups_end - p.group) * run);
   }
 }
 
@@ -98,46 +115,57 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64
   IH_UNROLL for (int r = 0; r < R; ++r) { y[r] = sums[r]; }
 }
 
-// A strip: rows [first, first + rows) against tiles [begin, end).
-struct Piece {
-  int64_t first, rows, begin, end;
-};
+// Rows that a body takes at once from `row` on: a power of two that its lanes and the rows left allow.
+inline int64_t rows_at_once(const QuantRows& x, int64_t row, int64_t end) {
+  int64_t n = kIntRows;
+  while (n > 1 && (n > x.lanes || n > end - row || (x.row + row) % n != 0)) n /= 2;
+  return n;
+}
 
-// Rows [row, rows) of a strip in blocks of R, then of half as many. A block goes through all tiles before the next, so
-// that its activations stay in the first-level cache and its outputs are written in runs.
+// `n` rows (R, or less) through all tiles of the piece: their activations stay in the first-level cache, and outputs
+// are written in runs.
 template <int ID, int R>
 IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, const Piece& p,
-                          int64_t row, const float* bias, float* y, int64_t ldy) {
-  const int64_t count = (p.rows + x.lanes - 1) / x.lanes * x.lanes * x.blocks;
-  for (; p.rows - row >= R; row += R) {
-    const int64_t at = x.at(row, 0), all = p.first * x.blocks + at;
+                          int64_t row, int64_t n, const float* bias, float* y, int64_t ldy) {
+  if (n == R) {
+    const int64_t all = x.at(row, 0), run = l.blocks * x.lanes, half = (p.groups_end - p.group) * run;
+    const int64_t at = ((x.row + row) / x.lanes - p.group) * run + (x.row + row) % x.lanes;
     const Entries entries = {x.codes + all * kBlock,
                              x.scales + all,
-                             {strip.start + at, strip.start + count + at},
-                             {strip.sum + at, strip.sum + count + at}};
-    for (int64_t tile = p.begin; tile < p.end; ++tile) {
+                             {strip.start + at, strip.start + half + at},
+                             {strip.sum + at, strip.sum + half + at}};
+    for (int64_t tile = p.begin; tile < p.tiles_end; ++tile) {
       V sums[R];
       codes_tile<ID, R>(tile_of<ID>(w, l, tile), entries, x.lanes, sums);
-      for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (p.first + row + r) * ldy);
+      for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (row + r) * ldy);
     }
+  } else if constexpr (R > 1) {
+    codes_rows<ID, R / 2>(w, l, x, strip, p, row, n, bias, y, ldy);
   }
-  if constexpr (R > 1) codes_rows<ID, R / 2>(w, l, x, strip, p, row, bias, y, ldy);
 }
 
 template <int ID>
 void codes_linear(const Weight& w, const QuantRows& x, int64_t rows, int64_t tile_begin, int64_t tile_end,
                   const float* bias, float* y, int64_t ldy) {
   const Layout l = layout_of(kFormats[w.format], w.in);
-  const int64_t groups = l.blocks * Tile<ID>::halves;
-  const int64_t fit = kStarts / groups < kStripRows ? kStarts / groups / kMaxLanes * kMaxLanes : kStripRows;
+  const int64_t starts = l.blocks * Tile<ID>::halves * x.lanes;  // of one group of lanes
+  const int64_t fit = kStarts / starts < kStripRows / x.lanes ? kStarts / starts : kStripRows / x.lanes;
   const int64_t tiles = l.tile_bytes < kTilesBytes ? kTilesBytes / l.tile_bytes : 1;
+  const int64_t groups_end = (x.row + rows + x.lanes - 1) / x.lanes, group = x.row / x.lanes;
   Strip strip;
   for (int64_t begin = tile_begin; begin < tile_end; begin += tiles) {
     const int64_t end = tile_end - begin < tiles ? tile_end : begin + tiles;
-    for (int64_t row = 0; row < rows; row += fit) {
-      const int64_t n = rows - row < fit ? rows - row : fit;
-      if (rows > fit || begin == tile_begin) prepare<ID>(x, row, n, strip);
-      codes_rows<ID, kIntRows>(w, l, x, strip, {row, n, begin, end}, 0, bias, y, ldy);
+    for (int64_t g = group; g < groups_end; g += fit) {
+      const int64_t last = groups_end - g < fit ? groups_end : g + fit;
+      const int64_t first = g == group ? 0 : g * x.lanes - x.row;
+      const int64_t stop = last == groups_end ? rows : last * x.lanes - x.row;
+      const Piece piece = {first, stop, begin, end, g, last};
+      if (groups_end - group > fit || begin == tile_begin) prepare<ID>(x, piece, l.blocks, strip);
+      for (int64_t row = first; row < stop;) {
+        const int64_t n = rows_at_once(x, row, stop);
+        codes_rows<ID, kIntRows>(w, l, x, strip, piece, row, n, bias, y, ldy);
+        row += n;
+      }
     }
   }
 }
