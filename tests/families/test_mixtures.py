@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from tests.families.parity import F32, TransformersOracle, check_parity, open_tiny, transformers_oracle
+from tests.families.parity import (
+    F32,
+    PROMPT,
+    TransformersOracle,
+    check_parity,
+    open_tiny,
+    run,
+    transformers_oracle,
+)
 from tests.families.shapes import SHAPE
 
 pytestmark = pytest.mark.torch
@@ -29,10 +37,10 @@ GRANITE = {
 }  # fmt: skip
 V2 = E | MLA | {"n_routed_experts": 8, "n_shared_experts": 2}
 GROUPS = {
-    "first_k_dense_replace": 1, "q_lora_rank": 24, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+    "first_k_dense_replace": 1, "q_lora_rank": 32, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
     "routed_scaling_factor": 2.0,
 }  # fmt: skip
-V3 = E | MLA | {"n_routed_experts": 8, "first_k_dense_replace": 1, "q_lora_rank": 24, "n_group": 4, "topk_group": 2}
+V3 = E | MLA | {"n_routed_experts": 8, "first_k_dense_replace": 1, "q_lora_rank": 32, "n_group": 4, "topk_group": 2}
 OSS = {"num_local_experts": 4, "head_dim": 8, "sliding_window": 6, "num_experts_per_tok": 2}
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mixtral": ("mixtral", "Mixtral", {"num_local_experts": 5}),
@@ -109,3 +117,25 @@ def test_both_forms_give_the_same_weights(tmp_path: Path) -> None:
     for name, weight in found[0].items():
         ours, theirs = (w if isinstance(w, np.ndarray) else w.dequantize() for w in (weight, found[1][name]))
         np.testing.assert_array_equal(ours, theirs, err_msg=name)
+
+
+def test_what_chooses_experts_is_never_quantised(tmp_path: Path) -> None:
+    _, oracle = oracle_of("qwen2_moe")
+    oracle.save(tmp_path)
+    for wish, each in (("q8", "q8_0"), ("q4", "q4_0")):
+        weights = open_tiny(tmp_path, quantize=wish).weights
+        formats = {name: w.format for name, w in weights.items() if not isinstance(w, np.ndarray)}
+        assert formats["layers.0.moe.router.weight"] == formats["layers.0.moe.shared_gate.weight"] == "f32"
+        assert formats["layers.0.moe.experts.3.up.weight"] == formats["layers.0.moe.shared.down.weight"] == each
+
+
+@pytest.mark.parametrize("case", ["qwen3_moe", "deepseek_v2", "gpt_oss"])
+@pytest.mark.parametrize("wish", ["q8", "q4"])
+def test_quantised_experts_agree_between_the_executors(case: str, wish: str, tmp_path: Path) -> None:
+    _, oracle = oracle_of(case)
+    oracle.save(tmp_path)
+    tiny = open_tiny(tmp_path, quantize=wish)
+    native, reference = (run(tiny.executor(name), [(PROMPT, 0, 0)]) for name in ("native", "torch"))
+    errors = np.abs(native - reference).max(axis=1) / np.abs(reference).max()
+    assert np.median(errors) < 1e-5
+    assert errors.max() < 3e-2  # an activation at the edge of rounding falls either way, and the tokens after it follow

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.tensors import TensorSource
-from inhouse.load.packing import QUANTIZE, Part, make_weight, plan_part
+from inhouse.load.packing import PLAIN, QUANTIZE, Part, make_weight, plan_part
 from inhouse.model.build import Spec
 from inhouse.model.families.family import Family
 from inhouse.runtime.executor import Weight
@@ -64,7 +64,7 @@ def plan_binding(
 def _notes(parts: Sequence[Part], wish: str | None) -> Iterator[str]:
     matrices = [part for part in parts if part.format != "vector"]
     if wish:
-        kept = [part for part in matrices if not part.quantize]
+        kept = [part for part in matrices if not part.quantize and part.info.dtype not in PLAIN]
         if kept:
             types = ", ".join(sorted({part.info.dtype for part in kept}))
             yield (

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.core.tensors import TensorInfo, TensorSource
 from inhouse.model.families.family import Derive
+from inhouse.model.moe import FLOAT_WEIGHTS
 from inhouse.runtime.executor import Weight
 from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, gguf_format, gguf_types, pack_float, pack_gguf, quantize
 from inhouse.runtime.program import WeightSpec
@@ -58,8 +59,8 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
             raise UnsupportedError(f"tensor {info.name!r} is {info.dtype}, a vector must be a float", param=info.name)
         return Part(spec, derive, info, "vector")
     if info.dtype in PLAIN:
-        if wish and spec.kind != "table":
-            kind = wish_for(spec, wish)
+        kind = wish_for(spec, wish) if wish else ""
+        if kind:
             return Part(spec, derive, info, QUANTIZED_FORMAT[kind], kind)
         return Part(spec, derive, info, PLAIN[info.dtype][0])
     if info.dtype not in gguf_types():
@@ -68,14 +69,18 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
             remedy=f"Convert it to one of {', '.join(gguf_types())}.",
             param=info.name,
         )
-    if derive.transpose:
+    if derive.transpose and not derive.heads:
         raise UnsupportedError(f"tensor {info.name!r} is {info.dtype} and would have to be transposed", param=info.name)
+    if derive.transpose:  # a small part of a model, and codes have no transpose: its very values, as floats
+        return Part(spec, derive, info, "f32")
     return Part(spec, derive, info, gguf_format(info.dtype))
 
 
 def wish_for(spec: WeightSpec, wish: str) -> str:
     """What `--quantize` makes of a weight: embeddings and the head keep 8 bits where the rest gets 4, because every
-    token passes through them and they lose most."""
+    token passes through them and they lose most; "" for tables, and for what chooses experts, which stay floats."""
+    if spec.kind == "table" or spec.name.endswith(FLOAT_WEIGHTS):
+        return ""
     return "q8" if spec.kind == "embedding" or spec.name == "head.weight" else wish
 
 
@@ -91,12 +96,17 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
     if part.info.dtype in PLAIN:
         return pack_float(derive.take(_plain(part, source)), part.format)
     shape = (math.prod(part.info.shape[:-1]), part.info.shape[-1])
+    if derive.transpose:
+        whole = pack_gguf(source.raw(part.info.name), part.info.dtype, shape, None)
+        return pack_float(derive.take(whole.dequantize()), part.format)
     return pack_gguf(source.raw(part.info.name), part.info.dtype, shape, derive.index())
 
 
 def _vector(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:
-    values = part.derive.take(materialise(source, part.info.name))
-    return np.ascontiguousarray(values, np.float32)
+    if part.info.dtype not in PLAIN:
+        return np.ascontiguousarray(part.derive.take(materialise(source, part.info.name)), np.float32)
+    values = part.derive.take(_plain(part, source))  # what is taken may be one expert's of many: only that is widened
+    return _widened(values, part.info.dtype)
 
 
 def _plain(part: Part, source: TensorSource) -> npt.NDArray[Any]:
@@ -108,11 +118,14 @@ def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.flo
     rows = part.derive.take(_plain(part, source))
     step = max(1, RUN_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
-        run = rows[start : start + step]
-        if part.info.dtype == "BF16":
-            yield (run.astype(np.uint32) << np.uint32(16)).view(np.float32)
-        else:
-            yield run.astype(np.float32)
+        yield _widened(rows[start : start + step], part.info.dtype)
+
+
+def _widened(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    """Elements of a plain type, bf16 as bit patterns, as float32; exact."""
+    if dtype == "BF16":
+        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return array.astype(np.float32)
 
 
 def nbytes(weight: Weight) -> int:
