@@ -67,10 +67,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def oracle_of(case: str) -> tuple[str, TransformersOracle]:
+def oracle_of(case: str, **more: Any) -> tuple[str, TransformersOracle]:
     """(family, a random original); corrections of routers, which begin as zeros, are made to matter."""
     family, name, changes = CASES[case]
-    oracle = transformers_oracle(f"{name}ForCausalLM", f"{name}Config", SHAPE | changes)
+    oracle = transformers_oracle(f"{name}ForCausalLM", f"{name}Config", SHAPE | changes | more)
     with torch.no_grad():
         for key, buffer in oracle.model.named_buffers():
             if key.endswith("e_score_correction_bias"):

@@ -1,5 +1,6 @@
 """DeepSeek-V2 and V3: latent attention, and mixtures of experts chosen by groups."""
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from inhouse.model.build import Spec
 from inhouse.model.families import decoder, mixtures
 from inhouse.model.families.family import Derive, Family, Fused, Place, Rows, Tensors
 from inhouse.model.families.fields import Fields
+from inhouse.model.families.ropes import context_length, rope_from_gguf
 from inhouse.model.rotary import yarn_attention_factor
 from inhouse.model.spec import LIMITS, ModelSpec, RopeSpec, check_spec
 from inhouse.model.spec_parts import MlaSpec, MoeSpec
@@ -122,6 +124,41 @@ def _v3(fields: Fields, tensors: Tensors) -> ModelSpec:
     return _spec(fields, tensors, "deepseek_v3", moe, interleaved, 4096)
 
 
+def _gguf(fields: Fields, tensors: Tensors) -> ModelSpec:
+    """V2 and V3, which GGUF calls deepseek2; newer files keep the heads' k and v apart, ready to be absorbed."""
+    layers, heads = mixtures.every_layer(fields, "block_count"), fields.integer("attention.head_count")
+    rope_dim, kv_rank = fields.integer("rope.dimension_count"), fields.integer("attention.kv_lora_rank")
+    key, value = fields.integer("attention.key_length"), fields.integer("attention.value_length")
+    if fields.has("attention.key_length_mla"):  # then the others are those of the cache
+        fields.expect("attention.key_length", (kv_rank + rope_dim,))
+        key, value = fields.integer("attention.key_length_mla"), fields.integer("attention.value_length_mla")
+    fields.expect("attention.head_count_kv", (1, heads))
+    log_multiplier = fields.number("rope.scaling.yarn_log_multiplier", 0.0)
+    moe = mixtures.gguf_moe(
+        fields, mixtures.from_first(fields, "leading_dense_block_count", 0, "block_count"), normalize=False,
+        correction=f"blk.{layers[-1] if layers else 0}.exp_probs_b.bias" in tensors.names,
+    )  # fmt: skip
+    moe = replace(moe, shared_ffn=moe.ffn * fields.integer("expert_shared_count", 0))
+    trained = fields.integer("context_length")
+    rope = replace(rope_from_gguf(fields, rope_dim, trained, tensors, latent=True), attention_factor=1.0)
+    scores = (1.0 + log_multiplier * math.log(rope.factor)) ** 2 if rope.scaling == "yarn" else 1.0
+    mla = MlaSpec(
+        fields.integer("attention.q_lora_rank", 0), kv_rank, key - rope_dim, rope_dim, value, mscale=scores,
+        norm_eps=fields.number("attention.layer_norm_rms_epsilon"),
+    )  # fmt: skip
+    spec = ModelSpec(
+        family="deepseek_v2", hidden=fields.integer("embedding_length"), layers=fields.integer("block_count"),
+        heads=heads, kv_heads=heads, head_dim=key, ffn=fields.integer("feed_forward_length"),
+        vocab_size=fields.integer("vocab_size", 0), context_length=context_length(rope, trained), rope=rope,
+        norm_eps=mla.norm_eps, tied="output.weight" not in tensors.names,
+    )  # fmt: skip
+    for name, allowed in decoder.NEUTRAL_GGUF.items():
+        if name != "expert_count":
+            fields.expect(name, allowed)
+    fields.refuse_rest(decoder.INERT_GGUF)
+    return mixtures.with_moe(_latent(spec, mla, True), moe)
+
+
 ATTN = "layers.{i}.attn"
 
 
@@ -180,9 +217,10 @@ ROWS = (
         architectures=("DeepseekV2ForCausalLM",),
         gguf=("deepseek2",),
         from_hf=_v2,
-        from_gguf=mixtures.no_gguf,
+        from_gguf=_gguf,
         hf_names=_hf_names(),
         gguf_names=_gguf_names(),
+        ignored=("blk.*.attn_kv_b.weight",),  # beside its two parts
     ),
     Family(
         name="deepseek_v3",

@@ -1,6 +1,7 @@
 """gpt-oss (arXiv 2508.10925): sinks, alternating windows, experts with biases and a clamped gate."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from inhouse.model.families import decoder, mixtures
 from inhouse.model.families.family import Family, Fused, Place, Tensors
@@ -43,7 +44,9 @@ def _gguf(fields: Fields, tensors: Tensors) -> ModelSpec:
     moe = _mixture(layers, fields.integer("expert_count"), fields.integer("expert_used_count"), ffn, LIMIT)
     window = fields.integer("attention.sliding_window", 128)
     spec = decoder.from_gguf(fields, tensors, "gpt_oss", mixture=True)
-    return mixtures.with_moe(spec, moe, sinks=True, windows=tuple(window if i % 2 == 0 else 0 for i in layers))
+    windows = tuple(window if i % 2 == 0 else 0 for i in layers) if window else ()
+    rope = replace(spec.rope, truncate=False) if spec.rope is not None else None  # as it was trained; no key says so
+    return mixtures.with_moe(spec, moe, sinks=True, windows=windows, rope=rope)
 
 
 def _hf_names() -> Mapping[str, Place]:

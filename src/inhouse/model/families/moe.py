@@ -202,7 +202,10 @@ _NORM_BIASES: Mapping[str, Place] = {
 
 def _gguf_llama(fields: Fields, tensors: Tensors) -> ModelSpec:
     """Mixtral, which GGUF calls llama."""
-    return mixtures.gguf_spec(fields, tensors, "mixtral", ())
+    spec = mixtures.gguf_spec(fields, tensors, "mixtral", ())
+    if spec.rope is not None and spec.rope.dim != spec.head_dim:  # its q and k rows are paired over the whole head
+        raise fields.unsupported("rope.dimension_count", spec.rope.dim)
+    return spec
 
 
 def _gguf_qwen2(fields: Fields, tensors: Tensors) -> ModelSpec:

@@ -104,13 +104,15 @@ def _hf_yarn(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> R
     )  # fmt: skip
 
 
-def rope_from_gguf(fields: Fields, head_dim: int, trained: int, tensors: Tensors) -> RopeSpec:
-    """RopeSpec of GGUF metadata; per-frequency factors (Llama 3.1) come from the tensor `rope_freqs.weight`."""
+def rope_from_gguf(fields: Fields, head_dim: int, trained: int, tensors: Tensors, *, latent: bool = False) -> RopeSpec:
+    """RopeSpec of GGUF metadata; per-frequency factors (Llama 3.1) come from the tensor `rope_freqs.weight`. `latent`:
+    the caller takes YaRN's multiplier of the scores into their scale."""
     dim, theta = fields.integer("rope.dimension_count", head_dim), fields.number("rope.freq_base", 10000.0)
     kind = fields.text("rope.scaling.type", "linear")  # absent: a factor alone is linear; "none" says not to scale
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     original = fields.integer("rope.scaling.original_context_length", trained)
-    fields.expect("rope.scaling.yarn_log_multiplier", (0, 0.0))
+    if not latent:
+        fields.expect("rope.scaling.yarn_log_multiplier", (0, 0.0))
     extra = fields.number("rope.scaling.attn_factor", fields.number("rope.scaling.yarn_attn_factor", 1.0))
     fields.expect("rope.scaling.yarn_ext_factor", (1, 1.0, -1, -1.0))
     fast, slow = fields.number("rope.scaling.yarn_beta_fast", 32.0), fields.number("rope.scaling.yarn_beta_slow", 1.0)
