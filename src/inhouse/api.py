@@ -11,11 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import UnsupportedError
 from inhouse.core.settings import load_settings
 from inhouse.engine.request import SamplingParams, Usage
 from inhouse.engine.session import Session
 from inhouse.engine.text import TextDelta, TextEnd, TextFailed
 
+F32 = npt.NDArray[np.float32]
 Chat = str | Sequence[Mapping[str, Any]]
 
 
@@ -87,6 +92,32 @@ class Engine:
                 raise event.error
             if isinstance(event, TextDelta) and event.text:
                 yield event.text
+
+    def embed(self, texts: str | Sequence[str], *, prompt: str | None = None, dimensions: int | None = None) -> F32:
+        """float32 [texts, width]: the vector of each text; of one str, [1, width].
+
+        Args:
+            prompt: the name of a prompt that the model brings; None: its default, if it has one.
+            dimensions: shorter vectors, of models that were trained for them.
+
+        Raises UnsupportedError, saying what the model can do, if it cannot embed; ContextLengthError.
+        """
+        many = [texts] if isinstance(texts, str) else list(texts)
+        return self._session.vectors.embed(many, prompt=prompt, dimensions=dimensions)
+
+    def rerank(self, query: str, documents: Sequence[str]) -> list[float]:
+        """How well each document answers the query, in the order given: a cross-encoder's score, or the cosine of an
+        embedding model's vectors. Raises as `embed`."""
+        return self._session.vectors.rerank(query, list(documents))
+
+    def classify(self, texts: str | Sequence[str]) -> list[dict[str, float]]:
+        """Label -> probability (or score, where the model's labels are none), of each text; texts of token
+        classifiers raise UnsupportedError: their answers are at `/classify`."""
+        vectors = self._session.vectors
+        if vectors.classifier is not None and vectors.classifier.tokens:
+            raise UnsupportedError("this model classifies tokens, not texts")
+        rows = vectors.classify([texts] if isinstance(texts, str) else list(texts))
+        return [dict(zip(vectors.labels, map(float, row), strict=True)) for row in rows]
 
     def close(self) -> None:
         """Ends what runs and frees the model."""

@@ -16,6 +16,7 @@ from inhouse.core.settings import Settings
 from inhouse.engine.engine import Engine, StepReport
 from inhouse.engine.request import EngineConfig, Request, SamplingParams, make_request
 from inhouse.engine.text import TextAssembler, TextEvent
+from inhouse.engine.vectors import Vectors
 from inhouse.load.model import LoadedModel, open_model
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.model.tokens.translate import language_codes, translate
@@ -42,6 +43,7 @@ class Session:
         self.engine = Engine(
             model.executor, config, self.tokenizer.eos_ids, model.digest, on_step=lambda step: self._stepped(step)
         )
+        self.vectors = Vectors(model, self.engine)
 
     @classmethod
     def open(cls, reference: str, settings: Settings | None = None, progress: Progress = silent) -> Self:
@@ -82,6 +84,7 @@ class Session:
         return {
             "root": self.model.name, "version": self.model.version, "max_model_len": self.engine.context_length,
             "executor": self.model.executor.name, "kv_dtype": self.model.executor.kv_dtype,
+            "kinds": list(self.vectors.kinds),
         }  # fmt: skip
 
     def chat_ids(

@@ -13,6 +13,7 @@ from typing import Any
 from inhouse.core.errors import FormatError, UsageError
 from inhouse.core.tensors import TensorSource
 from inhouse.load.generation import CONFIG_BYTES, from_folder, from_metadata
+from inhouse.load.sentence import Sentence, apply, joined, read_sentence
 from inhouse.model.build import Spec
 from inhouse.model.families.family import Family
 from inhouse.model.families.table import resolve
@@ -38,6 +39,7 @@ class Described:
     spec: Spec
     family: Family
     generation: Mapping[str, Any]
+    sentence: Sentence | None = None  # what a sentence-transformers folder says
 
     def guard(self) -> AbstractContextManager[None]:
         """Held while tensors are read: a file that is cut short then is a FormatError."""
@@ -73,6 +75,7 @@ def describe(path: Path, context: int | None = None) -> Described:
     """
     source = open_source(path)
     folder = path if path.is_dir() else path.parent
+    sentence = None
     try:
         if source.format == "gguf":
             config: Mapping[str, Any] = source.metadata
@@ -83,10 +86,14 @@ def describe(path: Path, context: int | None = None) -> Described:
             config = read_json(folder / "config.json", CONFIG_BYTES)
             spec, family = resolve(config, set(source))
             generation = from_folder(folder, config)
+            sentence = read_sentence(folder) if path.is_dir() else None
+            if sentence is not None:
+                spec = apply(sentence, spec)
+                source = joined(sentence, source, folder)
     except BaseException:
         source.close()
         raise
-    return Described(path, source, config, limit_context(spec, context), family, generation)
+    return Described(path, source, config, limit_context(spec, context), family, generation, sentence)
 
 
 def limit_context(spec: Spec, context: int | None) -> Spec:

@@ -14,6 +14,7 @@ from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate_path, relative
 from inhouse.model.build import build, parameters
+from inhouse.model.encoder import EncoderSpec
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.store.blobs import How
@@ -156,6 +157,8 @@ def _check_text(described: Described, tokenizer: Tokenizer) -> list[str]:
     rows = described.spec.vocab_size
     if not ids or max(ids) >= rows:
         raise FormatError(f"the tokenizer gives {len(ids)} ids up to {max(ids, default=-1)} for {rows} rows")
+    if isinstance(described.spec, EncoderSpec):
+        return []  # nobody chats with it
     template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
     if template.is_default:
         return ["the model brings no chat template; chats are written as ChatML"]

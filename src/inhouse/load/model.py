@@ -17,7 +17,9 @@ from inhouse.load.cache import Pack, PackKey, open_pack, pack_size, write_pack
 from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.locate import Located, content_digest, locate
 from inhouse.load.packing import Part, nbytes
+from inhouse.load.sentence import Sentence
 from inhouse.model.build import Spec, build
+from inhouse.model.encoder import EncoderSpec
 from inhouse.model.rewrite import quantize_activations
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
@@ -66,6 +68,8 @@ class LoadedModel:
     executor: Executor
     report: LoadReport
     mapping: FileMapping | None = None
+    sentence: Sentence | None = None  # what a sentence-transformers folder says
+    config: Mapping[str, Any] = field(default_factory=dict)  # config.json; {} of a GGUF file
 
     def close(self) -> None:
         """Frees the executor, then the mapping."""
@@ -125,7 +129,7 @@ def open_model(
                     executor,
                     programs,
                     bound.weights,
-                    kv_dtype=choose_kv_dtype(kv_dtype, bound.plan.formats.values()),
+                    kv_dtype=choose_kv_dtype(kv_dtype, bound.plan.formats.values(), described.spec),
                     threads=threads,
                     device=device,
                 )
@@ -150,6 +154,8 @@ def open_model(
         executor=made,
         report=report,
         mapping=bound.mapping,
+        sentence=described.sentence,
+        config={} if described.source.format == "gguf" else described.config,
     )
 
 
@@ -217,10 +223,12 @@ def _made(described: Described, plan: Plan, progress: Progress, threads: int | N
         described.check_unchanged()
 
 
-def choose_kv_dtype(wish: str, formats: Iterable[str]) -> str:
-    """`auto` means f32 where all matrices are f32, else f16."""
+def choose_kv_dtype(wish: str, formats: Iterable[str], spec: Spec | None = None) -> str:
+    """`auto` means f32 where all matrices are f32, and for encoders, whose K and V last one step; else f16."""
     if wish != "auto":
         return wish
+    if isinstance(spec, EncoderSpec):
+        return "f32"
     return "f32" if set(formats) <= {"f32"} else "f16"
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from inhouse.model.mla import mla_block, mla_group, mla_weights
 from inhouse.model.moe import moe_block, moe_weights
+from inhouse.model.pooling import pooled
 from inhouse.model.rotary import alibi_slopes, inverse_frequencies
 from inhouse.model.spec import ModelSpec, RopeSpec
 from inhouse.runtime.ops import Builder
@@ -119,7 +120,7 @@ def state_groups(spec: ModelSpec) -> tuple[StateGroup, ...]:
 
 def build(spec: ModelSpec) -> ProgramSet:
     """The Programs of a decoder: `step` (logits [S, vocab]) and `embed` (hidden [T, width] and, of each
-    sequence's last token, pooled [N, width] of L2 norm 1)."""
+    sequence's last token, pooled [N, width] as `spec.pooling` says)."""
     weights = weight_specs(spec)
     constants = _constants(spec)
     known = weights | {name: WeightSpec(name, array.shape, "vector") for name, array in constants.items()}
@@ -162,7 +163,7 @@ def _step(spec: ModelSpec, weights: Mapping[str, WeightSpec]) -> Program:
 def _embed(spec: ModelSpec, weights: Mapping[str, WeightSpec]) -> Program:
     builder = Builder("embed", weights)
     hidden = _norm(builder, spec, _trunk(builder, spec), "final_norm")
-    return builder.finish(hidden=hidden, pooled=builder.one("pool", hidden, mode="last", normalize=True))
+    return builder.finish(hidden=hidden, pooled=pooled(builder, spec.pooling, hidden))
 
 
 def _trunk(builder: Builder, spec: ModelSpec) -> Value:

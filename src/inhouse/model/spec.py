@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from inhouse.core.errors import FormatError
+from inhouse.model.pooling import Pooling
 from inhouse.model.spec_parts import MlaSpec, MoeSpec
 
 NORMS = ("rms", "layer")
@@ -95,6 +96,7 @@ class ModelSpec:
     attention_softcap: float = 0.0  # 0: none
     sinks: bool = False  # a learned score in the softmax of each head that carries no value
     moe: MoeSpec | None = None  # layers whose MLP is a mixture of experts
+    pooling: Pooling = Pooling("last")  # of Program `embed`
     mla: MlaSpec | None = None  # attention over a compressed cache
 
     @property

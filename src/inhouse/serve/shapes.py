@@ -117,6 +117,7 @@ class ModelCard(_Shape):
     max_model_len: int
     executor: str
     kv_dtype: str
+    kinds: list[str]  # of generate, embed, rerank, classify
 
 
 class ModelList(_Shape):

@@ -13,6 +13,7 @@ from inhouse.store import gguf, pickle, safetensors
 from inhouse.store.gguf import gguf_metadata as gguf_metadata
 from inhouse.store.mapping import Mapping
 from inhouse.store.strict_json import read_json as read_json
+from inhouse.store.strict_json import read_json_list as read_json_list
 from inhouse.store.values import check_finite as check_finite
 from inhouse.store.values import materialise as materialise
 
@@ -42,6 +43,10 @@ _SIDE_NAMES = (
     "1_Pooling/config.json",
 )
 _SIDE_PATTERNS = (
+    "*_Dense/*.json",
+    "*_Dense/model.safetensors",
+    "*_Dense/pytorch_model.bin",
+    "*_Pooling/config.json",
     "*.tiktoken",
     "*.model",
     "additional_chat_templates/*.jinja",

@@ -26,6 +26,18 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         FormatError: too large, not UTF-8, not one JSON object, duplicate keys, NaN or Infinity, nested
             deeper than 64.
     """
+    return parse_object(_read(path, limit), what=path.name)
+
+
+def read_json_list(path: Path, limit: int = MAX_JSON_BYTES) -> list[Any]:
+    """The same for a file that holds one JSON list."""
+    value = _parse(_read(path, limit), path.name, MAX_JSON_DEPTH)
+    if not isinstance(value, list):
+        raise FormatError(f"{path.name}: a JSON list was expected, found {type(value).__name__}")
+    return value
+
+
+def _read(path: Path, limit: int) -> bytes:
     try:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
@@ -37,11 +49,18 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise FormatError(
             f"{path.name} is larger than {limit} bytes", remedy="This is not a file of the kind expected here."
         )
-    return parse_object(data, what=path.name)
+    return data
 
 
 def parse_object(data: bytes, *, what: str, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
     """One JSON object in UTF-8; `what` names the document in errors. Raises FormatError."""
+    value = _parse(data, what, max_depth)
+    if not isinstance(value, dict):
+        raise FormatError(f"{what}: a JSON object was expected, found {type(value).__name__}")
+    return value
+
+
+def _parse(data: bytes, what: str, max_depth: int) -> Any:
     elements = data.count(b",") + data.count(b"[") + data.count(b"{")
     if elements > MAX_JSON_ELEMENTS:
         raise FormatError(
@@ -58,8 +77,6 @@ def parse_object(data: bytes, *, what: str, max_depth: int = MAX_JSON_DEPTH) -> 
         raise FormatError(f"{what}: JSON nested deeper than {max_depth}", remedy="Refused as hostile.") from None
     except ValueError as error:
         raise FormatError(f"{what}: not valid JSON: {error}", remedy="Fetch the file again.") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{what}: a JSON object was expected, found {type(value).__name__}")
     _check_depth(value, what, max_depth)
     if b"\\ud" in data or b"\\uD" in data:
         _check_surrogates(value, what)

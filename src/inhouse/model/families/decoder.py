@@ -28,7 +28,8 @@ INERT_HF = (
     "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty",
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-    "tf_legacy_loss", "rope_parameters", "attn_implementation", "max_new_tokens",
+    "is_matryoshka", "matryoshka_dimensions", "tf_legacy_loss", "rope_parameters", "attn_implementation",
+    "max_new_tokens",
 )  # fmt: skip
 
 # Keys that would change the forward pass, with the values at which they do not.

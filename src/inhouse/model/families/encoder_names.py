@@ -123,7 +123,7 @@ class EncoderFamily(Family):
         heads = TOKEN_HEAD if tokens else self.heads
         table = {canonical: prefix + stem for canonical, stem in body.items()}
         table |= {canonical: stem.replace(BODY, prefix) for canonical, stem in heads.items()}
-        return table | {f"dense.{k}": f"{DENSE}.{k}" for k in range(len(spec.pooling.dense))}
+        return table | {f"dense.{k}": f"{DENSE}.{k}.linear" for k in range(len(spec.pooling.dense))}
 
 
 def _derive(name: str, shape: tuple[int, ...], table: Mapping[str, str], names: Collection[str]) -> Derive:
