@@ -31,10 +31,8 @@ def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
 
 def read_json_list(path: Path, limit: int = MAX_JSON_BYTES) -> list[Any]:
     """The same for a file that holds one JSON list."""
-    value = _parse(_read(path, limit), path.name, MAX_JSON_DEPTH)
-    if not isinstance(value, list):
-        raise FormatError(f"{path.name}: a JSON list was expected, found {type(value).__name__}")
-    return value
+    found: list[Any] = _parse(_read(path, limit), path.name, MAX_JSON_DEPTH, list)
+    return found
 
 
 def _read(path: Path, limit: int) -> bytes:
@@ -54,13 +52,12 @@ def _read(path: Path, limit: int) -> bytes:
 
 def parse_object(data: bytes, *, what: str, max_depth: int = MAX_JSON_DEPTH) -> dict[str, Any]:
     """One JSON object in UTF-8; `what` names the document in errors. Raises FormatError."""
-    value = _parse(data, what, max_depth)
-    if not isinstance(value, dict):
-        raise FormatError(f"{what}: a JSON object was expected, found {type(value).__name__}")
-    return value
+    found: dict[str, Any] = _parse(data, what, max_depth, dict)
+    return found
 
 
-def _parse(data: bytes, what: str, max_depth: int) -> Any:
+def _parse(data: bytes, what: str, max_depth: int, kind: type) -> Any:
+    """The one value of `kind` in a document."""
     elements = data.count(b",") + data.count(b"[") + data.count(b"{")
     if elements > MAX_JSON_ELEMENTS:
         raise FormatError(
@@ -77,6 +74,9 @@ def _parse(data: bytes, what: str, max_depth: int) -> Any:
         raise FormatError(f"{what}: JSON nested deeper than {max_depth}", remedy="Refused as hostile.") from None
     except ValueError as error:
         raise FormatError(f"{what}: not valid JSON: {error}", remedy="Fetch the file again.") from None
+    if not isinstance(value, kind):
+        wanted = "list" if kind is list else "object"
+        raise FormatError(f"{what}: a JSON {wanted} was expected, found {type(value).__name__}")
     _check_depth(value, what, max_depth)
     if b"\\ud" in data or b"\\uD" in data:
         _check_surrogates(value, what)
