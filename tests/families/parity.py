@@ -93,13 +93,15 @@ def random_state(shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> dict[s
     return state
 
 
-def transformers_oracle(model: str, config: str, settings: Mapping[str, Any], **more: str) -> TransformersOracle:
+def transformers_oracle(
+    model: str, config: str, settings: Mapping[str, Any], attention: str = "eager", **more: str
+) -> TransformersOracle:
     """A random model of the class `model` with the config class `config`; vectors are moved off the constants that they
-    begin as, which hide mix-ups."""
+    begin as, which hide mix-ups. `attention`: which of its implementations runs."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     made = getattr(transformers, config)(**settings)
-    made._attn_implementation = "eager"
+    made._attn_implementation = attention
     original = getattr(transformers, model)(made).eval()
     with torch.no_grad():
         for parameter in original.parameters():

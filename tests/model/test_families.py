@@ -73,7 +73,7 @@ def test_sliding_windows(config: dict[str, Any], changes: dict[str, Any], window
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "longrope"),
+        ({"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0]}}, "long_factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 1000}}, "alpha"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
         ({"hidden_act": "xielu"}, "xielu"),
@@ -89,7 +89,7 @@ def test_sliding_windows(config: dict[str, Any], changes: dict[str, Any], window
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"architectures": ["NobodysLMHeadModel"]}, "NobodysLMHeadModel"),
     ],
 )
 def test_what_is_not_honoured_is_named(changes: dict[str, Any], named: str) -> None:
@@ -259,7 +259,8 @@ def test_gguf_llama_rows_are_put_in_half_order() -> None:
 
 
 def test_every_architecture_name_belongs_to_one_family() -> None:
-    every = [name for family in FAMILIES for name in family.architectures]
+    shared = {"BaichuanForCausalLM", "ChatGLMModel", "ChatGLMForConditionalGeneration"}  # told apart by their configs
+    every = [name for family in FAMILIES for name in family.architectures if name not in shared]
     assert len(every) == len(set(every))
     gguf = [(name, family.mixture) for family in FAMILIES for name in family.gguf]  # llama: Mixtral with experts
     assert len(gguf) == len(set(gguf))

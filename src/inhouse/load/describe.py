@@ -26,6 +26,7 @@ from inhouse.store.source import materialise, open_source, read_json
 
 CARD_BYTES = 1 << 20
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE = ("rope_factors_short.weight", "rope_factors_long.weight")
 GGUF_TOKENS = "tokenizer.ggml.tokens"
 
 
@@ -79,8 +80,10 @@ def describe(path: Path, context: int | None = None) -> Described:
     try:
         if source.format == "gguf":
             config: Mapping[str, Any] = source.metadata
-            factors = materialise(source, ROPE_FACTORS).tolist() if ROPE_FACTORS in source else ()
-            spec, family = resolve(config, set(source), factors)
+            factors, short, long = (
+                materialise(source, name).tolist() if name in source else () for name in (ROPE_FACTORS, *LONGROPE)
+            )
+            spec, family = resolve(config, set(source), factors, (short, long))
             generation = from_metadata(config)
         else:
             config = read_json(folder / "config.json", CONFIG_BYTES)

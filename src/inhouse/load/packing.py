@@ -69,8 +69,9 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
             remedy=f"Convert it to one of {', '.join(gguf_types())}.",
             param=info.name,
         )
-    if derive.transpose and not derive.heads:
-        raise UnsupportedError(f"tensor {info.name!r} is {info.dtype} and would have to be transposed", param=info.name)
+    if derive.unit_rows or (derive.transpose and not derive.heads):
+        done = "normalised" if derive.unit_rows else "transposed"
+        raise UnsupportedError(f"tensor {info.name!r} is {info.dtype} and would have to be {done}", param=info.name)
     if derive.transpose:  # a small part of a model, and codes have no transpose: its very values, as floats
         return Part(spec, derive, info, "f32")
     return Part(spec, derive, info, gguf_format(info.dtype))
@@ -94,7 +95,7 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
         return quantize(runs, part.quantize, shape=shape)  # type: ignore[arg-type]
     derive = part.derive
     if part.info.dtype in PLAIN:
-        return pack_float(derive.take(_plain(part, source)), part.format)
+        return pack_float(_taken(part, source), part.format)
     shape = (math.prod(part.info.shape[:-1]), part.info.shape[-1])
     if derive.transpose:
         whole = pack_gguf(source.raw(part.info.name), part.info.dtype, shape, None)
@@ -113,19 +114,32 @@ def _plain(part: Part, source: TensorSource) -> npt.NDArray[Any]:
     return source.raw(part.info.name).view(PLAIN[part.info.dtype][1]).reshape(part.info.shape)
 
 
+def _taken(part: Part, source: TensorSource) -> npt.NDArray[Any]:
+    """The canonical matrix in the file's own type, bf16 as bit patterns."""
+    rows = part.derive.take(_plain(part, source))
+    if not part.derive.unit_rows:
+        return rows
+    wide = _widened(rows, part.info.dtype)
+    wide = wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), np.float32(1e-12))
+    if part.info.dtype == "BF16":
+        bits = wide.view(np.uint32)
+        wide = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # half to even
+    return np.asarray(wide.astype(rows.dtype))
+
+
+def _widened(rows: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
+    wide: npt.NDArray[np.float32] = rows.astype(np.float32)
+    if dtype == "BF16":
+        wide = (rows.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return wide
+
+
 def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.float32]]:
     """The canonical rows as float32, in runs of bounded size."""
-    rows = part.derive.take(_plain(part, source))
+    rows = _taken(part, source)
     step = max(1, RUN_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         yield _widened(rows[start : start + step], part.info.dtype)
-
-
-def _widened(array: npt.NDArray[Any], dtype: str) -> npt.NDArray[np.float32]:
-    """Elements of a plain type, bf16 as bit patterns, as float32; exact."""
-    if dtype == "BF16":
-        return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(np.float32)
 
 
 def nbytes(weight: Weight) -> int:

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from inhouse.core.errors import FormatError
-from inhouse.model.families.family import Tensors
+from inhouse.model.families.family import Fused, Tensors
 from inhouse.model.families.fields import Fields
 from inhouse.model.families.ropes import context_length, rope_from_gguf, rope_from_hf
-from inhouse.model.spec import ModelSpec, check_spec
+from inhouse.model.spec import LIMITS, ModelSpec, RopeSpec, check_spec
 
 ACTIVATIONS: Mapping[str, str] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
@@ -36,7 +39,7 @@ INERT_HF = (
 NEUTRAL_HF: Mapping[str, tuple[object, ...]] = {
     "is_decoder": (False, True), "is_encoder_decoder": (False,), "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,), "pruned_heads": ({},), "tie_encoder_decoder": (False,),
-    "cross_attention_hidden_size": (),
+    "cross_attention_hidden_size": (), "use_bidirectional_attention": (False,),
 }  # fmt: skip
 
 INERT_GGUF = ("rope.scaling.finetuned", "tensor_data_layout", "expert_used_count")
@@ -46,7 +49,7 @@ NEUTRAL_GGUF: Mapping[str, tuple[object, ...]] = {
     "attn_logit_softcapping": (0, 0.0), "final_logit_softcapping": (0, 0.0), "use_parallel_residual": (False,),
 }  # fmt: skip
 
-HF_NAMES: Mapping[str, str] = {
+HF_NAMES: Mapping[str, str | Fused] = {
     "embed.weight": "model.embed_tokens.weight",
     "layers.{i}.attn_norm": "model.layers.{i}.input_layernorm.weight",
     "layers.{i}.attn.q.weight": "model.layers.{i}.self_attn.q_proj.weight",
@@ -70,7 +73,7 @@ HF_NAMES: Mapping[str, str] = {
     "head.weight": "lm_head.weight",
 }
 
-GGUF_NAMES: Mapping[str, str] = {
+GGUF_NAMES: Mapping[str, str | Fused] = {
     "embed.weight": "token_embd.weight",
     "layers.{i}.attn_norm": "blk.{i}.attn_norm.weight",
     "layers.{i}.attn.q.weight": "blk.{i}.attn_q.weight",
@@ -92,47 +95,77 @@ GGUF_NAMES: Mapping[str, str] = {
     "layers.{i}.mlp.down.bias": "blk.{i}.ffn_down.bias",
     "final_norm": "output_norm.weight",
     "head.weight": "output.weight",
+    "head.bias": "output.bias",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """What a config.json calls the numbers that every decoder has."""
+
+    hidden: str = "hidden_size"
+    layers: str = "num_hidden_layers"
+    heads: str = "num_attention_heads"
+    kv_heads: str = "num_key_value_heads"
+    ffn: str = "intermediate_size"
+    vocab: str = "vocab_size"
+    context: str = "max_position_embeddings"
+    eps: str = "rms_norm_eps"
+    activation: str = "hidden_act"
 
 
 def from_hf(
     fields: Fields,
     tensors: Tensors,
     family: str,
+    keys: Keys = Keys(),
     *,
-    windows: tuple[int, ...] = (),
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
     head_dim: int = 0,
+    ffn: int = 0,
     context: int = 2048,
+    eps: float = 1e-6,
+    activation: str = "silu",
+    tied: bool = False,
+    head: str = "lm_head.weight",
+    rope: Mapping[str, Any] | RopeSpec | None = MappingProxyType({}),
+    inert: tuple[str, ...] = (),
+    **switches: Any,
 ) -> ModelSpec:
-    """ModelSpec of a config.json; keyword arguments are what the family has read or fixes. `head_dim` (0: hidden /
-    heads) and `context` are the family's defaults where the config is silent. Refuses every key left unread."""
-    hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    """ModelSpec of a config.json. Refuses every key left unread.
+
+    Args:
+        head_dim (0: hidden / heads), ffn (0: required), context, eps, activation, tied: the family's defaults where the
+            config is silent.
+        head: name of the head's tensor; a tied model that brings it keeps it.
+        rope: options of `rope_from_hf`, or the rotation itself.
+        inert: further keys that change nothing in this family.
+        switches: fields of ModelSpec that the family has read or fixes; they win.
+    """
+    hidden, heads = fields.integer(keys.hidden), fields.integer(keys.heads)
     head_dim = fields.integer("head_dim", head_dim or hidden // max(heads, 1))
-    trained = fields.integer("max_position_embeddings", context)
-    rope = rope_from_hf(fields, head_dim, trained)
-    spec = ModelSpec(
-        family=family, hidden=hidden, layers=fields.integer("num_hidden_layers"), heads=heads,
-        kv_heads=fields.integer("num_key_value_heads", heads), head_dim=head_dim,
-        ffn=fields.integer("intermediate_size"), vocab_size=fields.integer("vocab_size"),
-        context_length=context_length(rope, trained), rope=rope, norm_eps=fields.number("rms_norm_eps", 1e-6),
-        activation=_activation(fields), qkv_bias=qkv_bias, o_bias=o_bias, mlp_bias=mlp_bias, qk_norm=qk_norm,
-        tied=fields.flag("tie_word_embeddings", False) and HF_NAMES["head.weight"] not in tensors.names,
-        windows=windows,
-    )  # fmt: skip
+    trained = fields.integer(keys.context, context)
+    if isinstance(rope, Mapping):
+        rope = rope_from_hf(fields, head_dim, trained, **rope)
+    is_tied = fields.flag("tie_word_embeddings", tied)
+    read: dict[str, Any] = {
+        "family": family, "hidden": hidden, "layers": fields.integer(keys.layers), "heads": heads,
+        "kv_heads": fields.integer(keys.kv_heads, heads), "head_dim": head_dim,
+        "ffn": fields.integer(keys.ffn, ffn) if ffn else fields.integer(keys.ffn),
+        "vocab_size": fields.integer(keys.vocab), "context_length": context_length(rope, trained), "rope": rope,
+        "norm_eps": fields.number(keys.eps, eps), "activation": _activation(fields, keys.activation, activation),
+        "tied": is_tied and not {head, head.removeprefix("model.")} & set(tensors.names),
+    }  # fmt: skip
+    spec = ModelSpec(**read | switches)
     for key, allowed in NEUTRAL_HF.items():
         fields.expect(key, allowed)
-    fields.refuse_rest(INERT_HF)
+    fields.refuse_rest((*INERT_HF, *inert))
     return check_spec(spec)
 
 
-def _activation(fields: Fields) -> str:
-    name = fields.text("hidden_act", "silu")
+def _activation(fields: Fields, key: str, default: str) -> str:
+    name = fields.text(key, default)
     if name not in ACTIVATIONS:
-        raise fields.unsupported("hidden_act", name)
+        raise fields.unsupported(key, name)
     return ACTIVATIONS[name]
 
 
@@ -162,40 +195,57 @@ def hf_windows(fields: Fields, window: int, sliding: tuple[bool, ...]) -> tuple[
 
 
 def from_gguf(
-    fields: Fields, tensors: Tensors, family: str, *, qk_norm: bool = False, mixture: bool = False
+    fields: Fields,
+    tensors: Tensors,
+    family: str,
+    *,
+    head_dim: int = 0,
+    activation: str = "silu",
+    rope: Mapping[str, Any] | RopeSpec | None = MappingProxyType({}),
+    ffn: int = 0,
+    mixture: bool = False,
+    **switches: Any,
 ) -> ModelSpec:
     """ModelSpec of GGUF metadata under `{architecture}.`; biases and a head of its own are there if their tensors are.
-    `mixture`: the caller has read what there is of experts. Refuses every key left unread."""
+    The arguments are those of `from_hf`; `mixture`: the caller has read what there is of experts. Refuses every key
+    left unread."""
     layers, hidden = fields.integer("block_count"), fields.integer("embedding_length")
     heads = _uniform(fields, "attention.head_count")
     kv_heads = _uniform(fields, "attention.head_count_kv", heads)
-    head_dim = fields.integer("attention.key_length", hidden // max(heads, 1))
+    head_dim = fields.integer("attention.key_length", head_dim or hidden // max(heads, 1))
     fields.expect("attention.value_length", (head_dim,))
-    if (
-        fields.has("attention.scale")
-        and head_dim > 0
-        and not math.isclose(fields.number("attention.scale"), head_dim**-0.5, rel_tol=1e-6)
-    ):
-        raise fields.unsupported("attention.scale", fields.raw("attention.scale"))
+    scale = fields.number("attention.scale", 0.0)
+    if head_dim > 0 and math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
+        scale = 0.0
     trained = fields.integer("context_length")
-    rope = rope_from_gguf(fields, head_dim, trained, tensors)
+    if isinstance(rope, Mapping):
+        rope = rope_from_gguf(fields, head_dim, trained, tensors, **rope)
+    else:
+        fields.raw("rope.dimension_count")  # written for every model, used by none of these
     window = fields.integer("attention.sliding_window", 0)
-    spec = ModelSpec(
-        family=family, hidden=hidden, layers=layers, heads=heads, kv_heads=kv_heads, head_dim=head_dim,
-        ffn=_uniform(fields, "feed_forward_length"), vocab_size=fields.integer("vocab_size", 0),
-        context_length=context_length(rope, trained), rope=rope,
-        norm_eps=fields.number("attention.layer_norm_rms_epsilon"), qk_norm=qk_norm,
-        qkv_bias=GGUF_NAMES["layers.{i}.attn.q.bias"].format(i=0) in tensors.names,
-        o_bias=GGUF_NAMES["layers.{i}.attn.o.bias"].format(i=0) in tensors.names,
-        mlp_bias=GGUF_NAMES["layers.{i}.mlp.up.bias"].format(i=0) in tensors.names,
-        tied=GGUF_NAMES["head.weight"] not in tensors.names,
-        windows=(window,) * layers if window and layers <= 2048 else (),
-    )  # fmt: skip
+    layer_norm = switches.get("norm") == "layer"
+    read: dict[str, Any] = {
+        "family": family, "hidden": hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn": ffn or _uniform(fields, "feed_forward_length"),
+        "vocab_size": fields.integer("vocab_size", 0), "context_length": context_length(rope, trained), "rope": rope,
+        "norm_eps": fields.number("attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon"),
+        "activation": activation, "attention_scale": scale,
+        "qkv_bias": _first(tensors, "attn_q.bias") or _first(tensors, "attn_qkv.bias"),
+        "o_bias": _first(tensors, "attn_output.bias"), "mlp_bias": _first(tensors, "ffn_up.bias"),
+        "head_bias": "output.bias" in tensors.names, "tied": "output.weight" not in tensors.names,
+        "windows": (window,) * layers if window and layers <= LIMITS["layers"] else (),
+    }  # fmt: skip
+    spec = ModelSpec(**read | switches)
     for key, allowed in NEUTRAL_GGUF.items():
-        if not (mixture and key == "expert_count"):
+        if not (fields.was_read(key) or (mixture and key == "expert_count")):
             fields.expect(key, allowed)
     fields.refuse_rest(INERT_GGUF)
     return check_spec(spec)
+
+
+def _first(tensors: Tensors, name: str) -> bool:
+    return f"blk.0.{name}" in tensors.names
 
 
 def _uniform(fields: Fields, key: str, default: int | None = None) -> int:

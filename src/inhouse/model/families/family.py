@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import FormatError
+from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.model.build import Spec, weight_specs
 from inhouse.model.families.fields import Fields
 from inhouse.model.spec import ModelSpec
@@ -71,6 +71,7 @@ class Derive:
     transpose: bool = False
     rows: Rows | None = None
     order: HeadOrder | None = None
+    unit_rows: bool = False  # each row divided by its L2 norm, in the file's own type; plain dtypes only
     heads: int = 0  # transposed in as many blocks of rows, each on its own; 0: at once
 
     def index(self) -> npt.NDArray[np.int64] | None:
@@ -162,6 +163,7 @@ class Tensors:
 
     names: Collection[str] = ()
     rope_factors: tuple[float, ...] = ()  # contents of GGUF's `rope_freqs.weight`
+    longrope: tuple[tuple[float, ...], tuple[float, ...]] = ((), ())  # of `rope_factors_short` and `rope_factors_long`
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +180,8 @@ class Family:
     mixture: bool = False  # of two rows of one GGUF architecture, the one whose models have experts
     gguf_pairs: bool = False  # GGUF keeps q and k with rotary pairs side by side
     hf_order: str = ""  # HeadOrder of q and k in Hugging Face checkpoints; "": canonical
+    unit_head: bool = False  # the head's rows are normalised (Baichuan 2)
+    claims: Callable[[Fields], bool] = lambda fields: True  # where several families share an architecture's name
     prefix: str = ""  # of Hugging Face names, which some checkpoints leave out (`transformer.`)
     ignored: tuple[str, ...] = ()  # patterns of tensors that carry nothing the spec does not say; {layers}: how many
 
@@ -195,7 +199,8 @@ class Family:
             place, source = self._place(table, canonical, names, bare)
             fused = place if isinstance(place, Fused) else Fused(place)
             derive = fused.derive(spec, canonical, source, weights)
-            out[canonical] = replace(derive, order=self._order(spec, canonical, gguf))
+            unit = self.unit_head and canonical == "head.weight"
+            out[canonical] = replace(derive, order=self._order(spec, canonical, gguf), unit_rows=unit)
         used = {derive.source for derive in out.values()}
         none_left([name for name in used if name not in names], "lacks", "Fetch the whole model again")
         ignored = tuple(p.replace("{layers}", str(getattr(spec, "layers", ""))) for p in (*self.ignored, *ignored))
@@ -211,7 +216,10 @@ class Family:
         """The place of a weight, and the tensor's name there."""
         numbers = re.findall(r"\d+", canonical)
         pieces = re.split(r"\d+", canonical)
-        place = table["".join(a + b for a, b in zip(pieces, ("{i}", "{e}", "")[: len(numbers)] + ("",), strict=True))]
+        key = "".join(a + b for a, b in zip(pieces, ("{i}", "{e}", "")[: len(numbers)] + ("",), strict=True))
+        if key not in table:
+            raise UnsupportedError(f"the family {self.name} has no name for {canonical}", param=canonical)
+        place = table[key]
         layer, expert = (*numbers, "", "")[:2]
         choices = place if isinstance(place, tuple) else (place,)
         sources = [
@@ -236,8 +244,8 @@ def _name(place: Place) -> str:
     return place if isinstance(place, str) else place.name
 
 
-# `rope_freqs.weight` is read into the spec (Tensors.rope_factors); see decoder.from_gguf.
-_GGUF_IGNORED = ("rope_freqs.weight",)
+# Read into the spec (Tensors.rope_factors, Tensors.longrope); see ropes.rope_from_gguf.
+_GGUF_IGNORED = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

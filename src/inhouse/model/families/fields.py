@@ -39,6 +39,10 @@ class Fields:
         """Whether the key is there, be it null."""
         return self._prefix + key in self._config
 
+    def was_read(self, key: str) -> bool:
+        """Whether the key was asked for."""
+        return key in self._read
+
     def integer(self, key: str, default: Any = _REQUIRED) -> int:
         """A whole number; raises FormatError if it is not one."""
         value = self._required(key, default)
@@ -74,6 +78,11 @@ class Fields:
         value = self.raw(key)
         if value is not None and value not in allowed:
             raise self.unsupported(key, value)
+
+    def expect_all(self, allowed: Mapping[str, Any]) -> None:
+        """`expect` of each key with its one value."""
+        for key, value in allowed.items():
+            self.expect(key, (value,))
 
     def nested(self, key: str) -> "Fields | None":
         """The mapping under a key, or None where it is absent; raises FormatError if it is no mapping."""

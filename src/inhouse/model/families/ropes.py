@@ -1,6 +1,8 @@
 """Reading rotary settings, in the three forms that are about: `rope_scaling`, `rope_parameters`, GGUF keys."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from inhouse.core.errors import FormatError
@@ -12,36 +14,83 @@ from inhouse.model.spec import RopeSpec
 _STRETCHED = ("linear", "yarn")  # scalings whose factor says how far the context goes
 
 
-def rope_from_hf(fields: Fields, head_dim: int, trained: int) -> RopeSpec:
+def rope_from_hf(
+    fields: Fields,
+    head_dim: int,
+    trained: int,
+    *,
+    theta: float = 10000.0,
+    theta_key: str = "rope_theta",
+    partial: float = 0.0,
+    partial_key: str = "partial_rotary_factor",
+    interleaved: bool = False,
+) -> RopeSpec:
     """RopeSpec of a Hugging Face config; `trained` is its max_position_embeddings. Raises UnsupportedError for a rope
     type or key that is not known, FormatError where `rope_scaling`, `rope_parameters` and `rope_theta` contradict one
-    another (transformers 5 would take `rope_scaling`, older ones and other readers differ)."""
-    theta = _theta(fields, 10000.0)
-    fields.expect("partial_rotary_factor", (1, 1.0))  # the original ignores it for some rope types and not for others
+    another (transformers 5 would take `rope_scaling`, older ones and other readers differ).
+
+    `partial`: the part of a head that is rotated where the config is silent; 0: the whole head, and a config that says
+    otherwise is refused, because the original ignores it for some rope types and not for others."""
+    theta = _theta(fields, theta, theta_key)
+    part = _partial(fields, partial, partial_key)
     outer_original = fields.raw("original_max_position_embeddings")
     scaling = _one_of_two(fields, theta)
     if scaling is None:
-        return RopeSpec(dim=head_dim, theta=theta)
-    inner = _theta(scaling, theta)
-    if fields.raw("rope_theta") is not None and inner != theta:
+        return RopeSpec(dim=int(head_dim * part), theta=theta, interleaved=interleaved)
+    inner = _theta(scaling, theta, "rope_theta")
+    if fields.raw(theta_key) is not None and inner != theta:
         raise FormatError(
             f"config.json has rope_theta = {theta:g}, and rope_theta = {inner:g} beside the rope type",
             remedy="Remove the one that the model was not trained with", param="rope_theta",
         )  # fmt: skip
-    theta = inner
-    scaling.expect("partial_rotary_factor", (1, 1.0))
+    part = _partial(scaling, part if partial else 0.0, "partial_rotary_factor")
+    plain = RopeSpec(dim=int(head_dim * part), theta=inner, interleaved=interleaved)
+    return _rope_of(scaling, plain, outer_original or trained, trained)
+
+
+def _rope_of(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> RopeSpec:
+    """The rotation `plain`, stretched as a `rope_parameters` says; every key of it is read or refused."""
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     scaling.expect("type", (kind,))
-    original = scaling.integer("original_max_position_embeddings", outer_original or trained)
-    rope = _hf_kinds(scaling, kind, RopeSpec(dim=head_dim, theta=theta), original, trained)
+    original = scaling.integer("original_max_position_embeddings", original)
+    rope = _hf_kinds(scaling, kind, plain, original, trained)
     scaling.refuse_rest(("finetuned",))
     return rope
 
 
-def _theta(fields: Fields, default: float) -> float:
-    theta = fields.number("rope_theta", default)
+def ropes_by_layer(
+    fields: Fields, head_dim: int, trained: int, *, theta: float, sliding_theta: float, sliding_key: str = ""
+) -> tuple[RopeSpec, RopeSpec]:
+    """The rotations of full and of sliding layers: `rope_parameters` with one entry for each (transformers 5), or
+    `rope_theta` and `rope_scaling` for full layers and the base under `sliding_key` for sliding ones."""
+    both = fields.nested("rope_parameters")
+    if both is None or not both.has("full_attention"):
+        sliding = fields.number(sliding_key, sliding_theta) if sliding_key else sliding_theta
+        return rope_from_hf(fields, head_dim, trained, theta=theta), RopeSpec(head_dim, sliding)
+    made = []
+    for key, default in (("full_attention", theta), ("sliding_attention", sliding_theta)):
+        one = both.nested(key)
+        plain = RopeSpec(head_dim, _theta(one, default, "rope_theta") if one else default)
+        made.append(_rope_of(one, plain, trained, trained) if one else plain)
+    both.refuse_rest()
+    fields.raw("rope_scaling")
+    return made[0], made[1]
+
+
+def _partial(fields: Fields, default: float, key: str) -> float:
+    if not default:
+        fields.expect(key, (1, 1.0))
+        return 1.0
+    part = fields.number(key, default)
+    if not 0.0 < part <= 1.0:
+        raise FormatError(f"config.json has {key} = {part:g}, expected above 0, at most 1", param=key)
+    return part
+
+
+def _theta(fields: Fields, default: float, key: str) -> float:
+    theta = fields.number(key, default)
     if theta <= 0:
-        raise FormatError(f"config.json has rope_theta = {theta:g}, expected more than 0", param="rope_theta")
+        raise FormatError(f"config.json has {key} = {theta:g}, expected more than 0", param=key)
     return theta
 
 
@@ -70,23 +119,51 @@ def _meaning(settings: Mapping[str, Any], theta: float) -> dict[str, Any]:
 
 
 def _hf_kinds(scaling: Fields, kind: str, plain: RopeSpec, original: int, trained: int) -> RopeSpec:
-    dim, theta = plain.dim, plain.theta
     match kind:
         case "default":
             scaling.raw("factor")  # without effect for this type
             return plain
-        case "linear":
-            return RopeSpec(dim, theta, scaling="linear", factor=scaling.number("factor"), original_context=trained)
-        case "dynamic":
-            return RopeSpec(dim, theta, scaling="dynamic", factor=scaling.number("factor"), original_context=trained)
+        case "linear" | "dynamic":
+            return replace(plain, scaling=kind, factor=scaling.number("factor"), original_context=trained)
         case "llama3":
-            return RopeSpec(
-                dim, theta, scaling="llama3", factor=scaling.number("factor"), original_context=original,
+            return replace(
+                plain, scaling="llama3", factor=scaling.number("factor"), original_context=original,
                 low_freq_factor=scaling.number("low_freq_factor"), high_freq_factor=scaling.number("high_freq_factor"),
             )  # fmt: skip
         case "yarn":
             return _hf_yarn(scaling, plain, original, trained)
+        case "longrope" | "su":
+            return _hf_longrope(scaling, plain, original, trained)
     raise scaling.unsupported("rope_type", kind)
+
+
+def _hf_longrope(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> RopeSpec:
+    """arXiv 2402.13753, as Phi-3 has it."""
+    scaling.raw("factor")  # what counts is how far the context goes
+    return longrope(
+        plain, original, trained, _floats(scaling, "short_factor"), _floats(scaling, "long_factor"),
+        scaling.number("attention_factor", 0.0),
+    )  # fmt: skip
+
+
+def longrope(
+    plain: RopeSpec, original: int, trained: int, short: tuple[float, ...], long: tuple[float, ...], attention: float
+) -> RopeSpec:
+    """The rotation `plain` with a factor for each frequency; `attention` (0: by the lengths) multiplies cos and sin."""
+    stretch = trained / max(original, 1)
+    if not attention:
+        attention = math.sqrt(1.0 + math.log(stretch) / math.log(original)) if stretch > 1.0 and original > 1 else 1.0
+    return replace(
+        plain, scaling="longrope", original_context=original, factors=short, long_factors=long,
+        attention_factor=attention,
+    )  # fmt: skip
+
+
+def _floats(fields: Fields, key: str) -> tuple[float, ...]:
+    values = fields.raw(key)
+    if not isinstance(values, list) or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
+        raise fields.unsupported(key, values)
+    return tuple(float(value) for value in values)
 
 
 def _hf_yarn(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> RopeSpec:
@@ -97,17 +174,27 @@ def _hf_yarn(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> R
         raise scaling.unsupported("mscale", min(mscale, all_dim))
     if mscale and all_dim:
         attention = yarn_attention_factor(factor, mscale) / yarn_attention_factor(factor, all_dim)
-    return RopeSpec(
-        plain.dim, plain.theta, scaling="yarn", factor=factor, original_context=original,
+    return replace(
+        plain, scaling="yarn", factor=factor, original_context=original,
         beta_fast=scaling.number("beta_fast", 32.0), beta_slow=scaling.number("beta_slow", 1.0),
         attention_factor=scaling.number("attention_factor", attention), truncate=scaling.flag("truncate", True),
     )  # fmt: skip
 
 
-def rope_from_gguf(fields: Fields, head_dim: int, trained: int, tensors: Tensors, *, latent: bool = False) -> RopeSpec:
+def rope_from_gguf(
+    fields: Fields,
+    head_dim: int,
+    trained: int,
+    tensors: Tensors,
+    *,
+    interleaved: bool = False,
+    theta: float = 10000.0,
+    latent: bool = False,
+) -> RopeSpec:
     """RopeSpec of GGUF metadata; per-frequency factors (Llama 3.1) come from the tensor `rope_freqs.weight`. `latent`:
     the caller takes YaRN's multiplier of the scores into their scale."""
-    dim, theta = fields.integer("rope.dimension_count", head_dim), fields.number("rope.freq_base", 10000.0)
+    dim, theta = fields.integer("rope.dimension_count", head_dim), fields.number("rope.freq_base", theta)
+    plain = RopeSpec(dim, theta, interleaved=interleaved)
     kind = fields.text("rope.scaling.type", "linear")  # absent: a factor alone is linear; "none" says not to scale
     factor = fields.number("rope.scaling.factor", fields.number("rope.scale_linear", 1.0))
     original = fields.integer("rope.scaling.original_context_length", trained)
@@ -121,11 +208,13 @@ def rope_from_gguf(fields: Fields, head_dim: int, trained: int, tensors: Tensors
     if "rope_freqs.weight" in tensors.names or tensors.rope_factors:
         if kind not in ("none", "linear") or factor != 1.0:
             raise fields.unsupported("rope.scaling.type", kind)
-        return RopeSpec(dim, theta, scaling="factors", factors=tensors.rope_factors)
+        return replace(plain, scaling="factors", factors=tensors.rope_factors)
+    if tensors.longrope[0]:
+        return longrope(plain, original, trained, *tensors.longrope, extra if extra != 1.0 else 0.0)
     if kind == "yarn":
         attention = yarn_attention_factor(factor) * extra
-        return RopeSpec(
-            dim, theta, scaling="yarn", factor=factor, original_context=original, beta_fast=fast, beta_slow=slow,
+        return replace(
+            plain, scaling="yarn", factor=factor, original_context=original, beta_fast=fast, beta_slow=slow,
             attention_factor=attention,
         )  # fmt: skip
     if kind not in ("none", "linear"):
@@ -133,16 +222,16 @@ def rope_from_gguf(fields: Fields, head_dim: int, trained: int, tensors: Tensors
     if extra != 1.0:
         raise fields.unsupported("rope.scaling.attn_factor", extra)
     if factor == 1.0:
-        return RopeSpec(dim, theta)
-    return RopeSpec(dim, theta, scaling="linear", factor=factor, original_context=trained)
+        return plain
+    return replace(plain, scaling="linear", factor=factor, original_context=trained)
 
 
-def context_length(rope: RopeSpec, trained: int) -> int:
+def context_length(rope: RopeSpec | None, trained: int) -> int:
     """Positions that the model is good for: stretched scalings reach `factor` times what they were trained on.
 
     Dynamic NTK stays at the trained length, where it changes nothing: beyond it the frequencies would follow each
     sequence's length, and we fix them at load.
     """
-    if rope.scaling in _STRETCHED:
+    if rope is not None and rope.scaling in _STRETCHED:
         return max(trained, round(rope.original_context * rope.factor))
     return trained

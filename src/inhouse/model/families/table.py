@@ -5,17 +5,37 @@ from typing import Any
 
 from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.model.build import Spec
-from inhouse.model.families import deepseek, encoders, gptoss, llama, moe, qwen, seq2seq
+from inhouse.model.families import (
+    alibi,
+    chatglm,
+    deepseek,
+    encoders,
+    gemma,
+    gpt,
+    gptoss,
+    llama,
+    llama_like,
+    moe,
+    phi3,
+    qwen,
+    remote,
+    seq2seq,
+)
 from inhouse.model.families.family import Family, Tensors
 from inhouse.model.families.fields import Fields
 
 FAMILIES: tuple[Family, ...] = (
-    *llama.ROWS, *qwen.ROWS, *moe.ROWS, *deepseek.ROWS, *gptoss.ROWS, *encoders.ROWS, *seq2seq.ROWS
+    *llama.ROWS, *qwen.ROWS, *remote.ROWS, *chatglm.ROWS, *phi3.ROWS, *alibi.ROWS, *gpt.ROWS, *gemma.ROWS,
+    *llama_like.ROWS,
+    *moe.ROWS, *deepseek.ROWS, *gptoss.ROWS, *encoders.ROWS, *seq2seq.ROWS,
 )  # fmt: skip
 
 
 def resolve(
-    config: Mapping[str, Any], names: Collection[str] = (), rope_factors: Sequence[float] = ()
+    config: Mapping[str, Any],
+    names: Collection[str] = (),
+    rope_factors: Sequence[float] = (),
+    longrope: tuple[Sequence[float], Sequence[float]] = ((), ()),
 ) -> tuple[Spec, Family]:
     """The spec and the family of a model.
 
@@ -24,12 +44,13 @@ def resolve(
         names: tensor names of the checkpoint. GGUF says only by them whether there are biases and a head of its own;
             a Hugging Face checkpoint that is tied by its config but brings a head keeps that head.
         rope_factors: contents of the GGUF tensor `rope_freqs.weight`, where there is one.
+        longrope: contents of `rope_factors_short.weight` and `rope_factors_long.weight`.
 
     Raises:
         UnsupportedError: unknown architecture, or a key that would change the computation and is not honoured.
         FormatError: a key is missing, of the wrong type, or does not fit the others.
     """
-    tensors = Tensors(names, tuple(float(f) for f in rope_factors))
+    tensors = Tensors(names, _floats(rope_factors), (_floats(longrope[0]), _floats(longrope[1])))
     if "general.architecture" in config:
         return _resolve_gguf(config, tensors)
     architectures = config.get("architectures")
@@ -38,7 +59,7 @@ def resolve(
             f"config.json has architectures = {architectures!r}, expected one name", param="architectures"
         )
     for family in FAMILIES:
-        if architectures[0] in family.architectures:
+        if architectures[0] in family.architectures and family.claims(Fields(config, "config.json")):
             return family.from_hf(Fields(config, "config.json"), tensors), family
     known = [name for family in FAMILIES for name in family.architectures]
     raise _unknown(architectures[0], known)
@@ -58,6 +79,10 @@ def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[Spec, Fa
                 full.setdefault(f"{name}.vocab_size", len(tokens))
             return family.from_gguf(Fields(full, "the GGUF metadata", f"{name}.", single=True), tensors), family
     raise _unknown(str(name), [known for family in FAMILIES for known in family.gguf])
+
+
+def _floats(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _unknown(name: str, known: Sequence[str]) -> UnsupportedError:
