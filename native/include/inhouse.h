@@ -60,7 +60,7 @@ typedef struct ih_model ih_model;
 
 // Builds a model from its programs as a flat array (layout: src/program.h and runtime/native_flat.py) and its weights.
 //   flat [flat_length], weights [weight_count]; isa: as for ih_isa_name; threads: 0 for ih_default_threads;
-//   kv_type: 0 f32, 1 f16, 2 bf16. Null, with a reason, on failure; *status says which kind (may be null).
+//   kv_type: 0 f32, 1 f16, 2 bf16, 3 int8. Null, with a reason, on failure; *status says which kind (may be null).
 IH_API ih_model* ih_model_create(const int64_t* flat, int64_t flat_length, const ih_weight* weights,
                                  int64_t weight_count, const char* isa, int32_t threads, int32_t kv_type,
                                  int32_t* status);

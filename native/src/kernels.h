@@ -64,7 +64,7 @@ constexpr int64_t quant_bytes(int64_t capacity, int64_t width) {
 enum Activation : int32_t { kSilu, kGelu, kGeluTanh, kRelu, kQuickGelu, kTanh, kSigmoid, kActivations };
 
 // Element type of cached K and V.
-enum KvType : int32_t { kKvF32, kKvF16, kKvBF16, kKvTypes };
+enum KvType : int32_t { kKvF32, kKvF16, kKvBF16, kKvInt8, kKvTypes };
 
 constexpr int kCacheBlock = 16;  // positions in a block of a state group
 constexpr int kPartition = 256;  // positions in an attention partition, at absolute multiples
@@ -73,8 +73,20 @@ constexpr int kPartitionBlocks = kPartition / kCacheBlock;
 // Index into MASKS of runtime/ops.py.
 enum Mask : int32_t { kCausal, kBidirectional, kPrefix, kMasks };
 
-// What an attention op is. A block holds, for each kv head, K transposed [head_dim][16], then V [16][v_dim] unless V is
-// the first v_dim elements of K.
+// A kv head's part of a block of int8 codes: K [head_dim / 4][16][4], V [4][v_dim in whole vectors][4] (four positions
+// of an element side by side), then the scales of K [16] and of V [16]; a code is stored as code + 128.
+constexpr int64_t int8_k_bytes(int64_t head_dim) { return (head_dim + 3) / 4 * 64; }
+constexpr int64_t int8_v_bytes(int64_t v_dim) { return (v_dim + 15) / 16 * 256; }
+constexpr int64_t int8_scales(int64_t head_dim, int64_t v_dim) { return int8_k_bytes(head_dim) + int8_v_bytes(v_dim); }
+
+// Bytes of one kv head in a block; v_dim is 0 where V is part of K.
+constexpr int64_t kv_head_bytes(KvType type, int64_t head_dim, int64_t v_dim) {
+  if (type == kKvInt8) return int8_scales(head_dim, v_dim) + 2 * kCacheBlock * 4;
+  return kCacheBlock * (head_dim + v_dim) * (type == kKvF32 ? 4 : 2);
+}
+
+// What an attention op is. Of float types, a block holds, for each kv head, K transposed [head_dim][16], then V
+// [16][v_dim] unless V is the first v_dim elements of K.
 struct AttentionShape {
   int32_t heads, kv_heads, head_dim, v_dim;
   int32_t window;  // 0: all

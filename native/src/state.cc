@@ -19,11 +19,10 @@ int64_t physical_bytes() {
 }  // namespace
 
 State::State(const std::vector<Group>& groups, KvType kv_type) : kv_type_(kv_type) {
-  const int64_t element = kv_type == kKvF32 ? 4 : 2;
   for (const Group& group : groups) {
     Pool pool = {};
     const int64_t v_dim = group.kind == GroupKind::kLatent ? 0 : group.v_dim;  // there V is part of K
-    pool.head_bytes = kCacheBlock * (group.head_dim + v_dim) * element;
+    pool.head_bytes = kv_head_bytes(kv_type, group.head_dim, v_dim);
     pool.layer_bytes = group.kv_heads * pool.head_bytes;
     pool.block_bytes = group.layers * pool.layer_bytes;
     pools_.push_back(pool);

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from inhouse.model.rewrite import quantize_activations
-from inhouse.runtime.executor import Weight
+from inhouse.runtime.executor import KV_DTYPES, Weight
 from inhouse.runtime.native import NativeExecutor
 from inhouse.runtime.packed import Packed, quantize
 from tests.runtime_native.making import F32, LEVELS, Model, decoder, noise, steps, tokens
@@ -53,7 +53,7 @@ def quantised() -> Model:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kv_dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
 def test_alone_batched_chunked_and_threaded_are_one(level: str, kv_dtype: str) -> None:
     model = decoder()
     expected = run(model.native(threads=1, isa=level, kv_dtype=kv_dtype))

@@ -2,6 +2,7 @@
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
 #include "simd/avx512.h"
+#include "simd/avx512_bytes.h"
 #include "ops/table-inl.h"
 // clang-format on
 

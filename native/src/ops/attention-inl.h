@@ -26,6 +26,7 @@ void store_vector(KvType type, const float* x, int64_t n, uint8_t* out, int64_t 
 }
 
 void store_kv(const AttentionShape& s, const float* k, const float* v, uint8_t* block, int slot) {
+  if (s.kv_type == kKvInt8) return store_kv_int8(s, k, v, block, slot);
   const int64_t size = s.kv_type == kKvF32 ? 4 : 2;
   for (int64_t h = 0; h < s.kv_heads; ++h, block += s.head_bytes) {
     store_vector(s.kv_type, k + h * s.head_dim, s.head_dim, block + slot * size, kCacheBlock);
@@ -54,13 +55,13 @@ IH_INLINE void partitions_of(const AttentionTask& task, int* begin, int* end) {
   *end = (high + kPartition - 1) / kPartition;
 }
 
-// Fills `rows` with up to kPairRows pairs from pair `first` that see the partition; returns how many; *taken is
+// Fills `rows` with up to `most` pairs from pair `first` that see the partition; returns how many; *taken is
 // the index of the first of them. Pairs that do not see it are passed over.
-int gather(const AttentionTask& task, int partition, int first, int pairs, Queries* rows, int* taken) {
+int gather(const AttentionTask& task, int partition, int first, int pairs, int most, Queries* rows, int* taken) {
   const AttentionShape& s = *task.shape;
   const int group = s.heads / s.kv_heads, start = partition * kPartition;
   int count = 0;
-  for (int i = first; i < pairs && count < kPairRows; ++i) {
+  for (int i = first; i < pairs && count < most; ++i) {
     const int32_t position = task.position + i / group, head = task.kv_head * group + i % group;
     int32_t low, high;
     visible(task, position, &low, &high);
@@ -149,19 +150,18 @@ void finish(const AttentionTask& task, int i, const float* merged) {
       [&](V v) { return div(mul(v, factor), total); });
 }
 
-// One partition for all pairs of the task: `take(i, partial)` gets each pair that sees it.
-template <class Kv, class Take>
-IH_INLINE void each_pair(const AttentionTask& task, int partition, const Tiles<typename Kv::T>& tiles, bool near,
-                         float* scores, float* fresh, Take take) {
-  const AttentionShape& s = *task.shape;
-  const int pairs = task.rows * (s.heads / s.kv_heads);
-  const int64_t pitch = partial_pitch(s.v_dim);
+// Runs up to `most` pairs at once over one partition: `work(count, rows, near)` leaves their partials in `fresh`,
+// `take(i, partial)` gets each pair that sees the partition. `near`: its K and V were read a moment ago.
+template <class Work, class Take>
+IH_INLINE void each_pair(const AttentionTask& task, int partition, int most, const float* fresh, Work work, Take take) {
+  const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
+  const int64_t pitch = partial_pitch(task.shape->v_dim);
   Queries rows;
   int taken = 0;
   for (int i = 0; i < pairs;) {
-    const int count = gather(task, partition, i, pairs, &rows, &taken);
+    const int count = gather(task, partition, i, pairs, most, &rows, &taken);
     if (count == 0) break;
-    partial_any<Kv, kPairRows>(s, count, rows, tiles, near, scores, fresh);
+    work(count, rows, i > 0);
     for (int r = 0; r < count; ++r) take(taken + r, fresh + r * pitch);
     i = taken + count;
   }
@@ -181,18 +181,47 @@ IH_INLINE Scratch scratch_of(const AttentionShape& s, float* p) {
 }
 
 template <class Kv, class Take>
-IH_INLINE void run_partition(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
+IH_INLINE void run_floats(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
+  const AttentionShape& s = *task.shape;
   const Tiles<typename Kv::T> tiles = tiles_of<Kv>(task, partition);
-  const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
-  if (task.shape->v_from_k || (pairs > 2 * kPairRows && task.shape->kv_type != kKvF32)) {
-    each_pair<F32Kv>(task, partition, widen<Kv>(task, tiles, scratch.wide), true, scratch.scores, scratch.fresh, take);
-  } else {
-    each_pair<Kv>(task, partition, tiles, false, scratch.scores, scratch.fresh, take);
+  const int pairs = task.rows * (s.heads / s.kv_heads);
+  if (s.v_from_k || (pairs > 2 * kPairRows && s.kv_type != kKvF32)) {
+    const Tiles<float> wide = widen<Kv>(task, tiles, scratch.wide);
+    const auto work = [&](int count, const Queries& rows, bool) {
+      partial_any<F32Kv, kPairRows>(s, count, rows, wide, true, scratch.scores, scratch.fresh);
+    };
+    return each_pair(task, partition, kPairRows, scratch.fresh, work, take);
+  }
+  const auto work = [&](int count, const Queries& rows, bool near) {
+    partial_any<Kv, kPairRows>(s, count, rows, tiles, near, scratch.scores, scratch.fresh);
+  };
+  each_pair(task, partition, kPairRows, scratch.fresh, work, take);
+}
+
+template <class Take>
+IH_INLINE void run_codes(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
+  const IntTiles tiles = int_tiles(task, partition, scratch.wide);
+  const auto work = [&](int count, const Queries& rows, bool near) {
+    int_any<kIntPairs>(*task.shape, count, rows, tiles, near, scratch.scores, scratch.fresh);
+  };
+  each_pair(task, partition, kIntPairs, scratch.fresh, work, take);
+}
+
+template <class Take>
+IH_INLINE void run_partition(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
+  switch (task.shape->kv_type) {
+    case kKvF32:
+      return run_floats<F32Kv>(task, partition, scratch, take);
+    case kKvF16:
+      return run_floats<F16Kv>(task, partition, scratch, take);
+    case kKvBF16:
+      return run_floats<BF16Kv>(task, partition, scratch, take);
+    default:
+      return run_codes(task, partition, scratch, take);
   }
 }
 
-template <class Kv>
-void attend_as(const AttentionTask& task, float* memory) {
+void attend(const AttentionTask& task, float* memory) {
   const AttentionShape& s = *task.shape;
   const Scratch scratch = scratch_of(s, memory);
   const int64_t pitch = partial_pitch(s.v_dim), end = pitch - 16;
@@ -201,7 +230,7 @@ void attend_as(const AttentionTask& task, float* memory) {
   int begin, stop;
   partitions_of(task, &begin, &stop);
   for (int p = begin; p < stop; ++p) {
-    run_partition<Kv>(task, p, scratch, [&](int i, const float* fresh) {
+    run_partition(task, p, scratch, [&](int i, const float* fresh) {
       float* merged = scratch.merged + i * pitch;
       if (merged[end + 1] < 0.0f) return copy_partial(merged, fresh, pitch);
       merge(merged, fresh, pitch);
@@ -210,36 +239,13 @@ void attend_as(const AttentionTask& task, float* memory) {
   for (int i = 0; i < pairs; ++i) finish(task, i, scratch.merged + i * pitch);
 }
 
-template <class Kv>
-void attend_partition_as(const AttentionTask& task, int partition, float* memory, float* partial) {
+void attend_partition(const AttentionTask& task, int partition, float* memory, float* partial) {
   const Scratch scratch = scratch_of(*task.shape, memory);
   const int64_t pitch = partial_pitch(task.shape->v_dim), end = pitch - 16;
   const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
   for (int i = 0; i < pairs; ++i) partial[i * pitch + end + 1] = -1.0f;  // pairs that do not see the partition
-  run_partition<Kv>(task, partition, scratch,
-                    [&](int i, const float* fresh) { copy_partial(partial + i * pitch, fresh, pitch); });
-}
-
-void attend(const AttentionTask& task, float* scratch) {
-  switch (task.shape->kv_type) {
-    case kKvF32:
-      return attend_as<F32Kv>(task, scratch);
-    case kKvF16:
-      return attend_as<F16Kv>(task, scratch);
-    default:
-      return attend_as<BF16Kv>(task, scratch);
-  }
-}
-
-void attend_partition(const AttentionTask& task, int partition, float* scratch, float* partial) {
-  switch (task.shape->kv_type) {
-    case kKvF32:
-      return attend_partition_as<F32Kv>(task, partition, scratch, partial);
-    case kKvF16:
-      return attend_partition_as<F16Kv>(task, partition, scratch, partial);
-    default:
-      return attend_partition_as<BF16Kv>(task, partition, scratch, partial);
-  }
+  run_partition(task, partition, scratch,
+                [&](int i, const float* fresh) { copy_partial(partial + i * pitch, fresh, pitch); });
 }
 
 void attend_merge(const AttentionTask& task, int begin, int end, float* partials, int64_t stride) {

@@ -3,7 +3,9 @@
 // clang-format off: each needs the ones before it.
 #include "ops/math-inl.h"
 #include "ops/rows-inl.h"
+#include "ops/quantize-inl.h"
 #include "ops/attention_rows-inl.h"
+#include "ops/attention_int8-inl.h"
 #include "ops/attention-inl.h"
 #include "ops/sample-inl.h"
 #include "ops/moe-inl.h"

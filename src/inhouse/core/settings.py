@@ -41,7 +41,7 @@ class Settings:
     device: str = _setting("cpu", "device of the torch executor: cpu, cuda, cuda:1, ...")
     quantize: str = _setting("", "pack float weights at load; empty: keep as they are", ("", "q8", "q4"))
     kv_dtype: str = _setting(
-        "auto", "KV cache elements; auto: f32 for f32 models, else f16", ("auto", "f32", "f16", "bf16")
+        "auto", "KV cache elements; auto: f32 for f32 models, else f16", ("auto", "f32", "f16", "bf16", "int8")
     )
     activations: str = _setting(
         "int8", "what quantised weights are multiplied with; float: slower, no rounding", ("int8", "float")

@@ -98,7 +98,7 @@ def open_model(
         quantize: None, `q8` or `q4`: what float matrices are packed as.
         executor: `native` or `torch`, the latter on `device`.
         threads: of packing and of the native executor; None: what the machine grants.
-        kv_dtype: `f32`, `f16`, `bf16`, or `auto`: f32 for models of f32 matrices alone, else f16.
+        kv_dtype: `f32`, `f16`, `bf16`, `int8`, or `auto`: f32 for models of f32 matrices alone, else f16.
         activations: `int8`: quantised rows meet quantised weights, exact integer products; `float`: they do not, which
             is slower, and agrees with the torch executor to float precision.
         context: a lower limit of positions than the model's own.

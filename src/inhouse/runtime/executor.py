@@ -13,7 +13,9 @@ from inhouse.runtime.step import I32, Step
 
 F32 = npt.NDArray[np.float32]
 Weight = Packed | F32  # matrices and embeddings are packed, vectors are plain float32
-KV_DTYPES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2}  # name -> bytes an element
+# Name -> bytes an element. int8: codes with one float scale for each token and kv head, K and V apart, as quantize_rows
+# (runtime/ops.py) makes them of that head's elements when they are written.
+KV_DTYPES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1}
 
 
 class Executor(Protocol):

@@ -16,7 +16,7 @@ from inhouse.runtime.packed import FORMATS, Packed, pack_float
 from inhouse.runtime.program import ProgramSet
 from inhouse.runtime.step import I32, Step, check_step, step_rules
 
-_KV_NUMBERS = {"f32": 0, "f16": 1, "bf16": 2}
+_KV_NUMBERS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 assert set(_KV_NUMBERS) == set(KV_DTYPES)
 
 

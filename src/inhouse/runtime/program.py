@@ -87,8 +87,13 @@ class StateGroup:
     rollback: bool = True  # may the last positions be dropped again
 
     def bytes_per_token(self, element_bytes: int) -> int:
-        """Bytes one position takes over all layers of the group, with `element_bytes` an element."""
+        """Bytes one position takes over all layers of the group, with `element_bytes` an element. 1 stands for int8
+        codes: K padded to 4 elements, V to 16, and a float scale for each (a latent group, which stores no V, has room
+        for both scales)."""
         v_dim = 0 if self.kind is StateKind.LATENT else self.v_dim
+        if element_bytes == 1:
+            head = -(-self.head_dim // 4) * 4 + -(-v_dim // 16) * 16 + 8
+            return len(self.layers) * self.kv_heads * head
         return len(self.layers) * self.kv_heads * (self.head_dim + v_dim) * element_bytes
 
 

@@ -12,37 +12,51 @@ from inhouse.core.errors import UsageError
 from inhouse.runtime.program import Axis, Op, StateGroup, StateKind
 from inhouse.runtime.step import BLOCK_SIZE, I32, Step
 from inhouse.runtime.torch_attention import attend_op, visible
+from inhouse.runtime.torch_ops import quantize_rows
 
 I64 = npt.NDArray[np.int64]
 
 
 class GroupCache:
     """The blocks of one state group: K [layers, blocks, BLOCK_SIZE, kv_heads, head_dim], V likewise (a latent group
-    keeps none: there V is the first v_dim elements of K)."""
+    keeps none: there V is the first v_dim elements of K); int8: with scales, the last axis 1, behind each of them."""
 
     def __init__(self, group: StateGroup, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.group = group
         self.layers = {layer: i for i, layer in enumerate(group.layers)}
         self._latent = group.kind is StateKind.LATENT
         shape = (len(group.layers), blocks, BLOCK_SIZE, group.kv_heads)
-        self._planes = [torch.zeros(*shape, group.head_dim, dtype=dtype, device=device)]
-        if not self._latent:
-            self._planes.append(torch.zeros(*shape, group.v_dim, dtype=dtype, device=device))
+        self._codes = dtype is torch.int8
+        self._planes: list[Tensor] = []
+        for width in (group.head_dim,) if self._latent else (group.head_dim, group.v_dim):
+            self._planes.append(torch.zeros(*shape, width, dtype=dtype, device=device))
+            if self._codes:
+                self._planes.append(torch.zeros(*shape, 1, dtype=torch.float32, device=device))
 
     def write(self, layer: int, blocks: Tensor, slots: Tensor, k: Tensor, v: Tensor | None) -> None:
         """Stores rows k, v [n, width] at (block, slot) [n], rounded to the cache's type; latent: v is None."""
         i = self.layers[layer]
-        for plane, rows in zip(self._planes, (k, v), strict=False):
-            assert rows is not None
-            values = rows.reshape(rows.shape[0], self.group.kv_heads, -1).to(plane.dtype)
-            plane[i].index_put_((blocks, slots), values)
+        values = [x for rows in ((k,) if v is None else (k, v)) for x in self._stored(rows)]
+        for plane, value in zip(self._planes, values, strict=True):
+            plane[i].index_put_((blocks, slots), value)
+
+    def _stored(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Rows [n, width] as the planes keep them: [n, kv_heads, D] in the cache's type, for int8 with the scales."""
+        heads = rows.reshape(rows.shape[0], self.group.kv_heads, -1)
+        if not self._codes:
+            return (heads.to(self._planes[0].dtype),)
+        quantized = quantize_rows(heads.flatten(0, 1))
+        return quantized.codes.reshape(heads.shape), quantized.scales.reshape(*heads.shape[:2], 1)
 
     def read(self, layer: int, blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """blocks [n, m], valid [n, m * BLOCK_SIZE] -> K, V [n, kv_heads, m * BLOCK_SIZE, D]; what is not valid is
         zero, because memory of a sequence that is gone may hold anything, NaN included."""
         i, found = self.layers[layer], []
-        for plane in self._planes:
-            rows = plane[i][blocks].flatten(1, 2)
+        step = 2 if self._codes else 1
+        for at in range(0, len(self._planes), step):
+            rows = self._planes[at][i][blocks].flatten(1, 2)
+            if self._codes:
+                rows = rows.float() * self._planes[at + 1][i][blocks].flatten(1, 2)
             found.append(rows.masked_fill(~valid[..., None, None], 0.0).transpose(1, 2))
         return found[0], found[0][..., : self.group.v_dim] if self._latent else found[1]
 
@@ -52,7 +66,7 @@ class GroupCache:
             plane[:, target] = plane[:, source].clone()
 
     def save(self, blocks: Tensor) -> npt.NDArray[np.uint8]:
-        """uint8 [n, block bytes]: K of all layers, then V."""
+        """uint8 [n, block bytes]: each plane of all layers in turn."""
         parts = [plane[:, blocks].movedim(0, 1).reshape(len(blocks), -1) for plane in self._planes]
         return torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1).cpu().numpy()
 

@@ -95,7 +95,7 @@ class TorchExecutor:
     def allocate(self, blocks: Mapping[str, int]) -> None:
         """See Executor.allocate."""
         self._caches, self._blocks = {}, {}
-        dtype = DTYPES[self._kv_dtype]
+        dtype = torch.int8 if self._kv_dtype == "int8" else DTYPES[self._kv_dtype]
         try:
             for group in self._programs.groups:
                 count = blocks.get(group.name, 0)
