@@ -36,6 +36,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("ps", "servers that run on this machine", "inhouse ps", "ps"),
     Command("stop", "stop a server, letting running answers finish", "inhouse stop", "stop"),
     Command("eval", "perplexity, and divergence from a reference", "inhouse eval demo --text book.txt", "eval_"),
+    Command("export", "a model as files for other programs", "inhouse export demo --to gguf demo.gguf", "export"),
     Command("bench", "speed on this machine, beside its limits", "inhouse bench demo", "bench"),
 )
 

@@ -1,0 +1,100 @@
+"""Exporting: a model of ours as files that other programs read.
+
+The door of the `export_*` files. Knows which writer makes which form; a new file or folder appears whole or not at
+all, and nothing that is there is overwritten.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from inhouse.core.errors import ConflictError, NotFoundError, UnsupportedError, UsageError
+from inhouse.core.progress import Progress, silent
+from inhouse.load.bind import Plan, plan_binding
+from inhouse.load.describe import Described, describe
+from inhouse.load.export_gguf import export_gguf, gguf_wishes
+from inhouse.load.export_hf import HF_FORMS, export_hf, hf_wishes
+from inhouse.load.export_report import ExportReport
+from inhouse.load.export_targets import Weights
+from inhouse.load.locate import locate
+from inhouse.model.build import build
+from inhouse.model.spec import ModelSpec
+from inhouse.store.home import Home
+
+FORMS = ("safetensors", "gguf", "gptq", "awq", "compressed-tensors", "onnx")
+
+
+def wishes() -> Mapping[str, tuple[str, ...]]:
+    """Form -> what `--type` may be."""
+    return {"gguf": gguf_wishes(), "onnx": ("f32",), **{form: hf_wishes(form) for form in HF_FORMS}}
+
+
+def export_model(
+    reference: str,
+    form: str,
+    out: Path,
+    *,
+    wish: str = "",
+    home: Home | None = None,
+    threads: int | None = None,
+    progress: Progress = silent,
+) -> ExportReport:
+    """Writes a model in another form.
+
+    Args:
+        reference: as `open_model`.
+        form: one of FORMS.
+        out: the file (gguf, onnx) or folder to make; it must not exist.
+        wish: the weights' type; "": as stored (safetensors, gguf) or the form's usual one.
+        progress: told ("export", weights done, weights in all).
+
+    Raises:
+        ConflictError: `out` exists. UsageError: unknown form or type.
+        UnsupportedError: the form cannot express the model; it says what. UnavailableError: a package is missing.
+    """
+    if form not in FORMS:
+        raise UsageError(f"unknown form {form!r}", remedy=f"Known: {', '.join(FORMS)}", param="to")
+    if wish and wish not in wishes()[form]:
+        raise UsageError(
+            f"{form} has no type {wish!r} that is written", remedy=f"Known: {', '.join(wishes()[form])}", param="type"
+        )
+    if out.exists() or out.is_symlink():
+        raise ConflictError(f"{out} exists", remedy="Name another place; nothing is overwritten.")
+    if not out.parent.is_dir():
+        raise NotFoundError(f"there is no folder {out.parent}", remedy="Make it first.")
+    described = describe(locate(reference, home or Home.find()).path)
+    try:
+        if not isinstance(described.spec, ModelSpec):
+            raise UnsupportedError(f"{described.family.name} is no decoder; only decoders are exported")
+        plan = plan_binding(described.source, described.spec, described.family, build(described.spec), None)
+        with described.guard():
+            report = _write(described, plan, form, out, wish, progress, threads or os.cpu_count() or 1)
+            described.check_unchanged()
+    finally:
+        described.source.close()
+    report.notes += plan.notes
+    return report
+
+
+def _write(
+    described: Described, plan: Plan, form: str, out: Path, wish: str, progress: Progress, threads: int
+) -> ExportReport:
+    weights = Weights(described.source, getattr(plan, "columns", {}))
+    if form == "gguf":
+        return export_gguf(described, plan.parts, weights, out, wish, progress, threads)
+    if form == "onnx":
+        from inhouse.load.export_onnx import export_onnx  # needs the package onnx, an extra
+
+        return export_onnx(described, plan.parts, weights, out, progress)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+    try:
+        report = export_hf(described, plan.parts, weights, folder, form, wish, progress)
+        folder.chmod(0o755)
+        os.rename(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    report.path = out
+    return report
