@@ -27,7 +27,7 @@ from inhouse.store.writing import atomic_file
 try:
     import onnx
 except ImportError:  # said when it is asked for
-    onnx = None
+    onnx = None  # type: ignore[assignment]
 
 INLINE_BYTES = 1 << 30  # a protobuf message may not pass 2 GiB
 OPSET, IR_VERSION = 20, 10
