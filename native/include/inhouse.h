@@ -129,7 +129,7 @@ IH_API ih_status ih_linear(const char* isa, const ih_weight* w, const float* x, 
                            float* y);
 // Rows ids [count] as floats: out [count][in].
 IH_API ih_status ih_unpack_rows(const char* isa, const ih_weight* w, const int64_t* ids, int64_t count, float* out);
-// Fills w->data, of format q8_0 or q4_0, from x [out][in], every element finite.
+// Fills w->data, of format q8_0, q6_0 or q4_0, from x [out][in], every element finite.
 IH_API ih_status ih_quantize_tiles(const char* isa, const ih_weight* w, const float* x);
 
 // ---- sampling ------------------------------------------------------------------------------------------------------

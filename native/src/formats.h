@@ -26,6 +26,12 @@ constexpr bool float_subs(const Format& f) { return f.two_level && f.scale == kF
 constexpr bool takes_int8(const Format& f) { return f.low > 0 && f.table != kNF4 && f.table != kFP4; }
 // Codes of 8 bits once looked up: the wide dot product.
 constexpr bool is_wide(const Format& f) { return f.low == 8 || f.table == kIQ4; }
+// What quantize_tile makes: groups of 32 with one f16 scale and codes around zero, of 8, 6 or 4 bits.
+constexpr bool can_quantize(const Format& f) {
+  const int bits = f.low + f.high;
+  return f.table == kPlain && f.scale == kF16 && f.group == 32 && !f.minimum && !f.two_level &&
+         f.zero == 1 << (bits - 1) && bits != 5;
+}
 constexpr int scalar_bytes(Scalar s) { return s == kF32 ? 4 : s == kE8M0 ? 1 : 2; }
 
 // [table - kIQ4]: the meaning of each code with `zero` added. IQ4_NL's levels; twice the values of e2m1.
@@ -71,6 +77,7 @@ constexpr Format kFormats[] = {
     {"tq2_0", 2, 0, 1, 256, kF16, false, false},
     {"nf4_g64", 4, 0, 0, 64, kF32, false, false, kNF4},
     {"fp4_g64", 4, 0, 0, 64, kF32, false, false, kFP4},
+    {"q6_0", 4, 2, 32, 32, kF16, false, false},
 };
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 

@@ -158,7 +158,7 @@ struct Kernels {
   void (*rotary)(int32_t position, const float* inv_freq, float factor, int64_t half, float* cos_sin);
   void (*rope)(const float* x, const float* cos_sin, int64_t heads, int64_t head_dim, int64_t rotary_dim,
                bool interleaved, float* y);
-  // One tile of q8_0 or q4_0 from x [rows][in], rows <= 16, every element finite.
+  // One tile of q8_0, q6_0 or q4_0 from x [rows][in], rows <= 16, every element finite.
   void (*quantize_tile)(int format, const float* x, int64_t rows, int64_t in, uint8_t* tile);
   // Further entries (attention over paged blocks, sampling) are added by their owners below this line.
   void (*max)(const float* a, const float* b, int64_t n, float* y);

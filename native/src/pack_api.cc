@@ -64,7 +64,9 @@ Status quantize(const char* isa, const ih_weight& w, const float* x, void* tiles
   Status status = check_packed(w);
   if (status.ok()) status = inhouse::choose_kernels(isa, &kernels);
   if (!status.ok()) return status;
-  if (w.format != 3 && w.format != 4) return Status::usage("weights are quantised to q8_0 or q4_0 only");
+  if (!inhouse::can_quantize(kFormats[w.format])) {
+    return Status::usage("weights are quantised to q8_0, q6_0 or q4_0 only");
+  }
   const int64_t tile_bytes = inhouse::layout_of(kFormats[w.format], w.in).tile_bytes;
   for (int64_t o = 0; o < w.out; o += 16) {
     const int64_t rows = w.out - o < 16 ? w.out - o : 16;

@@ -33,6 +33,7 @@ def matrices() -> list[Packed]:
         *(float_table(name) for name in ("nf4_g64", "fp4_g64")),
         *(pack_float(floats, name) for name in ("f32", "f16", "bf16")),
         quantize(floats, "q4"),
+        quantize(floats, "q6"),
         quantize(floats, "q8"),
     ]
 
@@ -77,7 +78,7 @@ def test_bits_do_not_depend_on_the_number_of_rows() -> None:
                 assert np.array_equal(linear(packed, x[:n], quantized=quantized, isa=isa), whole[:n]), (isa, n)
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("kind", ["q8", "q6", "q4"])
 @pytest.mark.parametrize("shape", [(1, 32), (37, 172), (64, 512)])
 def test_native_quantisation_is_numpys_byte_for_byte(
     kind: Kind, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch

@@ -41,7 +41,7 @@ def test_q8_is_no_worse_than_q8_0() -> None:
     assert float(np.square(quantize(x, "q8").dequantize() - x).mean()) <= 1.001 * oracle_error(x, "Q8_0")
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("kind", ["q8", "q6", "q4"])
 def test_zero_groups_and_tiny_ones_stay_zero(kind: Kind) -> None:
     x = draws("normal", (20, 96))
     x[3, 32:64] = 0
@@ -52,7 +52,7 @@ def test_zero_groups_and_tiny_ones_stay_zero(kind: Kind) -> None:
     assert np.isfinite(values).all()
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
+@pytest.mark.parametrize("kind", ["q8", "q6", "q4"])
 def test_runs_of_rows_give_the_same_bytes(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     x = draws("normal", (203, 172))
     whole = quantize(x, kind)
@@ -146,3 +146,11 @@ def test_activation_group_of_formats() -> None:
     assert activation_group(pack_gguf(raw, "Q4_0", (1, 32)).format) == 32
     assert activation_group("bf16") == 0
     assert is_float("bf16")
+
+
+def test_six_bits_lie_between_four_and_eight() -> None:
+    x = draws("normal")
+    errors = [float(np.square(quantize(x, kind).dequantize() - x).mean()) for kind in ("q4", "q6", "q8")]
+    assert errors[0] > 10 * errors[1] > 100 * errors[2] / 2
+    q8_step = float(np.abs(x).max()) / 127
+    assert errors[1] < q8_step**2 * 4  # two bits less: four times the step, sixteen times the error, on smaller groups

@@ -39,7 +39,7 @@ class Settings:
     threads: int = _setting(0, "compute threads; 0: what the machine or container grants")
     executor: str = _setting("native", "what runs the Programs", ("native", "torch"))
     device: str = _setting("cpu", "device of the torch executor: cpu, cuda, cuda:1, ...")
-    quantize: str = _setting("", "pack float weights at load; empty: keep as they are", ("", "q8", "q4"))
+    quantize: str = _setting("", "pack float weights at load; empty: keep as they are", ("", "q8", "q6", "q4"))
     kv_dtype: str = _setting(
         "auto", "KV cache elements; auto: f32 for f32 models, else f16", ("auto", "f32", "f16", "bf16", "int8")
     )

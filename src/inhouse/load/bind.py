@@ -41,7 +41,7 @@ def plan_binding(
     """Decides every weight's source and format from names, shapes and types alone.
 
     Args:
-        wish: None, `q8` or `q4`: what float matrices are packed as. Tensors that are quantised in the file stay
+        wish: None, `q8`, `q6` or `q4`: what float matrices are packed as. Tensors that are quantised in the file stay
             what they are, and a note says so.
 
     Raises:
@@ -49,7 +49,7 @@ def plan_binding(
         UnsupportedError: a type without a packed form. UsageError: an unknown wish.
     """
     if wish is not None and wish not in QUANTIZE:
-        raise UsageError(f"unknown quantisation {wish!r}", remedy="Use q8 or q4.", param="quantize")
+        raise UsageError(f"unknown quantisation {wish!r}", remedy="Use q8, q6 or q4.", param="quantize")
     derived = family.derive(spec, set(source))
     lacking = [name for name in programs.weights if name not in derived]
     if lacking:
@@ -71,8 +71,8 @@ def _notes(parts: Sequence[Part], wish: str | None) -> Iterator[str]:
                 f"{len(kept)} of {len(matrices)} matrices were quantised in the file already ({types}) and were kept "
                 f"as they are; {wish} was applied to the others"
             )
-        if wish == "q4" and any(part.quantize == "q8" for part in matrices):
-            yield "embedding and head were packed as q8, the other matrices as q4"
+        if wish == "q4" and any(part.quantize == "q6" for part in matrices):
+            yield "embedding and head were packed as q6, the other matrices as q4"
     rounded = [part.info.name for part in parts if part.info.dtype == "F64"]
     if rounded:
         yield f"{len(rounded)} F64 tensors were rounded to F32: {', '.join(rounded[:3])}"

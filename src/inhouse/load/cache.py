@@ -53,7 +53,7 @@ class PackKey:
     """What a pack was made from and for: equal keys mean interchangeable packs."""
 
     identity: str  # digest of a stored version, or of the names, sizes and times of files outside the store
-    quantize: str  # "" | "q8" | "q4"
+    quantize: str  # "" | "q8" | "q6" | "q4"
     layout: int = LAYOUT_VERSION
     pack: int = PACK_VERSION
 

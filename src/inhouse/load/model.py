@@ -95,7 +95,7 @@ def open_model(
     """Opens a model of the store (`name`, `name:3`, `name@prod`), a folder, a .gguf file, or the embedded `demo`.
 
     Args:
-        quantize: None, `q8` or `q4`: what float matrices are packed as.
+        quantize: None, `q8`, `q6` or `q4`: what float matrices are packed as.
         executor: `native` or `torch`, the latter on `device`.
         threads: of packing and of the native executor; None: what the machine grants.
         kv_dtype: `f32`, `f16`, `bf16`, `int8`, or `auto`: f32 for models of f32 matrices alone, else f16.

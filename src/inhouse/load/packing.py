@@ -38,11 +38,11 @@ class Part:
     derive: Derive
     info: TensorInfo
     format: str  # a key of FORMATS; "vector" for vectors
-    quantize: str = ""  # "" | "q8" | "q4"
+    quantize: str = ""  # "" | "q8" | "q6" | "q4"
 
 
 def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> Part:
-    """Decides the format of one weight; `wish` is "", "q8" or "q4".
+    """Decides the format of one weight; `wish` is "", "q8", "q6" or "q4".
 
     Raises FormatError where the file's shape is not what the family says, UnsupportedError for a file type that has
     no packed form.
@@ -78,11 +78,13 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
 
 
 def wish_for(spec: WeightSpec, wish: str) -> str:
-    """What `--quantize` makes of a weight: embeddings and the head keep 8 bits where the rest gets 4, because every
-    token passes through them and they lose most; "" for tables, and for what chooses experts, which stay floats."""
+    """What `--quantize` makes of a weight: embeddings and the head keep 6 bits where the rest gets 4, because every
+    token passes through them and they lose most (docs/benchmarks.md has the divergences); "" for tables, and for what
+    chooses experts, which stay floats."""
     if spec.kind == "table" or spec.name.endswith(FLOAT_WEIGHTS):
         return ""
-    return "q8" if spec.kind == "embedding" or spec.name == "head.weight" else wish
+    head = spec.kind == "embedding" or spec.name == "head.weight"
+    return "q6" if wish == "q4" and head else wish
 
 
 def make_weight(part: Part, source: TensorSource) -> Weight:

@@ -109,6 +109,7 @@ _TABLE = (
     _codes("tq2_0", 25, 2, zero=1, group=256),
     _codes("nf4_g64", 26, 4, group=64, scale="f32", table="nf4"),
     _codes("fp4_g64", 27, 4, group=64, scale="f32", table="fp4"),
+    _codes("q6_0", 28, 4, 2, zero=32, group=32),  # ours: what q4 makes of embedding and head
 )
 FORMATS = {row.name: row for row in _TABLE}
 SCALAR_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}

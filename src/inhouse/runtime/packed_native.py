@@ -42,7 +42,7 @@ def _name(isa: str | None) -> bytes | None:
 
 
 def fill_tiles(name: str, rows: F32, tiles: U8, isa: str | None = None) -> bool:
-    """Quantises finite rows [n, in] to q8_0 or q4_0 into the bytes of their tiles; False without the library."""
+    """Quantises finite rows [n, in] to q8_0, q6_0 or q4_0 into the bytes of their tiles; False without the library."""
     try:
         lib = _declared()
     except UnavailableError:

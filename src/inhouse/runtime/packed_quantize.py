@@ -1,4 +1,4 @@
-"""Choosing codes: weights to 8 or 4 bits without calibration data, and activation rows to int8.
+"""Choosing codes: weights to 8, 6 or 4 bits without calibration data, and activation rows to int8.
 
 The numpy here is the definition; the native library, used where it is, follows it operation by operation to the same
 bits.
@@ -16,11 +16,12 @@ from inhouse.runtime.packed_layout import BLOCK, F32, I8, TILE_ROWS, Packed, for
 from inhouse.runtime.packed_native import fill_tiles
 from inhouse.runtime.packed_pack import CodeRows, Packer, runs
 
-Kind = Literal["q8", "q4"]
-QUANTIZED_FORMAT = {"q8": "q8_0", "q4": "q4_0"}
+Kind = Literal["q8", "q6", "q4"]
+QUANTIZED_FORMAT = {"q8": "q8_0", "q6": "q6_0", "q4": "q4_0"}
 # The code that the element of largest magnitude is stretched to, in search of the least squared error. -8 is plain
 # Q4_0; fewer steps clip less, more steps clip the extreme. Wider and finer lists gain under 0.1 % of the error.
 Q4_EXTREMES = tuple(-6.5 - 0.25 * i for i in range(11))
+Q6_EXTREMES = (-30.0, -31.0, -32.0, -33.0)
 TINY = np.float32(1e-30)  # a group whose largest magnitude is below this counts as all zero: 127 / max stays finite
 
 
@@ -33,12 +34,12 @@ def quantize(
 ) -> Packed:
     """Quantises a matrix in groups of 32 inputs with an f16 scale each; deterministic.
 
-    `q8` (8.5 bits a weight): scale = max|w| / 127. `q4` (4.5 bits): for each extreme in Q4_EXTREMES the codes are
-    rounded, the scale solved by least squares, and the pair of least squared error kept.
+    `q8` (8.5 bits a weight): scale = max|w| / 127. `q6` (6.5 bits) and `q4` (4.5 bits): for each extreme in Q6_EXTREMES
+    or Q4_EXTREMES the codes are rounded, the scale solved by least squares, and the pair of least squared error kept.
 
     Args:
         rows: float32 [out, in], or runs of its rows in order (`shape` is then needed). `in` is padded to whole groups.
-        kind: `q8` or `q4`.
+        kind: `q8`, `q6` or `q4`.
         progress: told ("quantize", weights done, weights in all).
 
     Raises:
@@ -46,7 +47,7 @@ def quantize(
         FormatError: a weight that is not finite, or beyond what an f16 scale reaches.
     """
     if kind not in QUANTIZED_FORMAT:
-        raise UsageError(f"unknown quantisation {kind!r}", remedy="Use q8 or q4")
+        raise UsageError(f"unknown quantisation {kind!r}", remedy="Use q8, q6 or q4")
     if isinstance(rows, np.ndarray):
         shape = (rows.shape[0], rows.shape[1])
         rows = [rows]
@@ -86,7 +87,7 @@ def _whole_tiles(source: Iterable[F32], shape: tuple[int, int]) -> Iterator[F32]
 
 def _check(run: F32, kind: Kind) -> None:
     largest = float(np.abs(run).max(initial=0.0))
-    limit = 65504.0 * (127 if kind == "q8" else 6.5)
+    limit = 65504.0 * {"q8": 127, "q6": 30, "q4": 6.5}[kind]
     if not largest <= limit:  # also NaN
         raise FormatError(
             f"a weight of {largest} cannot be quantised to {kind} (limit {limit:g})",
@@ -102,7 +103,10 @@ def _quantize_rows(run: F32, kind: Kind) -> CodeRows:
         padded = np.zeros((len(run), width), np.float32)
         padded[:, : run.shape[1]] = run
     groups = padded.reshape(-1, BLOCK).T.copy()  # [32, groups of all rows]: sums run over the first axis, in order
-    scales, codes = (_q8 if kind == "q8" else _q4)(groups)
+    if kind == "q8":
+        scales, codes = _q8(groups)
+    else:
+        scales, codes = _searched(groups, *((Q6_EXTREMES, 32) if kind == "q6" else (Q4_EXTREMES, 8)))
     unsigned = (codes + np.float32(format_of(name).zero)).astype(np.uint8).T.reshape(len(run), width)
     return CodeRows(np.ascontiguousarray(unsigned[:, : run.shape[1]]), scales.reshape(len(run), -1))
 
@@ -119,19 +123,20 @@ def _q8(groups: F32) -> tuple[F32, F32]:
     return scales, np.clip(codes, np.float32(-127), np.float32(127))
 
 
-def _q4(groups: F32) -> tuple[F32, F32]:
-    """[32, n] -> f16-exact scales [n] and signed codes [32, n] in -8..7."""
+def _searched(groups: F32, extremes: tuple[float, ...], half: int) -> tuple[F32, F32]:
+    """[32, n] -> f16-exact scales [n] and signed codes [32, n] in -half..half - 1."""
+    low, high = np.float32(-half), np.float32(half - 1)
     first = np.abs(groups).argmax(axis=0)
     extreme = np.take_along_axis(groups, first[None, :], axis=0)[0]
     extreme = np.where(np.abs(extreme) < TINY, np.float32(0), extreme)
     best_gain = np.zeros_like(extreme)
     best_scale = np.zeros_like(extreme)
-    for target in Q4_EXTREMES:
+    for target in extremes:
         inverse = _inverse(np.float32(target), extreme)
         xq = np.zeros_like(extreme)
         qq = np.zeros_like(extreme)
         for row in groups:  # in order of inputs: the native body sums the same way
-            code = np.clip(np.rint(row * inverse), np.float32(-8), np.float32(7))
+            code = np.clip(np.rint(row * inverse), low, high)
             xq += row * code
             qq += code * code
         scale = np.divide(xq, qq, out=np.zeros_like(xq), where=qq != 0)
@@ -141,7 +146,7 @@ def _q4(groups: F32) -> tuple[F32, F32]:
         best_scale[better] = scale[better]
     scales = best_scale.astype(np.float16).astype(np.float32)
     codes = np.rint(groups * _inverse(np.float32(1), scales))
-    return scales, np.clip(codes, np.float32(-8), np.float32(7))
+    return scales, np.clip(codes, low, high)
 
 
 def quantize_rows_reference(x: F32, group: int) -> tuple[I8, F32]:

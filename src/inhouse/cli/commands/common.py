@@ -8,7 +8,7 @@ from inhouse.core.settings import Settings, load_settings
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 Reference = Annotated[str, typer.Argument(metavar="MODEL", help="name, name:version, name@alias, a folder or a .gguf")]
-Quantize = Annotated[str | None, typer.Option(help="pack float weights at load: q8 or q4")]
+Quantize = Annotated[str | None, typer.Option(help="pack float weights at load: q8, q6 or q4")]
 Threads = Annotated[int | None, typer.Option(help="compute threads; default: all the machine grants")]
 Executor = Annotated[str | None, typer.Option(help="native or torch")]
 Device = Annotated[str | None, typer.Option(help="device of the torch executor")]
