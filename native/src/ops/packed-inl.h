@@ -75,6 +75,8 @@ IH_INLINE void with_codes_of(int32_t format, F f) {
       return f(Int<26>{});
     case 27:
       return f(Int<27>{});
+    case 28:
+      return f(Int<28>{});
     default:
       return;  // the loader admits no other number
   }
