@@ -30,6 +30,23 @@ must give the bits that it gives alone. For quantised formats the original runs 
 | family | architectures | GGUF | formats tried | native | torch |
 |---|---|---|---|---|---|
 """
+FOOT = """
+
+## Left out, and why
+
+Layers that carry a state from token to token instead of a cache of positions are not run: Mamba and Mamba-2 (and the
+hybrids around them: Jamba, Bamba, Zamba, Falcon-H1, Granite 4 H, Nemotron-H), RWKV, and linear attention with a decay
+or a delta rule (Qwen3-Next, Qwen3.5, Kimi Linear, MiniMax-Text-01, LFM2's convolutions). Two promises stand against
+them today. A token's bits must not depend on how its prompt was cut into chunks; the forms that make their prompts
+fast sum within chunks, in another order than decoding does, so they need kernels whose chunks begin at absolute
+positions. And prefixes are shared and rolled back by blocks of positions; such a state is one for the whole past, and
+would have to be kept at every block's end. The state kind `recurrent` is in the contract of Programs for that day; no
+op writes it.
+
+Also not run: attention that chooses its keys by an index of its own (DeepSeek-V3.2 and later, GLM-5), attention in
+chunks and experts weighted at their input (Llama 4), and layers that predict further tokens (the last one of
+DeepSeek-V3 and of GLM-4.5; they are left unread, and the model answers as without them).
+"""
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]  # family -> format -> executor -> largest error
 
 
@@ -59,7 +76,7 @@ def table(results: Results, before: str = "") -> str:
         names = ", ".join(f"`{name}`" for name in family.architectures)
         gguf = ", ".join(f"`{name}`" for name in family.gguf) or "-"
         rows.append(f"| {family.name} | {names} | {gguf} | {' | '.join(cells)} |")
-    return HEAD + "\n".join(rows) + "\n"
+    return HEAD + "\n".join(rows) + "\n" + FOOT
 
 
 def _cell(tried: Mapping[str, Mapping[str, float]], executor: str) -> str:

@@ -16,6 +16,7 @@ using inhouse::OpKind;
 class Decoder {
  public:
   static constexpr int64_t kVocab = 29, kContext = 700, kWidth = 32, kHeads = 4, kKv = 2, kDim = 8, kFfn = 48;
+  static constexpr int64_t kExperts = 6, kTopK = 3;
 
   Decoder() {
     const int64_t table = matrix(kVocab, kWidth), norm = vector(kWidth), frequencies = vector(kDim / 2);
@@ -36,8 +37,8 @@ class Decoder {
         op(OpKind::kLinears, {y}, {matrix(kFfn, kWidth), matrix(kFfn, kWidth), -1, -1}, {kFfn, kFfn}, {});
     const int64_t f = op(OpKind::kGlu, {gate, gate + 1}, {}, {kFfn}, {0, bits(0.0), bits(0.0)});
     const int64_t down = op(OpKind::kLinears, {f}, {matrix(kWidth, kFfn), -1}, {kWidth}, {});
-    const int64_t z =
-        op(OpKind::kLayerNorm, {op(OpKind::kAdd, {y, down}, {}, {kWidth}, {})}, {norm, -1}, {kWidth}, {bits(1e-5)});
+    const int64_t mixed = mixture(op(OpKind::kAdd, {y, down}, {}, {kWidth}, {}));
+    const int64_t z = op(OpKind::kLayerNorm, {mixed}, {norm, -1}, {kWidth}, {bits(1e-5)});
     const int64_t s = op(OpKind::kSelectRows, {z}, {}, {kWidth}, {}, 1);
     const int64_t logits = op(OpKind::kLinears, {s}, {table, -1}, {kVocab}, {}, 1);
     const int64_t pooled = op(OpKind::kPool, {z}, {}, {kWidth}, {1, 1}, 2);
@@ -73,6 +74,35 @@ class Decoder {
   int64_t vector(int64_t n) { return add_weight(-1, 1, n, n); }
   int64_t matrix(int64_t out, int64_t in) {
     return add_weight(0, out, in, inhouse::packed_bytes(inhouse::kFormats[0], out, in) / 4);
+  }
+  // A mixture of experts with a shared matrix by heads, gated; gives x plus both.
+  int64_t mixture(int64_t x) {
+    const int64_t scores = op(OpKind::kLinears, {x}, {matrix(kExperts, kWidth), -1}, {kExperts}, {});
+    const int64_t routing =
+        op(OpKind::kRoute, {scores}, {vector(kExperts)}, {2 * kTopK}, {kTopK, 1, 1, bits(1.5), 3, 2, 1, bits(0.0)});
+    const int64_t rows = op(OpKind::kDispatch, {x, routing}, {}, {kWidth}, {}, 3);
+    const int64_t inner =
+        op(OpKind::kExpertLinears, {rows, routing}, experts({kFfn, kFfn}, kWidth), {kFfn, kFfn}, {kExperts}, 3);
+    const int64_t gated = op(OpKind::kGlu, {inner, inner + 1}, {}, {kFfn}, {4, bits(1.0), bits(1.0)}, 3);
+    const int64_t outer =
+        op(OpKind::kExpertLinears, {gated, routing}, experts({kWidth}, kFfn), {kWidth}, {kExperts}, 3);
+    const int64_t y = op(OpKind::kCombine, {outer, routing}, {}, {kWidth}, {});
+    const int64_t heads = op(OpKind::kHeadLinears, {x}, {matrix(kWidth, kWidth / 2)}, {kWidth}, {2});
+    const int64_t both = op(OpKind::kConcat, {y, heads}, {}, {2 * kWidth}, {2});
+    const int64_t narrow = op(OpKind::kLinears, {both}, {matrix(kWidth, 2 * kWidth), -1}, {kWidth}, {});
+    const int64_t gate = op(OpKind::kLinears, {x}, {matrix(1, kWidth), -1}, {1}, {});
+    return op(OpKind::kAdd, {x, op(OpKind::kScaleRows, {narrow, gate}, {}, {kWidth}, {})}, {}, {kWidth}, {});
+  }
+  // A matrix [out, in] for each output and expert, then a bias for each.
+  std::vector<int64_t> experts(std::vector<int64_t> outs, int64_t in) {
+    std::vector<int64_t> names;
+    for (int64_t out : outs) {
+      for (int64_t e = 0; e < kExperts; ++e) names.push_back(matrix(out, in));
+    }
+    for (int64_t out : outs) {
+      for (int64_t e = 0; e < kExperts; ++e) names.push_back(vector(out));
+    }
+    return names;
   }
   int64_t embed(int64_t table) { return op(OpKind::kEmbed, {}, {table}, {kWidth}, {0, 0, bits(1.0)}); }
 
