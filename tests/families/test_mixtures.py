@@ -31,6 +31,10 @@ YARN = {
     "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "mscale": 0.7,
     "mscale_all_dim": 0.9, "beta_fast": 32, "beta_slow": 1,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.3,
+    "long_mscale": 1.3, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 2.0, 3.0, 4.0],
+}  # fmt: skip
 GRANITE = {
     "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
     "num_local_experts": 4,
@@ -59,10 +63,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phimoe": (
         "phimoe", "Phimoe", {"attention_bias": True, "lm_head_bias": True, "num_local_experts": 5},
     ),
+    "phimoe-longrope": ("phimoe", "Phimoe", {"rope_parameters": LONGROPE, "num_local_experts": 4}),
     "deepseek_v2": ("deepseek_v2", "DeepseekV2", V2 | GROUPS),
     "deepseek_v2-lite": ("deepseek_v2", "DeepseekV2", V2 | {"q_lora_rank": None, "rope_parameters": YARN}),
     "deepseek_v3": ("deepseek_v3", "DeepseekV3", V3),
     "deepseek_v3-yarn": ("deepseek_v3", "DeepseekV3", V3 | {"rope_parameters": YARN, "attention_bias": True}),
+    "glm4_moe": (
+        "glm4_moe", "Glm4Moe",
+        E | {"n_routed_experts": 8, "n_group": 4, "topk_group": 2, "use_qk_norm": True, "attention_bias": True,
+             "routed_scaling_factor": 1.5},
+    ),
     "gpt_oss": ("gpt_oss", "GptOss", OSS),
 }  # fmt: skip
 

@@ -127,7 +127,9 @@ def _glm4_moe(fields: Fields, tensors: Tensors) -> ModelSpec:
         correction=True, shared_ffn=ffn * fields.integer("n_shared_experts", 1),
     )  # fmt: skip
     qk_norm = fields.flag("use_qk_norm", False)
-    spec = decoder.from_hf(fields, tensors, "glm4_moe", qkv_bias=bias, qk_norm=qk_norm, context=131072)
+    spec = decoder.from_hf(
+        fields, tensors, "glm4_moe", qkv_bias=bias, qk_norm=qk_norm, context=131072, rope={"partial": 0.5}
+    )
     return mixtures.with_moe(spec, moe)
 
 

@@ -138,11 +138,14 @@ def _hf_kinds(scaling: Fields, kind: str, plain: RopeSpec, original: int, traine
 
 
 def _hf_longrope(scaling: Fields, plain: RopeSpec, original: int, trained: int) -> RopeSpec:
-    """arXiv 2402.13753, as Phi-3 has it."""
+    """arXiv 2402.13753, as Phi-3 has it; Phi-3.5-MoE says what multiplies cos and sin, for short and long sequences."""
     scaling.raw("factor")  # what counts is how far the context goes
+    short, long = scaling.number("short_mscale", 0.0), scaling.number("long_mscale", 0.0)
+    if short != long:
+        raise scaling.unsupported("short_mscale", short)
     return longrope(
         plain, original, trained, _floats(scaling, "short_factor"), _floats(scaling, "long_factor"),
-        scaling.number("attention_factor", 0.0),
+        short or scaling.number("attention_factor", 0.0),
     )  # fmt: skip
 
 
