@@ -32,9 +32,14 @@ YARN = {
     "mscale_all_dim": 0.9, "beta_fast": 32, "beta_slow": 1,
 }  # fmt: skip
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16, "short_mscale": 1.3,
-    "long_mscale": 1.3, "short_factor": [1.0, 1.5, 2.0, 2.5], "long_factor": [1.0, 2.0, 3.0, 4.0],
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": 16,
+    "short_mscale": 1.3,
+    "long_mscale": 1.3,
+    "short_factor": [1.0, 2.0, 3.0, 4.0],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+}  # fmt: skip  (alike, because transformers takes the short ones for any length)
 GRANITE = {
     "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3,
     "num_local_experts": 4,
