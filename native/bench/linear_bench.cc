@@ -61,8 +61,9 @@ Peaks peaks_of(const char* isa, int threads) {
   ih_probe(isa, IH_PROBE_READ, threads, &p.read);
   ih_probe(isa, IH_PROBE_DOT, threads, &p.dot);
   ih_probe(isa, IH_PROBE_FMA, threads, &p.fma);
-  std::printf("{\"kind\":\"peak\",\"isa\":\"%s\",\"threads\":%d,\"read_GBs\":%.1f,\"dot_GOPs\":%.1f,\"fma_GOPs\":%.1f}\n",
-              isa, threads, p.read * 1e-9, p.dot * 1e-9, p.fma * 1e-9);
+  std::printf(
+      "{\"kind\":\"peak\",\"isa\":\"%s\",\"threads\":%d,\"read_GBs\":%.1f,\"dot_GOPs\":%.1f,\"fma_GOPs\":%.1f}\n", isa,
+      threads, p.read * 1e-9, p.dot * 1e-9, p.fma * 1e-9);
   return p;
 }
 
@@ -117,8 +118,10 @@ void measure(const Options& o, const Kernels& kernels, const Peaks& peaks, const
     const double once = time_matrix(kernels, o.threads, format, m.out, m.in, n, memory, o.seconds, &used);
     const double products = 2.0 * static_cast<double>(m.out * m.in * n), count = static_cast<double>(m.count);
     if (!o.totals) {
-      std::printf("{\"kind\":\"matrix\",\"model\":\"%s\",\"matrix\":\"%s\",\"out\":%ld,\"in\":%ld,\"format\":\"%s\","
-                  "\"isa\":\"%s\",\"rows\":%ld,", model.name, m.what, m.out, m.in, kFormats[format].name, kernels.isa, n);
+      std::printf(
+          "{\"kind\":\"matrix\",\"model\":\"%s\",\"matrix\":\"%s\",\"out\":%ld,\"in\":%ld,\"format\":\"%s\","
+          "\"isa\":\"%s\",\"rows\":%ld,",
+          model.name, m.what, m.out, m.in, kFormats[format].name, kernels.isa, n);
       print_figures(products, static_cast<double>(used), once, peaks, codes);
     }
     time += once * count;
@@ -151,15 +154,21 @@ bool parse(int argc, char** argv, Options* o) {
       continue;
     }
     if (++i == argc) return false;
-    if (key == "--model") o->model = argv[i];
-    else if (key == "--format") o->formats = split(argv[i]);
-    else if (key == "--isa") o->levels = split(argv[i]);
-    else if (key == "--threads") o->threads = std::atoi(argv[i]);
-    else if (key == "--seconds") o->seconds = std::atof(argv[i]);
+    if (key == "--model")
+      o->model = argv[i];
+    else if (key == "--format")
+      o->formats = split(argv[i]);
+    else if (key == "--isa")
+      o->levels = split(argv[i]);
+    else if (key == "--threads")
+      o->threads = std::atoi(argv[i]);
+    else if (key == "--seconds")
+      o->seconds = std::atof(argv[i]);
     else if (key == "--rows") {
       o->rows.clear();
       for (const std::string& n : split(argv[i])) o->rows.push_back(std::max(1, std::atoi(n.c_str())));
-    } else return false;
+    } else
+      return false;
   }
   if (o->threads < 1) o->threads = default_threads();
   return true;

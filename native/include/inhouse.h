@@ -69,6 +69,10 @@ IH_API void ih_model_destroy(ih_model* model);
 // Number of floating-point buffers' bytes and state bytes that the model holds now.
 IH_API int64_t ih_model_bytes(const ih_model* model);
 
+// Nanoseconds that each op of a program took since the last call, [count = its ops]; the first call begins to measure.
+// Row-wise ops that follow each other run as one and count for the first of them.
+IH_API ih_status ih_op_times(ih_model* model, int32_t program, int64_t* nanoseconds, int64_t count);
+
 // Makes room for steps of that many rows, so that none of them allocates.
 IH_API ih_status ih_reserve(ih_model* model, int64_t rows, int64_t sampled, int64_t sequences);
 

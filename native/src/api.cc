@@ -116,6 +116,13 @@ ih_status ih_run(ih_model* model, int32_t program, const ih_step* step, ih_outpu
   });
 }
 
+ih_status ih_op_times(ih_model* model, int32_t program, int64_t* nanoseconds, int64_t count) {
+  return guarded([&]() -> Status {
+    if (nanoseconds == nullptr) return Status::usage("ih_op_times needs room for its times");
+    return model->model->times(program, nanoseconds, count);
+  });
+}
+
 int64_t ih_guard_add(const void* begin, int64_t bytes) {
   const int64_t handle = bytes > 0 ? inhouse::guard_add(begin, static_cast<size_t>(bytes)) : -1;
   if (handle < 0) inhouse::report(Status::capacity("no room to guard another mapping"));

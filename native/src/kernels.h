@@ -50,9 +50,14 @@ constexpr int64_t lanes_for(int64_t rows) { return rows < 2 ? 1 : rows < 3 ? 2 :
 inline QuantRows quant_rows(uint8_t* memory, int64_t capacity, int64_t width, int64_t rows) {
   const int64_t blocks = (width + kQuantGroup - 1) / kQuantGroup, entries = capacity * blocks;
   uint8_t* words = memory + entries * kQuantGroup;
-  return {reinterpret_cast<int8_t*>(memory), reinterpret_cast<float*>(words),
-          reinterpret_cast<int32_t*>(words + 4 * entries), reinterpret_cast<int32_t*>(words + 8 * entries),
-          blocks, lanes_for(rows), 0, 0};
+  return {reinterpret_cast<int8_t*>(memory),
+          reinterpret_cast<float*>(words),
+          reinterpret_cast<int32_t*>(words + 4 * entries),
+          reinterpret_cast<int32_t*>(words + 8 * entries),
+          blocks,
+          lanes_for(rows),
+          0,
+          0};
 }
 
 // Bytes of `capacity` rows of that width.

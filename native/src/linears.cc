@@ -7,23 +7,28 @@ namespace inhouse {
 namespace {
 
 constexpr int64_t kTileProducts = 65536;  // multiply-adds that are worth a claim of their own
-constexpr int64_t kClaimsPerThread = 4;
+constexpr int64_t kClaimsPerThread = 4, kClaimsOfManyRows = 8;
+constexpr int64_t kManyRows = 64;
 
 int64_t tiles_of(const Weight& w) { return (w.out + kTileRows - 1) / kTileRows; }
 
 }  // namespace
 
-// Chunks of weight tiles, counted through the matrices.
+// Chunks of weight tiles, counted through the matrices. Threads take claims in turns, so neighbours in the order of
+// claims lie a thread's share apart: each thread then reads on where it stopped, in weights that it has asked for
+// ahead.
 void run_linears(Pool::Step& pool, const Kernels& kernels, const LinearInput& in, const LinearTask* tasks,
                  size_t count) {
   if (in.rows == 0) return;
   int64_t tiles = 0;
   for (size_t i = 0; i < count; ++i) tiles += tiles_of(*tasks[i].w);
-  const int64_t worth = std::max<int64_t>(1, kTileProducts / (in.rows * in.width * kTileRows));
-  const int64_t fair = std::max<int64_t>(1, tiles / (pool.threads() * kClaimsPerThread));
-  const int64_t chunk = std::max(worth, fair);
-  pool.run((tiles + chunk - 1) / chunk, [&](int64_t claim, int) {
-    int64_t begin = claim * chunk, end = std::min(tiles, begin + chunk);
+  const int64_t threads = pool.threads(), each = in.rows < kManyRows ? kClaimsPerThread : kClaimsOfManyRows;
+  const int64_t worth = std::max<int64_t>(1, tiles * kTileRows * in.rows * in.width / kTileProducts);
+  const int64_t share = std::min({each, worth / threads, tiles / threads});
+  const int64_t claims = share > 0 ? share * threads : 1;
+  pool.run(claims, [&](int64_t claim, int) {
+    const int64_t chunk = share > 0 ? claim % threads * share + claim / threads : 0;
+    int64_t begin = tiles * chunk / claims, end = tiles * (chunk + 1) / claims;
     for (size_t i = 0; i < count && end > 0; ++i) {
       const LinearTask& task = tasks[i];
       const int64_t here = tiles_of(*task.w), last = std::min(end, here);

@@ -56,6 +56,7 @@ Status Model::create(const int64_t* flat, int64_t length, const ih_weight* weigh
   std::vector<Plan> plans;
   for (const Program& program : model->set_.programs) plans.push_back(plan_program(program));
   model->arena_ = std::make_unique<Arena>(std::move(plans));
+  model->times_.resize(model->set_.programs.size());
   model->state_ = std::make_unique<State>(model->set_.groups, options.kv_type);
   model->size_attention();
   status = model->guard_weights();
@@ -151,6 +152,22 @@ Status Model::run(int32_t program, const ih_step& step, ih_output* outputs) {
     const void* data = arena_->at(program, which.outputs[i]);
     outputs[i] = {static_cast<const float*>(data), rows[value.axis], value.width};
   }
+  return {};
+}
+
+Status Model::times(int32_t program, int64_t* nanoseconds, int64_t count) {
+  if (program < 0 || program >= static_cast<int32_t>(set_.programs.size())) {
+    return Status::usage("no program " + std::to_string(program));
+  }
+  const size_t ops = set_.programs[program].ops.size();
+  if (count != static_cast<int64_t>(ops)) {
+    return Status::usage("room for " + std::to_string(count) + " times, the program has " + std::to_string(ops) +
+                         " ops");
+  }
+  std::vector<int64_t>& times = times_[static_cast<size_t>(program)];
+  times.resize(ops);
+  std::copy(times.begin(), times.end(), nanoseconds);
+  std::fill(times.begin(), times.end(), 0);
   return {};
 }
 

@@ -65,6 +65,10 @@ class Model {
   // One step; outputs point into the arena until the next one. Throws std::bad_alloc.
   Status run(int32_t program, const ih_step& step, ih_output* outputs);
 
+  // Nanoseconds of each op of a program since the last call; the first call begins to take them. A run of row-wise ops
+  // counts for its first.
+  Status times(int32_t program, int64_t* nanoseconds, int64_t count);
+
   State& state() { return *state_; }
   int64_t bytes() const { return arena_->bytes() + state_->bytes(); }
 
@@ -85,8 +89,9 @@ class Model {
   int threads_ = 1;
   int64_t kv_heads_ = 0;  // most of any group
   AttentionMemory attention_;
-  std::vector<LinearTask> linear_tasks_;  // of the op that runs
-  std::vector<Relative> relative_;  // made before the first step, so that none allocates
+  std::vector<std::vector<int64_t>> times_;  // [program][op] nanoseconds; empty: not taken
+  std::vector<LinearTask> linear_tasks_;     // of the op that runs
+  std::vector<Relative> relative_;           // made before the first step, so that none allocates
   RoutedRows routed_;
   bool damaged_ = false;
 };

@@ -51,14 +51,13 @@ class Planner {
   }
 
   Plan run() {
-    for (size_t i = 0; i < program_.ops.size(); ++i) {
-      const Op& op = program_.ops[i];
-      const bool early = in_place(op.kind);
-      if (early) release(op, i, 0, shared_inputs(op));
-      for (int32_t v : op.outputs) plan_.slot_of[v] = take(program_.values[v]);
-      release(op, i, early ? shared_inputs(op) : 0, op.inputs.size());
-      for (int32_t v : op.outputs) {
-        if (last_[v] == i) free_.push_back(plan_.slot_of[v]);  // made and never read
+    plan_.run_end = run_ends();
+    for (size_t begin = 0; begin < plan_.run_end.size(); begin = plan_.run_end[begin]) {
+      const size_t end = plan_.run_end[begin];
+      if (end - begin > 1) {
+        place_run(begin, end);
+      } else {
+        place(begin);
       }
     }
     return std::move(plan_);
@@ -71,13 +70,66 @@ class Planner {
     return op.kind == OpKind::kRope || op.kind == OpKind::kScaleRows ? 1 : op.inputs.size();
   }
 
-  // Frees the slots of those inputs [begin, end) that are dead after op i.
-  void release(const Op& op, size_t i, size_t begin, size_t end) {
+  // Row-wise ops that follow each other over the same rows are one run.
+  std::vector<size_t> run_ends() const {
+    const std::vector<Op>& ops = program_.ops;
+    const auto axis = [&](size_t i) { return program_.values[ops[i].inputs[0]].axis; };
+    std::vector<size_t> ends(ops.size());
+    for (size_t i = ops.size(); i-- > 0;) {
+      const bool on =
+          row_wise(ops[i].kind) && i + 1 < ops.size() && row_wise(ops[i + 1].kind) && axis(i) == axis(i + 1);
+      ends[i] = on ? ends[i + 1] : i + 1;
+    }
+    return ends;
+  }
+
+  void place(size_t i) {
+    const Op& op = program_.ops[i];
+    const bool early = in_place(op.kind);
+    if (early) release(op, i, 0, shared_inputs(op), &free_);
+    for (int32_t v : op.outputs) plan_.slot_of[v] = take(program_.values[v]);
+    release(op, i, early ? shared_inputs(op) : 0, op.inputs.size(), &free_);
+    for (int32_t v : op.outputs) {
+      if (last_[v] == i) free_.push_back(plan_.slot_of[v]);  // made and never read
+    }
+  }
+
+  // While a run is at one row, its first op has yet to read the rows behind: what dies within it is free only after it,
+  // except to an output of the same width, whose rows lie where the input's do.
+  void place_run(size_t begin, size_t end) {
+    std::vector<int32_t> dead;
+    for (size_t i = begin; i < end; ++i) {
+      const Op& op = program_.ops[i];
+      std::vector<int32_t> died;
+      release(op, i, 0, op.inputs.size(), &died);
+      const int32_t out = op.outputs[0], over = in_place(op.kind) ? heir(op, i) : -1;
+      plan_.slot_of[out] = over < 0 ? take(program_.values[out]) : over;
+      for (int32_t slot : died) {
+        if (slot != over) dead.push_back(slot);
+      }
+      if (last_[out] == i) dead.push_back(plan_.slot_of[out]);
+    }
+    free_.insert(free_.end(), dead.begin(), dead.end());
+  }
+
+  // The slot of an input that dies with op i and has rows like its output's, or -1.
+  int32_t heir(const Op& op, size_t i) const {
+    const Value& out = program_.values[op.outputs[0]];
+    for (size_t j = 0; j < shared_inputs(op); ++j) {
+      const Value& in = program_.values[op.inputs[j]];
+      if (last_[op.inputs[j]] == i && in.width == out.width && in.dtype == out.dtype)
+        return plan_.slot_of[op.inputs[j]];
+    }
+    return -1;
+  }
+
+  // Puts the slots of those inputs [begin, end) that are dead after op i into `to`.
+  void release(const Op& op, size_t i, size_t begin, size_t end, std::vector<int32_t>* to) {
     for (size_t j = begin; j < end; ++j) {
       const int32_t v = op.inputs[j];
       bool again = false;
       for (size_t k = 0; k < j; ++k) again = again || op.inputs[k] == v;
-      if (last_[v] == i && !again) free_.push_back(plan_.slot_of[v]);
+      if (last_[v] == i && !again) to->push_back(plan_.slot_of[v]);
     }
   }
 
@@ -113,6 +165,24 @@ class Planner {
 };
 
 }  // namespace
+
+bool row_wise(OpKind kind) {
+  switch (kind) {
+    case OpKind::kRmsNorm:
+    case OpKind::kLayerNorm:
+    case OpKind::kQuantizeRows:
+    case OpKind::kRope:
+    case OpKind::kAct:
+    case OpKind::kGlu:
+    case OpKind::kAdd:
+    case OpKind::kMul:
+    case OpKind::kScale:
+    case OpKind::kSoftCap:
+      return true;
+    default:
+      return false;
+  }
+}
 
 int64_t row_bytes(const Value& value) {
   if (value.dtype == DType::kF32) return value.width * 4;

@@ -17,7 +17,11 @@ struct Slot {
 struct Plan {
   std::vector<Slot> slots;
   std::vector<int32_t> slot_of;  // [values], -1 for a value that nothing makes
+  std::vector<size_t> run_end;   // [ops] the op behind the run that starts here: row-wise ops run as one
 };
+
+// Whether each row of the outputs depends on the same row of the inputs alone.
+bool row_wise(OpKind kind);
 
 // Greedy by liveness; element-wise ops write over an input that dies with them. Outputs live to the end.
 Plan plan_program(const Program& program);
@@ -40,6 +44,7 @@ class Arena {
   void reserve(const Rows& rows);
   // Start of the value's memory, laid out for capacity(axis) rows.
   uint8_t* at(int program, int32_t value) { return memory_.get() + offsets_[program][plans_[program].slot_of[value]]; }
+  const Plan& plan(int program) const { return plans_[static_cast<size_t>(program)]; }
   int64_t capacity(Axis axis) const { return rows_[axis]; }
   int64_t bytes() const { return bytes_; }
 

@@ -1,12 +1,15 @@
 #include "step.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstring>
 
 #include "cpu.h"
 #include "linears.h"
 
 namespace inhouse {
+
+using Clock = std::chrono::steady_clock;
 
 Runner::Runner(Model& model, int32_t program, const ih_step& step, const Rows& rows)
     : model_(model),
@@ -20,25 +23,27 @@ Runner::Runner(Model& model, int32_t program, const ih_step& step, const Rows& r
 void Runner::run() {
   const FlushScope flush;
   find_spans();
-  for (const Op& op : program_.ops) run_op(op);
+  const std::vector<size_t>& ends = model_.arena_->plan(index_).run_end;
+  std::vector<int64_t>& times = model_.times_[static_cast<size_t>(index_)];
+  for (size_t i = 0; i < ends.size(); i = ends[i]) {
+    const auto before = times.empty() ? Clock::time_point() : Clock::now();
+    if (row_wise(program_.ops[i].kind)) {
+      row_ops(i, ends[i]);
+    } else {
+      run_op(program_.ops[i]);
+    }
+    if (!times.empty()) times[i] += std::chrono::nanoseconds(Clock::now() - before).count();
+  }
 }
 
 void Runner::run_op(const Op& op) {
   switch (op.kind) {
     case OpKind::kEmbed:
       return embed(op);
-    case OpKind::kRmsNorm:
-      return rms_norm(op);
-    case OpKind::kLayerNorm:
-      return layer_norm(op);
-    case OpKind::kQuantizeRows:
-      return quantize_rows(op);
     case OpKind::kLinears:
       return linears(op);
     case OpKind::kRotary:
       return rotary(op);
-    case OpKind::kRope:
-      return rope(op);
     case OpKind::kAttention:
       return attention(op);
     case OpKind::kWriteCross:
@@ -62,7 +67,7 @@ void Runner::run_op(const Op& op) {
     case OpKind::kHeadLinears:
       return head_linears(op);
     default:
-      return map(op);
+      return;  // row-wise
   }
 }
 
@@ -83,28 +88,6 @@ void Runner::embed(const Op& op) {
   });
 }
 
-void Runner::rms_norm(const Op& op) {
-  const int64_t width = value(op.inputs[0]).width, heads = op.integer(1);
-  each_row(rows_of(op.inputs[0]), width, [&](int64_t r) {
-    kernels_.rms_norm(row(op.inputs[0], r), vector(op, 0), op.real(0), op.real(2), heads, width / heads,
-                      row(op.outputs[0], r));
-  });
-}
-
-void Runner::layer_norm(const Op& op) {
-  const int64_t width = value(op.inputs[0]).width;
-  each_row(rows_of(op.inputs[0]), 2 * width, [&](int64_t r) {
-    kernels_.layer_norm(row(op.inputs[0], r), vector(op, 0), vector(op, 1), op.real(0), width, row(op.outputs[0], r));
-  });
-}
-
-void Runner::quantize_rows(const Op& op) {
-  const Value& made = value(op.outputs[0]);
-  const QuantRows q = codes(op.outputs[0]);
-  each_row(rows_of(op.inputs[0]), made.width,
-           [&](int64_t r) { kernels_.quantize_row(row(op.inputs[0], r), made.width, made.group, q, r); });
-}
-
 void Runner::linears(const Op& op) {
   const Value& x = value(op.inputs[0]);
   const bool quantized = x.dtype == DType::kI8;
@@ -122,43 +105,6 @@ void Runner::rotary(const Op& op) {
   const int64_t half = value(op.outputs[0]).width / 2;
   each_row(step_.rows, 64 * half, [&](int64_t r) {
     kernels_.rotary(step_.positions[r], vector(op, 0), op.real(0), half, row(op.outputs[0], r));
-  });
-}
-
-void Runner::rope(const Op& op) {
-  const int64_t width = value(op.inputs[0]).width, head_dim = op.integer(0), turned = value(op.inputs[1]).width;
-  each_row(rows_of(op.inputs[0]), width, [&](int64_t r) {
-    kernels_.rope(row(op.inputs[0], r), row(op.inputs[1], r), width / head_dim, head_dim, turned, op.integer(1) != 0,
-                  row(op.outputs[0], r));
-  });
-}
-
-// The element-wise ops: rows do not matter, so the whole value is one run of elements, cut at multiples of a tile.
-void Runner::map(const Op& op) {
-  const int64_t count = rows_of(op.inputs[0]) * value(op.inputs[0]).width;
-  const float* a = floats(op.inputs[0]);
-  const float* b = op.inputs.size() > 1 ? floats(op.inputs[1]) : nullptr;
-  float* y = floats(op.outputs[0]);
-  pool_.run((count + kTileElements - 1) / kTileElements, [&](int64_t tile, int) {
-    const int64_t at = tile * kTileElements, n = std::min(kTileElements, count - at);
-    switch (op.kind) {
-      case OpKind::kAct:
-        return kernels_.activation(static_cast<int>(op.integer(0)), a + at, n, y + at);
-      case OpKind::kGlu:
-        if (op.real(1) > 0.0f || op.real(2) != 0.0f) {
-          return kernels_.glu_cut(static_cast<int>(op.integer(0)), glu_limit(op), op.real(2), a + at, b + at, n,
-                                  y + at);
-        }
-        return kernels_.glu(static_cast<int>(op.integer(0)), a + at, b + at, n, y + at);
-      case OpKind::kAdd:
-        return kernels_.add(a + at, b + at, n, y + at);
-      case OpKind::kMul:
-        return kernels_.mul(a + at, b + at, n, y + at);
-      case OpKind::kScale:
-        return kernels_.scale(a + at, op.real(0), n, y + at);
-      default:
-        return kernels_.soft_cap(a + at, op.real(0), n, y + at);
-    }
   });
 }
 

@@ -14,9 +14,6 @@ constexpr int64_t kTileElements = 16384;  // row-wise elements that are worth a 
 constexpr int64_t kTileProducts = 65536;  // multiply-adds of a linear that are
 constexpr int64_t kTilesPerThread = 4;
 
-// Where a gated unit cuts its inputs; infinite: nowhere.
-inline float glu_limit(const Op& op) { return op.real(1) > 0.0f ? op.real(1) : __builtin_inff(); }
-
 class Runner {
  public:
   Runner(Model& model, int32_t program, const ih_step& step, const Rows& rows);
@@ -25,16 +22,16 @@ class Runner {
  private:
   void run_op(const Op& op);
   void embed(const Op& op);
-  void rms_norm(const Op& op);
-  void layer_norm(const Op& op);
-  void quantize_rows(const Op& op);
   void linears(const Op& op);
   void rotary(const Op& op);
-  void rope(const Op& op);
-  void map(const Op& op);
   void select_rows(const Op& op);
   void pool(const Op& op);
   void pool_one(const Op& op, const Span& span);
+
+  // rows_step.cc
+  void row_ops(size_t begin, size_t end);
+  void row_op(const Op& op, int64_t r);
+  void glu(const Op& op, const float* gate, const float* up, int64_t width, float* y);
 
   // moe_step.cc
   void route(const Op& op);

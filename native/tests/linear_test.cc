@@ -118,7 +118,9 @@ struct Matrix {
 
 struct Rows {  // activations, and their quantised form by the kernel itself
   Rows(const Kernels& k, int rows, int64_t width, int64_t group, std::mt19937& rng)
-      : x(rows * width), capacity((rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes), memory(quant_bytes(capacity, width)) {
+      : x(rows * width),
+        capacity((rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes),
+        memory(quant_bytes(capacity, width)) {
     std::normal_distribution<float> normal;
     for (float& v : x) v = normal(rng);
     remake(k, rows, width, group);

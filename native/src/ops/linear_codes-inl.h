@@ -4,19 +4,20 @@
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int64_t kAhead = 12288;  // bytes that a sweep prefetches ahead (measured: 4 to 16 KiB)
-constexpr int kStripRows = 64;     // rows whose sums are prepared at once
+constexpr int64_t kAhead = 16384;           // bytes that a sweep prefetches ahead (measured: docs/performance-log.md)
+constexpr int kStripRows = 64;              // rows whose sums are prepared at once
 constexpr int64_t kTilesBytes = 384 << 10;  // of weights that stay in the second-level cache for all rows
 constexpr int64_t kStarts = kMaxLanes * kMaxGroups;  // (row, group) pairs prepared at once
 
-// What goes with each entry (QuantRows) of a strip of rows, prepared once for all tiles of a call. Where a block has two
-// groups, the second half of the arrays is that of its second.
+// What goes with each entry (QuantRows) of a strip of rows, prepared once for all tiles of a call. Where a block has
+// two groups, the second half of the arrays is that of its second.
 struct Strip {
   int32_t start[kStarts];  // of the dot product, in place of the zero point
   float sum[kStarts];      // activation scale * sum of codes, for the minimum
 };
 
-// Where a body that works on several rows finds what it needs: one after the other from here, `lanes` to the next block.
+// Where a body that works on several rows finds what it needs: one after the other from here, `lanes` to the next
+// block.
 struct Entries {
   const int8_t* codes;
   const float* scale;
@@ -99,9 +100,7 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64
         }
       });
       const V scale = tile.scale(b, h);
-      IH_UNROLL for (int r = 0; r < R; ++r) {
-        sums[r] = fma(to_float(dots[r]), mul(scale, set1(x.scale[r])), sums[r]);
-      }
+      IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(to_float(dots[r]), mul(scale, set1(x.scale[r])), sums[r]); }
       if constexpr (f.minimum) {
         const V minimum = tile.minimum(b, h);
         IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(minimum, set1(x.sum[h][r]), sums[r]); }

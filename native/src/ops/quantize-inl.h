@@ -7,7 +7,9 @@ constexpr float kTiny = 1e-30f;  // a group whose largest magnitude is below thi
 // Codes and sums of a block of n elements (`n` is below kQuantGroup at a row's end) into entry `at`.
 IH_INLINE void quantize_block(const float* x, int64_t n, V inverse, const QuantRows& q, int64_t at) {
   const int64_t high = n > 16 ? n - 16 : 0;
-  const V a = n >= 16 ? load(x) : load_n(x, n), b = high == 16 ? load(x + 16) : high == 0 ? zero() : load_n(x + 16, high);
+  const V a = n >= 16 ? load(x) : load_n(x, n), b = high == 16  ? load(x + 16)
+                                                    : high == 0 ? zero()
+                                                                : load_n(x + 16, high);
   const VI low = to_int(mul(a, inverse)), rest = to_int(mul(b, inverse));
   store_i8(q.codes + at * kQuantGroup, low);
   store_i8(q.codes + at * kQuantGroup + 16, rest);

@@ -170,6 +170,16 @@ class NativeExecutor:
         c_step = CStep(*sizes, *map(_pointer, arrays), pointers, widths, *map(_pointer, more))
         return c_step, (pointers, widths)
 
+    def op_seconds(self, program: str) -> npt.NDArray[np.float64]:
+        """Seconds that each op of the program took since the last call; the first call begins to measure.
+
+        Row-wise ops that follow each other run as one and count for the first of them.
+        """
+        require(self._programs, program)
+        times = np.zeros(len(self._programs.programs[program].ops), np.int64)
+        check(self._lib, self._lib.ih_op_times(self._open(), self._numbers[program], _pointer(times), times.size))
+        return times.astype(np.float64) * 1e-9
+
     def copy_blocks(self, group: str, source: I32, target: I32) -> None:
         """See Executor.copy_blocks."""
         source, target = np.ascontiguousarray(source, np.int32), np.ascontiguousarray(target, np.int32)

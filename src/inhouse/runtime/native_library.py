@@ -58,6 +58,7 @@ _SIGNATURES = {
     ),
     "ih_model_destroy": (None, [c_void_p]),
     "ih_model_bytes": (c_int64, [c_void_p]),
+    "ih_op_times": (c_int32, [c_void_p, c_int32, c_void_p, c_int64]),
     "ih_reserve": (c_int32, [c_void_p, c_int64, c_int64, c_int64]),
     "ih_state_allocate": (c_int32, [c_void_p, POINTER(c_int64)]),
     "ih_block_bytes": (c_int64, [c_void_p, c_int32]),
