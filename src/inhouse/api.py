@@ -14,9 +14,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import UnsupportedError
+from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.settings import load_settings
-from inhouse.engine.request import SamplingParams, Usage
+from inhouse.engine.request import Beams, SamplingParams, Usage
 from inhouse.engine.session import Session
 from inhouse.engine.text import TextDelta, TextEnd, TextFailed
 
@@ -26,12 +26,15 @@ Chat = str | Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer: its text, why it ended (`stop`, `length`), its token counts and the seed of its draws."""
+    """One answer: its text, why it ended (`stop`, `length`), its token counts and the seed of its draws. With `n` the
+    other choices; of beam search its score (sum of logprobs / length ** length_penalty), the others best first."""
 
     text: str
     finish_reason: str
     usage: Usage
     seed: int
+    score: float | None = None
+    others: "tuple[Answer, ...]" = ()
 
     def __str__(self) -> str:
         return self.text
@@ -58,8 +61,10 @@ class Engine:
     def generate(
         self, prompt: str, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
     ) -> Answer:
-        """Continues a text; an encoder-decoder (T5, BART) reads it and answers. `sampling`: fields of `SamplingParams`
-        (temperature, top_p, seed, ...)."""
+        """Continues a text; an encoder-decoder (T5, BART) reads it and answers.
+
+        `sampling`: fields of `SamplingParams` (temperature, top_p, n, seed, ...), or for beam search `num_beams`, with
+        `length_penalty` and `early_stopping`."""
         return self._run(self._session.prompt_ids(prompt), max_tokens, stop, self._params(sampling))
 
     def translate(
@@ -134,7 +139,15 @@ class Engine:
         return self._session.chat_ids(given)
 
     def _params(self, sampling: Mapping[str, Any]) -> SamplingParams:
-        return replace(self._session.defaults, **sampling)
+        """The model's defaults with what is given; `num_beams` above 1 asks for beam search."""
+        given = dict(sampling)
+        searching = {name: given.pop(name) for name in ("length_penalty", "early_stopping") if name in given}
+        width = given.pop("num_beams", 1)
+        if width != 1:
+            given["beams"] = Beams(width, **searching)
+        elif searching:
+            raise UsageError(f"{next(iter(searching))} is for beam search", remedy="Give num_beams", param="num_beams")
+        return replace(self._session.defaults, **given)
 
     def _run(
         self,
@@ -144,12 +157,14 @@ class Engine:
         params: SamplingParams,
         start: int | None = None,
     ) -> Answer:
-        text: list[str] = []
-        for event in self._session.stream(prompt, replace(params, n=1), max_tokens, stop, start=start):
+        text: dict[int, list[str]] = {}
+        found: dict[int, Answer] = {}
+        for event in self._session.stream(prompt, params, max_tokens, stop, start=start):
             if isinstance(event, TextFailed):
                 raise event.error
             if isinstance(event, TextDelta):
-                text.append(event.text)
+                text.setdefault(event.choice, []).append(event.text)
             elif isinstance(event, TextEnd):
-                return Answer("".join(text), event.reason, event.usage, event.seed)
-        raise AssertionError("a stream ends with its end")
+                said = "".join(text.get(event.choice, ()))
+                found[event.choice] = Answer(said, event.reason, event.usage, event.seed, event.score)
+        return replace(found[0], others=tuple(found[choice] for choice in sorted(found) if choice))

@@ -217,10 +217,11 @@ class EncoderMachine(RuleBasedStateMachine):
                 break
         self.engine.check()
         assert self.engine.stats().kv_usage == 0
+        broken = any(59 in (made.encoder or ()) for made, _ in self.results.values())  # a step fails as a whole
         for made, result in self.results.values():
             assert result.lasts == 1
             ids = list(made.encoder or ())
-            assert 59 in ids or not result.failed
+            assert broken or not result.failed
             for choice, end in result.finished.items():
                 if end.reason is not FinishReason.CANCELLED:
                     assert result.tokens.get(choice, []) == alone(ids, made.max_tokens or 0)
@@ -228,5 +229,5 @@ class EncoderMachine(RuleBasedStateMachine):
 
 TestEncoders = EncoderMachine.TestCase
 TestEncoders.settings = settings(
-    max_examples=25, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )

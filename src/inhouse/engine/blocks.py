@@ -225,13 +225,14 @@ class Blocks:
                     pool.drop(block)
             del tables[name][:]
 
-    def capacity(self, step_tokens: int) -> int:
-        """The longest sequence, in tokens, that fits when it is alone; a window group must hold its window and one
-        step, and bounds nothing then."""
+    def capacity(self, step_tokens: int, sequences: int = 1) -> int:
+        """The longest sequence, in tokens, so many of which fit when alone; a window group must hold the window
+        and one step of each, and bounds nothing then."""
         longest = 2**31 - 1
         for pool in self.pools.values():
-            if pool.count < window_blocks(pool.group.window, step_tokens):
-                longest = min(longest, pool.count * BLOCK_SIZE)
+            each = pool.count // sequences
+            if each < window_blocks(pool.group.window, step_tokens):
+                longest = min(longest, each * BLOCK_SIZE)
         return longest
 
     def check(self, tables: Sequence[Tables]) -> None:

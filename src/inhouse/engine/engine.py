@@ -26,6 +26,7 @@ from inhouse.core.errors import (
     UsageError,
 )
 from inhouse.engine.admission import check_encoder, check_ids, limit_of
+from inhouse.engine.beams import BeamGroup
 from inhouse.engine.blocks import Blocks, root_digest
 from inhouse.engine.embed import Embedder
 from inhouse.engine.encoders import Encoders
@@ -143,6 +144,7 @@ class Engine:
         self._digest = f"{digest}/{executor.kv_dtype}"
         self._blocks = Blocks(shares.own, counts)
         self._encoders = Encoders(shares.cross, shares.scratch, counts)
+        self._longest_chunk = sizes.longest_chunk
         self.capacity = self._blocks.capacity(sizes.longest_chunk)  # tokens that one sequence can hold
         self._scheduler = Scheduler(self._blocks, self.config, time.monotonic, self._encoders)
         self._runner = Runner(executor, sampler or NativeSampler())
@@ -171,7 +173,8 @@ class Engine:
         full), ConflictError (the id is in use), UnavailableError (draining, closed, or the executor is damaged).
         """
         require(self.executor.programs, "step")
-        limit = limit_of(request, self.context_length, self.capacity)
+        width = 1 if request.params.beams is None else request.params.beams.width
+        limit = limit_of(request, self.context_length, self._blocks.capacity(self._longest_chunk, width))
         check_ids(request, self.vocab_size)
         check_encoder(request, self._encoders.present, self.context_length, self._encoders.capacity)
         recipe = make_recipe(request.params, self.vocab_size)
@@ -185,6 +188,8 @@ class Engine:
                 self._blocks.empty_tables(), self._root(request), recipe,
                 clock=Clock(time.monotonic()),
             )  # fmt: skip
+            if request.params.beams is not None:
+                sequence.group = BeamGroup(request.params.beams, stops, len(request.prompt), limit, [sequence])
             self._sinks[request.id] = sink
             self._mail.submitted.append((sequence, sink))
             self._changed.notify_all()
@@ -287,13 +292,15 @@ class Engine:
         """May the request come in now; called with the lock held."""
         self._check_open(request.id)
         most = self.config.max_running
-        if request.params.n > most:
+        wide = request.params.width
+        if wide > most:
+            name = "n" if request.params.beams is None else "num_beams"
             raise UsageError(
-                f"n is {request.params.n}, the engine runs {most} sequences at most (max_sequences)",
-                remedy=f"Choose n of at most {most}, or start with a larger --max-sequences", param="n",
+                f"{name} is {wide}, the engine runs {most} sequences at most (max_sequences)",
+                remedy=f"Choose {name} of at most {most}, or start with a larger --max-sequences", param=name,
             )  # fmt: skip
         submitted = [sequence for sequence, _ in self._mail.submitted]
-        waiting = self._scheduler.waiting_before(submitted, request.params.n)
+        waiting = self._scheduler.waiting_before(submitted, wide)
         if waiting >= self.config.max_queue:
             raise CapacityError(
                 f"{waiting} sequences wait, the queue holds {self.config.max_queue}", remedy="Try again later"

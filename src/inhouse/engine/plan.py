@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from inhouse.core.errors import InhouseError
+from inhouse.engine.beams import Candidates
 from inhouse.engine.blocks import Copy, Tables
 from inhouse.engine.encoders import Encoding
 from inhouse.engine.request import TokenLogprob
@@ -19,6 +20,11 @@ class Chunk:
     draws: int  # tokens to draw from the last row; 0 while the prompt is not done
     all_rows: bool  # the logits of every row are wanted
     copies: list[Copy]
+
+    @property
+    def searches(self) -> bool:
+        """Whether its last row is a beam's, that wants candidates in place of draws."""
+        return self.draws > 0 and self.sequence.group is not None
 
     @property
     def logit_rows(self) -> int:
@@ -65,6 +71,8 @@ class ChunkResult:
 
     draws: tuple[Draw, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    candidates: Candidates = ()  # of a beam
+    error: InhouseError | None = None  # of a beam that has none
 
 
 @dataclass(slots=True)

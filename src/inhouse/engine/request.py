@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from numbers import Real
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import InhouseError, UsageError
+from inhouse.core.errors import InhouseError, UnsupportedError, UsageError
 
 MAX_CHOICES = 128  # n
+MAX_BEAMS = 64
 MAX_LOGPROBS = 128  # alternatives a token
 MAX_BIAS = 100.0  # |logit_bias|, as OpenAI
 MAX_TEMPERATURE = 1e6  # the draw has long been uniform there
@@ -43,6 +44,22 @@ def _whole(name: str, value: int, low: float, high: float) -> None:
             f"{name} is {value!r}, it must be a whole number", remedy=f"Give {name} an integer", param=name
         )
     _between(name, value, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class Beams:
+    """Beam search in place of draws. `early_stopping`: True: end with the first `width` finished outputs; False: when
+    the best beam, at its present length, no longer beats the worst of them; "never": at the greatest length."""
+
+    width: int
+    length_penalty: float = 1.0  # exponent of the length that the sum of logprobs is divided by
+    early_stopping: bool | Literal["never"] = False
+
+    def __post_init__(self) -> None:
+        _whole("num_beams", self.width, 1, MAX_BEAMS)
+        _between("length_penalty", self.length_penalty, -100, 100)
+        if self.early_stopping not in (True, False, "never"):
+            raise UsageError('early_stopping is true, false or "never"', param="early_stopping")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +92,7 @@ class SamplingParams:
     no_repeat_ngram: int = 0  # no run of that many tokens may appear twice, prompt included; 0: off
     first_token: int | None = None  # what the output begins with, whatever the logits (a target language)
     last_token: int | None = None  # what an output that reaches its limit ends with
+    beams: Beams | None = None  # search instead of drawing: what shapes the draw then has no effect; n best are given
 
     def __post_init__(self) -> None:
         _between("temperature", self.temperature, 0, MAX_TEMPERATURE)
@@ -88,6 +106,8 @@ class SamplingParams:
         _whole("n", self.n, 1, MAX_CHOICES)
         _whole("min_tokens", self.min_tokens, 0, math.inf)
         _whole("no_repeat_ngram", self.no_repeat_ngram, 0, math.inf)
+        if self.beams is not None:
+            self._check_beams(self.beams)
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if self.seed is not None:
@@ -98,6 +118,23 @@ class SamplingParams:
             raise UsageError("allowed_token_ids is empty", remedy="Allow at least one token", param="allowed_token_ids")
         if any(not word for word in self.bad_words):
             raise UsageError("bad_words holds an empty word", remedy="Leave it out", param="bad_words")
+
+    def _check_beams(self, beams: Beams) -> None:
+        """Refuses what a search would have to ignore though it is no matter of drawing."""
+        _whole("n", self.n, 1, beams.width)
+        asked = {
+            "logprobs": self.logprobs is not None, "logit_bias": bool(self.logit_bias),
+            "repetition_penalty": self.repetition_penalty != 1, "presence_penalty": self.presence_penalty != 0,
+            "frequency_penalty": self.frequency_penalty != 0, "allowed_token_ids": self.allowed_token_ids is not None,
+        }  # fmt: skip
+        for name, given in asked.items():
+            if given:
+                raise UnsupportedError(f"{name} cannot be honoured with beam search", param=name)
+
+    @property
+    def width(self) -> int:
+        """Sequences that run at once: beams, or choices."""
+        return self.n if self.beams is None else self.beams.width
 
     def ids(self) -> Iterable[tuple[str, Iterable[int]]]:
         """(field, ids) of every field that names tokens, so that the engine can check them against its vocabulary."""
@@ -141,6 +178,10 @@ class Request:
             raise UsageError("an encoder-decoder has no logprobs of its input", param="logprobs")
         if self.max_tokens is not None:
             _whole("max_tokens", self.max_tokens, 0, math.inf)
+        if self.max_tokens == 0 and self.params.beams is not None:
+            raise UsageError("beam search with max_tokens 0", remedy="Nothing is searched", param="max_tokens")
+        if self.params.beams is not None and (self.tap is not None or self.prompt_logprobs is not None):
+            raise UnsupportedError("logprobs of the prompt cannot be honoured with beam search", param="logprobs")
         if self.max_tokens == 0 and self.params.n > 1:
             raise UsageError(f"n is {self.params.n} with max_tokens 0", remedy="Nothing is drawn; use n 1", param="n")
         least = self.params.min_tokens
@@ -257,6 +298,7 @@ class Finished:
     seed: int
     last: bool
     stop_token: int | None = None
+    score: float | None = None  # of beam search: sum of logprobs / length ** length_penalty
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,10 @@ Knows executor, batch and sampler; decides nothing about who runs.
 
 import numpy as np
 
+from inhouse.core.errors import InhouseError
 from inhouse.engine import sampler as sampling
 from inhouse.engine.batch import Batch, build, build_encode, tokens_of
+from inhouse.engine.beams import Candidates
 from inhouse.engine.plan import Chunk, ChunkResult, Draw, Plan
 from inhouse.engine.request import TokenLogprob
 from inhouse.runtime.executor import F32, Executor
@@ -31,11 +33,19 @@ class Runner:
         self._copy_blocks(batch)
         logits = self._executor.run(PROGRAM, batch.step)["logits"]
         self._tap(plan, batch, logits)
-        draws = iter(self._draw(plan, batch, logits))
+        draws, beams = iter(self._draw(plan, batch, logits)), iter(self._search(plan, batch, logits))
         return [
-            ChunkResult(tuple(next(draws) for _ in range(chunk.draws)), self._score(chunk, begin, logits))
+            ChunkResult((), (), *next(beams))
+            if chunk.searches
+            else ChunkResult(tuple(next(draws) for _ in range(chunk.draws)), self._score(chunk, begin, logits))
             for chunk, begin in zip(plan.chunks, batch.logit_begin, strict=True)
         ]
+
+    def _search(self, plan: Plan, batch: Batch, logits: F32) -> list[tuple[Candidates, InhouseError | None]]:
+        """Candidates for the chunks of beams, in order."""
+        pairs = zip(plan.chunks, batch.logit_begin, strict=True)
+        wanted = [(chunk.sequence, begin) for chunk, begin in pairs if chunk.searches]
+        return sampling.candidates(self._sampler, logits, wanted)
 
     def _copy_blocks(self, batch: Batch) -> None:
         for group, (source, target) in batch.copies.items():
@@ -47,7 +57,7 @@ class Runner:
             (chunk.sequence, chunk.sequence.recipe, first + choice, begin + chunk.logit_rows - 1)
             for chunk, begin in zip(plan.chunks, batch.logit_begin, strict=True)
             for first in (chunk.sequence.choice,)
-            for choice in range(chunk.draws)
+            for choice in range(0 if chunk.searches else chunk.draws)
         ]
         return sampling.draw(self._sampler, logits, wanted)
 

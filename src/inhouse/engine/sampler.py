@@ -10,11 +10,12 @@ import numpy as np
 
 from inhouse.core.errors import ExecutorError, InhouseError, UsageError
 from inhouse.engine.batch import tokens_of
+from inhouse.engine.beams import Candidates
 from inhouse.engine.plan import Draw
 from inhouse.engine.recipe import BAN, Recipe
 from inhouse.engine.request import Request, TokenLogprob
 from inhouse.engine.sequence import Sequence
-from inhouse.runtime.sampling import F32, I32, NOT_A_NUMBER, ROW, U32, Sampler, mask_of
+from inhouse.runtime.sampling import F32, I32, NO_TOKEN, NOT_A_NUMBER, ROW, U32, Sampler, mask_of
 
 MOST = 2**31 - 1  # top_k of a row is an int32; what is beyond the vocabulary filters nothing
 
@@ -110,6 +111,37 @@ def draw(sampler: Sampler, logits: F32, wanted: list[tuple[Sequence, Recipe, int
         Draw(token, found.get(i), None if not state else _error(state, wanted[i][0].request))
         for i, (token, state) in enumerate(zip(tokens.tolist(), status.tolist(), strict=True))
     ]
+
+
+def candidates(
+    sampler: Sampler, logits: F32, wanted: list[tuple[Sequence, int]]
+) -> list[tuple[Candidates, InhouseError | None]]:
+    """What each (beam, row of logits) may go on with: the likeliest tokens that are not banned, with their logprobs; a
+    forced token alone, with 0, as the original has it."""
+    if not wanted:
+        return []
+    forced = [forced_now(sequence) for sequence, _ in wanted]
+    banned = [
+        _banned(sequence) if token is None else set() for (sequence, _), token in zip(wanted, forced, strict=True)
+    ]
+    keep = max(group.keep for sequence, _ in wanted if (group := sequence.group) is not None)
+    top = min(keep + max(map(len, banned)), logits.shape[1])
+    rows = np.array([row for _, row in wanted], np.int32)
+    _, _, ids, values, status = sampler.logprobs(logits, rows, np.zeros(len(rows), np.int32), top)
+    out: list[tuple[Candidates, InhouseError | None]] = []
+    for i, (sequence, _) in enumerate(wanted):
+        token = forced[i]
+        pairs = zip(ids[i].tolist(), values[i].tolist(), strict=True)
+        found = tuple((t, value) for t, value in pairs if t >= 0 and t not in banned[i])
+        if token is not None:
+            found = ((token, 0.0),)
+        state = int(status[i]) or (0 if found else NO_TOKEN)
+        out.append((found, _error(state, sequence.request) if state else None))
+    return out
+
+
+def _banned(sequence: Sequence) -> set[int]:
+    return {*banned_now(sequence), *(word[0] for word in sequence.request.params.bad_words if len(word) == 1)}
 
 
 def _chosen_logprobs(

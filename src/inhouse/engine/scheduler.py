@@ -18,6 +18,7 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 
 from inhouse.core.errors import InhouseError
+from inhouse.engine.beams import Branch
 from inhouse.engine.blocks import Blocks
 from inhouse.engine.encoders import Encoders
 from inhouse.engine.plan import Chunk, ChunkResult, Counters, Draw, Encode, Plan, Planner
@@ -30,6 +31,7 @@ from inhouse.engine.request import (
     PromptEvent,
     TokenEvent,
 )
+from inhouse.engine.search import broken_off, found
 from inhouse.engine.sequence import Clock, Sequence, Status
 from inhouse.runtime.step import BLOCK_SIZE
 
@@ -142,6 +144,10 @@ class Scheduler:
             self._plan(planner, sequence)
         while self._admissible(planner):
             self._admit(planner, self.waiting[0])
+        if not planner.chunks and self.running:  # beams that wait for others of their group, for whom there is no room
+            for victim in self._last():
+                self._preempt(victim)
+            return self._tokens()
         return Plan(list(planner.chunks.values()))
 
     def _plan(self, planner: Planner, sequence: Sequence) -> None:
@@ -152,13 +158,18 @@ class Scheduler:
         if not count:
             return
         while (copies := self.blocks.extend(sequence.tables, sequence.computed, sequence.computed + count)) is None:
-            victim = max(self.running, key=lambda s: s.rank)
-            planner.withdraw(victim)
             planner.admitting = False  # else the victim would come back at once, for the same blocks
-            self._preempt(victim)
-            if victim is sequence:
+            for victim in self._last():
+                planner.withdraw(victim)
+                self._preempt(victim)
+            if sequence.status is not Status.RUNNING:
                 return
         planner.place(sequence, count, copies)
+
+    def _last(self) -> list[Sequence]:
+        """Who gives blocks back next: the running sequence that is last in order, with the beams of its group."""
+        last = max(self.running, key=lambda s: s.rank)
+        return [last] if last.group is None else [s for s in last.group.beams if s.status is Status.RUNNING]
 
     def _chunk(self, planner: Planner, sequence: Sequence) -> int:
         """How many tokens the sequence may run now."""
@@ -173,7 +184,7 @@ class Scheduler:
         return min(count, planner.rows) if sequence.request.wants_rows else count
 
     def _others_prefill(self, sequence: Sequence) -> bool:
-        busy = any(s is not sequence and not s.decoding for s in self.running)
+        busy = any(s is not sequence and s.remaining and not s.decoding for s in self.running)
         return busy or any(s is not sequence for s in self.waiting[:2]) and len(self.running) < self._config.max_running
 
     def _admissible(self, planner: Planner) -> bool:
@@ -228,6 +239,7 @@ class Scheduler:
         self._drop_encoding(sequence)
         self.running.remove(sequence)
         sequence.computed = sequence.published = 0
+        sequence.candidates = None
         sequence.preemptions += 1
         self.counters.preemptions += 1
         self.add(sequence)
@@ -245,6 +257,9 @@ class Scheduler:
             sequence = chunk.sequence
             self._advance(chunk)
             self._record_prompt(chunk, result, events)
+            if chunk.searches:
+                self._offer(sequence, result, events)
+                continue
             for member, draw in zip(self._members(chunk), result.draws, strict=True):
                 self._append(member, draw, events)
             if sequence.computed >= sequence.prompt_length and sequence.limit <= sequence.prompt_length:
@@ -290,6 +305,54 @@ class Scheduler:
         insort(self.running, sister, key=lambda s: s.rank)
         return sister
 
+    # ---- beams ----------------------------------------------------------------------------------------------------
+
+    def _offer(self, sequence: Sequence, result: ChunkResult, events: list[tuple[Sequence, Event]]) -> None:
+        """Keeps a beam's candidates; once all beams of its group have theirs, the search takes its turn."""
+        group = sequence.group
+        assert group is not None
+        if sequence.status is Status.FINISHED:  # another beam of its group failed in this very step
+            return
+        if result.error is not None:
+            events += self.fail([sequence], result.error)
+            return
+        sequence.candidates = result.candidates
+        sequence.clock.first_token = sequence.clock.first_token or self._clock()
+        if not group.complete:
+            return
+        branches = group.turn()
+        parents = group.beams
+        if branches:
+            group.beams = [self._descend(parents[b.parent], b, slot) for slot, b in enumerate(branches)]
+        for parent in parents:
+            self._end(parent)
+        if not branches:
+            events += self._told(sequence, found(sequence, self._clock()))
+
+    def _descend(self, parent: Sequence, branch: Branch, slot: int) -> Sequence:
+        """The sequence that a branch becomes: it shares the parent's blocks, the partly filled one until it writes."""
+        child = self._sister(parent, slot)
+        child.tokens.append(branch.token)
+        child.group, child.score, child.preemptions = parent.group, branch.score, parent.preemptions
+        child.clock.first_token = parent.clock.first_token
+        return child
+
+    def _break_off(self, sequence: Sequence, error: InhouseError | None) -> list[tuple[Sequence, Event]]:
+        """Ends the search that a beam belongs to, by an error or (None) by a cancel."""
+        assert sequence.group is not None
+        for beam in sequence.group.beams:
+            self._end(beam)
+        return self._told(sequence, broken_off(sequence, self._clock(), error))
+
+    def _told(self, sequence: Sequence, events: list[Event]) -> list[tuple[Sequence, Event]]:
+        """The events of a search, counted."""
+        for event in events:
+            if isinstance(event, Finished):
+                self.counters.generation_tokens += event.usage.completion_tokens
+            if isinstance(event, Finished | Failed):
+                self._tally("error" if isinstance(event, Failed) else event.reason)
+        return [(sequence, event) for event in events]
+
     def _append(self, sequence: Sequence, draw: Draw, events: list[tuple[Sequence, Event]]) -> None:
         if draw.error is not None:
             self._end(sequence)
@@ -313,7 +376,11 @@ class Scheduler:
         of all. No events if there is nothing to end."""
         events: list[tuple[Sequence, Event]] = []
         for sequence in self.sequences:
-            if sequence.request.id == request_id and choice in (None, sequence.choice):
+            if sequence.request.id != request_id or sequence.status is Status.FINISHED:
+                continue
+            if sequence.group is not None:
+                events += self._break_off(sequence, None)
+            elif choice in (None, sequence.choice):
                 self._finish(sequence, FinishReason.CANCELLED, None, events)
         return events
 
@@ -329,9 +396,13 @@ class Scheduler:
         """Ends sequences with an error."""
         events: list[tuple[Sequence, Event]] = []
         for sequence in sequences:
-            if sequence.status is not Status.FINISHED:
-                self._end(sequence)
-                events.append((sequence, self._failed(sequence, error)))
+            if sequence.status is Status.FINISHED:
+                continue
+            if sequence.group is not None:
+                events += self._break_off(sequence, error)
+                continue
+            self._end(sequence)
+            events.append((sequence, self._failed(sequence, error)))
         return events
 
     def _failed(self, sequence: Sequence, error: InhouseError) -> Failed:
@@ -371,7 +442,8 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.status is Status.RUNNING
             assert sequence.request.encoder is None or (sequence.encoding is not None and sequence.encoding.ready)
-            assert 0 <= sequence.computed < len(sequence.tokens) <= sequence.limit + 1
+            waits = sequence.candidates is not None  # for the other beams of its group
+            assert 0 <= sequence.computed < len(sequence.tokens) + waits <= sequence.limit + 2
         for sequence in self.waiting:
             assert sequence.status is Status.WAITING
             assert sequence.computed == 0

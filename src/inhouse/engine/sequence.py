@@ -10,6 +10,7 @@ from array import array
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from inhouse.engine.beams import BeamGroup, Candidates
 from inhouse.engine.blocks import BlockKey, Tables, next_key
 from inhouse.engine.encoders import Encoding
 from inhouse.engine.recipe import Recipe
@@ -63,6 +64,9 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     encoding: Encoding | None = None  # what it holds of its encoder input
     encoder_cached: int = 0  # tokens of its encoder input that were computed before it came
+    group: BeamGroup | None = None  # of beam search
+    score: float = 0.0  # of a beam: sum of its logprobs
+    candidates: Candidates | None = None  # of a beam whose last token is computed, until all its group are
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -97,12 +101,12 @@ class Sequence:
         """How many tokens are drawn once all is computed: one for each choice that begins here."""
         if self.limit <= self.prompt_length:
             return 0
-        return self.choices
+        return self.choices if self.group is None else 1
 
     @property
     def choices(self) -> int:
         """Sequences that it is, or will be once its prompt is done."""
-        return 1 if self.forked else self.request.params.n
+        return 1 if self.forked else self.request.params.width
 
     def extend_keys(self, count: int) -> list[BlockKey]:
         """Keys of the first `count` blocks, all of whose tokens are known."""

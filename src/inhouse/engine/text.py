@@ -42,6 +42,7 @@ class TextEnd:
     seed: int
     last: bool
     stop: str | int | None = None
+    score: float | None = None  # of beam search
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,5 +167,5 @@ class TextAssembler:
         stop: str | int | None = choice.stopped if choice.stopped is not None else event.stop_token
         reason: Reason = "stop" if choice.stopped is not None else event.reason.value
         usage = event.usage if choice.stopped is None else replace(event.usage, completion_tokens=choice.tokens)
-        out.append(TextEnd(event.choice, reason, usage, event.timings, event.seed, event.last, stop))
+        out.append(TextEnd(event.choice, reason, usage, event.timings, event.seed, event.last, stop, event.score))
         return out

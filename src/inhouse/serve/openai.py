@@ -44,6 +44,7 @@ def sampling_params(body: SamplingFields, defaults: SamplingParams, logprobs: in
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         min_tokens=pick("min_tokens"),
+        beams=body.beams(),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.engine.request import MAX_CHOICES
+from inhouse.engine.request import MAX_BEAMS, MAX_CHOICES, Beams
 
 MAX_TOP_LOGPROBS = 20
 MAX_STOPS = 16  # OpenAI allows 4; longer lists are common with local models
@@ -23,7 +23,6 @@ _NOT_BUILT = "this server cannot do it yet"
 # listed under `HARMLESS` asks for nothing and is let pass.
 REFUSED: Mapping[str, str] = {
     "audio": "models here write text only",
-    "best_of": "ask for n choices and choose among them",
     "function_call": f"tool calls: {_NOT_BUILT}",
     "functions": f"tool calls: {_NOT_BUILT}",
     "moderation": "no moderation model runs beside the answer",
@@ -40,7 +39,6 @@ REFUSED: Mapping[str, str] = {
 }
 
 HARMLESS: Mapping[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
     "function_call": (None, "none"),
     "functions": (None, []),
     "parallel_tool_calls": (None,),
@@ -190,6 +188,17 @@ class SamplingFields(_Strict):
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     cache_salt: str | None = Field(None, description="requests share cached prefixes only under an equal salt")
+    use_beam_search: bool | None = Field(None, description="search the likeliest outputs instead of drawing one")
+    num_beams: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = Field(
+        None, description="beams of the search; left out: best_of, else n, at least 2"
+    )
+    best_of: Annotated[int, Field(ge=1, le=MAX_BEAMS)] | None = Field(
+        None, description="with use_beam_search: its beams; else only 1"
+    )
+    length_penalty: Annotated[float, Field(ge=-100, le=100)] | None = Field(
+        None, description="beam search: exponent of the length by which a sum of logprobs is divided; default 1"
+    )
+    early_stopping: bool | Literal["never"] | None = Field(None, description="beam search: when it ends; default false")
     source_language: Annotated[str, Field(min_length=1, max_length=64)] | None = Field(
         None, description="translation models: language of the text, as the model's vocabulary names it"
     )
@@ -207,6 +216,38 @@ class SamplingFields(_Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options is allowed only when stream is true")
         return self
+
+    @model_validator(mode="after")
+    def _beams(self) -> "SamplingFields":
+        """What belongs to the search needs it, and what shapes draws or a stream has no place beside it."""
+        if not self.use_beam_search:
+            given = [
+                name for name in ("num_beams", "length_penalty", "early_stopping") if getattr(self, name) is not None
+            ]
+            if given:
+                raise UnsupportedError(f"{given[0]} is for beam search", remedy="Set use_beam_search", param=given[0])
+            if self.best_of not in (None, 1):
+                raise UnsupportedError(
+                    "best_of is for beam search", remedy="Set use_beam_search, or ask for n choices", param="best_of"
+                )
+            return self
+        neutral = {"temperature": (0, 1), "top_p": (1,), "top_k": (-1, 0), "min_p": (0,), "typical_p": (1,)}
+        for name, values in neutral.items():
+            if getattr(self, name) not in (None, *values):
+                raise UnsupportedError(f"{name} shapes draws, beam search makes none", param=name)
+        if self.stream:
+            raise UnsupportedError(
+                "beam search knows its answer only at the end: it cannot be streamed", param="stream"
+            )
+        return self
+
+    def beams(self) -> Beams | None:
+        """The search that is asked for."""
+        if not self.use_beam_search:
+            return None
+        width = self.num_beams or self.best_of or max(self.n or 1, 2)
+        penalty = 1.0 if self.length_penalty is None else self.length_penalty
+        return Beams(width, penalty, False if self.early_stopping is None else self.early_stopping)
 
     @property
     def translates(self) -> bool:
