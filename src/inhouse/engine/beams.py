@@ -8,16 +8,31 @@ to the earlier beam, then to the lower token.
 
 from array import array
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from inhouse.engine.request import Beams, FinishReason
 
-if TYPE_CHECKING:
-    from inhouse.engine.sequence import Sequence
-
 Candidates = tuple[tuple[int, float], ...]  # (token, logprob), likeliest first
+
+
+class Beam(Protocol):
+    """What the search reads of a sequence."""
+
+    @property
+    def tokens(self) -> "array[int]": ...
+
+    @property
+    def score(self) -> float:
+        """Sum of the logprobs of its output."""
+
+    @property
+    def candidates(self) -> Candidates | None:
+        """What it may go on with; None while its last token is not computed."""
+
+
+B = TypeVar("B", bound=Beam)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +54,14 @@ class Branch:
 
 
 @dataclass(slots=True, eq=False)
-class BeamGroup:
+class BeamGroup(Generic[B]):
     """The beams of one request; `beams` are its living sequences, all of one length once each has its candidates."""
 
     params: Beams
     stops: frozenset[int]
     prompt_length: int
     limit: int  # tokens, prompt included
-    beams: "list[Sequence]" = field(default_factory=list)
+    beams: list[B] = field(default_factory=list)
     finished: list[Hypothesis] = field(default_factory=list)  # best first
 
     @property

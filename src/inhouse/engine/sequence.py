@@ -64,7 +64,7 @@ class Sequence:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     encoding: Encoding | None = None  # what it holds of its encoder input
     encoder_cached: int = 0  # tokens of its encoder input that were computed before it came
-    group: BeamGroup | None = None  # of beam search
+    group: "BeamGroup[Sequence] | None" = None  # of beam search
     score: float = 0.0  # of a beam: sum of its logprobs
     candidates: Candidates | None = None  # of a beam whose last token is computed, until all its group are
 
