@@ -22,6 +22,7 @@ MAX_LOGPROBS = 128  # alternatives a token
 MAX_BIAS = 100.0  # |logit_bias|, as OpenAI
 MAX_TEMPERATURE = 1e6  # the draw has long been uniform there
 
+F32: TypeAlias = npt.NDArray[np.float32]
 Tap: TypeAlias = Callable[[int, npt.NDArray[np.float32]], None]
 """Called in the engine's thread with (position of the first row, logits float32 [rows, vocab]); the array is valid
 only during the call. Row i holds the logits that follow position first + i. A request that lost its blocks is run
@@ -309,6 +310,14 @@ class Failed:
     choice: int
     error: InhouseError
     last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One input of an EmbedRequest: token ids and the token type of each."""
+
+    ids: "array[int]"
+    types: "array[int]"
 
 
 @dataclass(frozen=True, slots=True)

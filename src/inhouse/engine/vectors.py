@@ -7,7 +7,6 @@ Knows tokenizers, prompts and labels; nothing of protocols. What a model can do 
 import uuid
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
@@ -15,24 +14,15 @@ import numpy as np
 
 from inhouse.core.errors import ContextLengthError, UnsupportedError, UsageError
 from inhouse.engine.engine import Engine
-from inhouse.engine.request import EmbedEvent, EmbedRequest, Failed
+from inhouse.engine.request import F32, EmbedEvent, EmbedRequest, Failed, Input
 from inhouse.load.model import LoadedModel
 from inhouse.load.sentence import Sentence
 from inhouse.model.encoder import ClassifierSpec, EncoderSpec
 from inhouse.model.pooling import Pooling
-from inhouse.runtime.executor import F32
 
 GENERATE, EMBED, CLASSIFY, RERANK = "generate", "embed", "classify", "rerank"
 Ids = Sequence[int]
 _VERBS = {GENERATE: "generate text", EMBED: "embed", CLASSIFY: "classify", RERANK: "rerank"}
-
-
-@dataclass(frozen=True, slots=True)
-class Input:
-    """One input: token ids and the token type of each."""
-
-    ids: "array[int]"
-    types: "array[int]"
 
 
 class Vectors:

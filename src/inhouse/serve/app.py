@@ -33,13 +33,27 @@ from inhouse.serve.schema import (
     TextPart,
 )
 from inhouse.serve.shapes import ModelCard, ModelList, Status, describe, errors
+from inhouse.serve.vector_routes import router as vector_router
+from inhouse.serve.vector_schema import ClassifyRequest, Document, EmbeddingRequest, RerankRequest, ScoreRequest
 
 MAX_BODY = 32 * 1024 * 1024  # bytes; 8 million tokens of text, far beyond any context
 OPEN_PATHS = ("/health", "/ready")  # probes need no key
 
 FIELDS = frozenset(
     name
-    for model in (ChatRequest, CompletionRequest, Message, TextPart, StreamOptions, ResponseFormat)
+    for model in (
+        ChatRequest,
+        CompletionRequest,
+        Message,
+        TextPart,
+        StreamOptions,
+        ResponseFormat,
+        EmbeddingRequest,
+        RerankRequest,
+        ClassifyRequest,
+        ScoreRequest,
+        Document,
+    )
     for name in model.model_fields
 )
 
@@ -60,6 +74,7 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
     for session in pool.sessions().values():
         watch_steps(app.state.metrics, session)
     app.include_router(router)
+    app.include_router(vector_router)
     app.include_router(_status_routes(pool))
     _add_error_table(app)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]

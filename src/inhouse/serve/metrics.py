@@ -65,6 +65,7 @@ TABLE: tuple[Row, ...] = (
     Row("prompt_tokens", "counter", "prompt tokens that were computed or found"),
     Row("prompt_tokens_cached", "counter", "of these, tokens taken from the prefix cache"),
     Row("generation_tokens", "counter", "tokens generated"),
+    Row("embed_inputs", "counter", "inputs answered with vectors or scores"),
     Row("request_success", "counter", "choices that ended: stop, length, abort, error", ("finished_reason",)),
     Row("corrupted_requests", "counter", "requests that ended because a step failed"),
     Row("iteration_tokens_total", "histogram", "tokens computed in a step", (), _ITERATION),

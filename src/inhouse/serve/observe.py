@@ -6,7 +6,7 @@ Knows the names of `metrics.TABLE`; nothing of protocols.
 from collections.abc import Sequence
 
 from inhouse.core.errors import CapacityError, ContextLengthError, InhouseError
-from inhouse.engine.request import Request
+from inhouse.engine.request import EmbedEvent, Failed, Request
 from inhouse.engine.session import Session
 from inhouse.engine.text import TextDelta, TextEnd, TextEvent, TextFailed
 from inhouse.serve.metrics import Metrics
@@ -30,12 +30,7 @@ class CallObserver:
 
     def rejected(self, error: InhouseError) -> None:
         """The engine refused the call at the door."""
-        reason = "invalid"
-        if isinstance(error, CapacityError):
-            reason = "capacity"
-        elif isinstance(error, ContextLengthError):
-            reason = "context_length"
-        self._metrics.count("admission_rejections", self._model, 1, reason)
+        self._metrics.count("admission_rejections", self._model, 1, _reason(error))
 
     def see(self, index: int, event: TextEvent) -> None:
         """An event of request `index`."""
@@ -88,13 +83,50 @@ class CallObserver:
         self._metrics.observe(name, self._model, max(0.0, value))
 
 
+class VectorObserver:
+    """Observes one call that is answered with vectors. `model`: the label `model_name`."""
+
+    def __init__(self, metrics: Metrics, model: str) -> None:
+        self._metrics, self._model, self._tokens = metrics, model, 0
+
+    def rejected(self, error: InhouseError) -> None:
+        """The engine refused the call at the door."""
+        self._metrics.count("admission_rejections", self._model, 1, _reason(error))
+
+    def aborted(self) -> None:
+        """The client went away."""
+        self._metrics.count("request_success", self._model, 1, "abort")
+
+    def see(self, event: EmbedEvent) -> None:
+        """An event of the call; what belongs to the whole request is counted with its last."""
+        if isinstance(event, Failed):
+            self._metrics.count("corrupted_requests", self._model)
+            self._metrics.count("request_success", self._model, 1, "error")
+            return
+        self._tokens += event.tokens
+        if event.last:
+            self._metrics.count("request_success", self._model, 1, "stop")
+            self._metrics.observe("request_prompt_tokens", self._model, self._tokens)
+            self._metrics.observe("e2e_request_latency_seconds", self._model, max(0.0, event.timings.total))
+            self._metrics.observe("request_queue_time_seconds", self._model, max(0.0, event.timings.queue))
+            self._metrics.observe("request_inference_time_seconds", self._model, max(0.0, event.timings.prefill))
+
+
+def _reason(error: InhouseError) -> str:
+    """Why a call was refused, as the metric has it."""
+    if isinstance(error, CapacityError):
+        return "capacity"
+    return "context_length" if isinstance(error, ContextLengthError) else "invalid"
+
+
 def observe_engine(metrics: Metrics, session: Session) -> None:
     """Brings gauges and totals up to the engine's own counters, which see every request however it ends."""
     stats = session.engine.stats()
     metrics.level("num_requests_running", session.name, stats.running)
-    metrics.level("num_requests_waiting", session.name, stats.waiting)
+    metrics.level("num_requests_waiting", session.name, stats.waiting + stats.embed_waiting)
     metrics.level("kv_cache_usage_perc", session.name, stats.kv_usage)
-    metrics.total("prompt_tokens", session.name, stats.prompt_tokens)
+    metrics.total("prompt_tokens", session.name, stats.prompt_tokens + stats.embed_tokens)
+    metrics.total("embed_inputs", session.name, stats.embed_inputs)
     metrics.total("prompt_tokens_cached", session.name, stats.prefix_hits)
     metrics.total("generation_tokens", session.name, stats.generation_tokens)
     metrics.total("prefix_cache_queries", session.name, stats.prefix_queries)

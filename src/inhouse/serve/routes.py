@@ -41,7 +41,7 @@ router = APIRouter()
 @router.post("/chat/completions", include_in_schema=False, response_model=None)
 async def chat_completions(body: ChatRequest, http: Request) -> Response:
     """Answers a chat. `max_tokens` beyond the room that the prompt leaves is a 400 with both numbers."""
-    session = _pool(http).get(body.model)
+    session = _session(http, body)
     params = sampling_params(body, session.defaults, chat_logprobs(body))
     asked = await asyncio.to_thread(_chat_ids, session, body, params)
     requests = _requests(session, "chatcmpl", [asked], body.limit(), None, body.cache_salt)
@@ -53,7 +53,7 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
 @router.post("/completions", include_in_schema=False, response_model=None)
 async def completions(body: CompletionRequest, http: Request) -> Response:
     """Continues one or several prompts. The context rule is that of the chat route."""
-    session = _pool(http).get(body.model)
+    session = _session(http, body)
     params = sampling_params(body, session.defaults, body.logprobs)
     asked = await asyncio.to_thread(_prompt_ids, session, body, params)
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -66,9 +66,12 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     return await _answer(http, session, body, requests, reply)
 
 
-def _pool(http: Request) -> Pool:
+def _session(http: Request, body: SamplingFields) -> Session:
+    """The session that the body names; a model that writes no text is refused, saying what it can do."""
     pool: Pool = http.app.state.pool
-    return pool
+    session = pool.get(body.model)
+    session.vectors.need("generate")
+    return session
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def refuse_unsupported(body: Any, table: Mapping[str, str] = REFUSED) -> Any:
     return kept
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No coercion, no unknown keys, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -93,7 +93,7 @@ def _only_false(value: bool) -> bool:
 OnlyFalse = Annotated[bool, AfterValidator(_only_false)]  # Literal[False] would take 0 for it
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     """`include_usage`: one more chunk before the end, with the token counts and no choices."""
 
     include_usage: bool | None = None
@@ -101,7 +101,7 @@ class StreamOptions(_Strict):
     include_obfuscation: OnlyFalse | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(Strict):
     """Plain text is what every model writes; constrained formats are refused by their type."""
 
     type: Literal["text"]
@@ -115,7 +115,7 @@ class ResponseFormat(_Strict):
         return body
 
 
-class TextPart(_Strict):
+class TextPart(Strict):
     """One part of a message."""
 
     type: Literal["text"]
@@ -132,7 +132,7 @@ class TextPart(_Strict):
         return body
 
 
-class Message(_Strict):
+class Message(Strict):
     """One message of a chat. `developer` is the newer name of `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -156,7 +156,7 @@ Stop = str | Annotated[list[str], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
-class SamplingFields(_Strict):
+class SamplingFields(Strict):
     """What chat and completion requests share. None means: not given, the model's or the server's default."""
 
     model: str | None = Field(

@@ -10,7 +10,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict
 
 
-class _Shape(BaseModel):
+class Shape(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
@@ -23,19 +23,19 @@ class ErrorFields(BaseModel):
     code: str
 
 
-class ErrorBody(_Shape):
+class ErrorBody(Shape):
     error: ErrorFields
 
 
-class PromptDetails(_Shape):
+class PromptDetails(Shape):
     cached_tokens: int
 
 
-class CompletionDetails(_Shape):
+class CompletionDetails(Shape):
     reasoning_tokens: int
 
 
-class UsageBody(_Shape):
+class UsageBody(Shape):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
@@ -43,7 +43,7 @@ class UsageBody(_Shape):
     completion_tokens_details: CompletionDetails
 
 
-class TokenShape(_Shape):
+class TokenShape(Shape):
     token: str
     logprob: float
     bytes: list[int]
@@ -53,25 +53,25 @@ class ChatTokenShape(TokenShape):
     top_logprobs: list[TokenShape]
 
 
-class ChatLogprobs(_Shape):
+class ChatLogprobs(Shape):
     content: list[ChatTokenShape]
     refusal: None
 
 
-class AnswerMessage(_Shape):
+class AnswerMessage(Shape):
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatChoice(_Shape):
+class ChatChoice(Shape):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class _Answer(_Shape):
+class _Answer(Shape):
     id: str
     created: int
     model: str
@@ -86,14 +86,14 @@ class ChatCompletion(_Answer):
     choices: list[ChatChoice]
 
 
-class TextLogprobs(_Shape):
+class TextLogprobs(Shape):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class TextChoice(_Shape):
+class TextChoice(Shape):
     index: int
     text: str
     logprobs: TextLogprobs | None
@@ -107,7 +107,7 @@ class TextCompletion(_Answer):
     choices: list[TextChoice]
 
 
-class ModelCard(_Shape):
+class ModelCard(Shape):
     id: str
     object: Literal["model"]
     created: int
@@ -120,12 +120,12 @@ class ModelCard(_Shape):
     kinds: list[str]  # of generate, embed, rerank, classify
 
 
-class ModelList(_Shape):
+class ModelList(Shape):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Status(_Shape):
+class Status(Shape):
     status: str
 
 
