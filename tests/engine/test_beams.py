@@ -18,8 +18,8 @@ from inhouse.runtime.sampling import ReferenceSampler
 from tests.engine.driving import EOS, Result, drive, make_engine, run_all
 from tests.engine.fakes import VOCAB, FakeExecutor, encoder_programs, logits_after, programs
 from tests.families.parity import open_tiny, transformers_oracle
+from tests.families.seq2seq import save_tiny
 from tests.families.shapes import SHAPE
-from tests.runtime_torch.seq2seq import save_tiny
 
 SOURCE = [5, 44, 17, 3, 80, 9, 33, 21, 1]
 

@@ -12,7 +12,7 @@ import transformers
 from openai import BadRequestError, OpenAI
 
 import inhouse
-from tests.runtime_torch.seq2seq import Pair, save_tiny
+from tests.families.seq2seq import Pair, save_tiny
 from tests.serve.launch import server
 
 pytestmark = pytest.mark.torch
@@ -34,7 +34,7 @@ def theirs(pair: Pair, text: str, **options: Any) -> list[str]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(pair.folder)
     options |= {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 1, "pad_token_id": 0}
     out = pair.original.generate(torch.tensor([tokenizer(text).input_ids]), **options)
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in out]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out]
 
 
 def test_the_library(t5: Pair) -> None:

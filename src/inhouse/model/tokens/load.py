@@ -12,7 +12,7 @@ from typing import Any, Final
 import tokenizers
 
 from inhouse.core.errors import FormatError, NotFoundError
-from inhouse.model.tokens import checks, compiled, files, gguf, hf, spm
+from inhouse.model.tokens import checks, compiled, files, gguf, hf, mapped, spm
 from inhouse.model.tokens.hf import Configs
 from inhouse.model.tokens.library import LibraryCodec, guarded
 from inhouse.model.tokens.pieces import PieceRule
@@ -46,6 +46,9 @@ def load_tokenizer(folder: Path, cache: Path | None = None, key: str | None = No
         UnsupportedError: a form that would give wrong ids if we guessed.
     """
     vocabulary = find_vocabulary(folder)
+    found = mapped.build(vocabulary)  # its tables are not compiled: reading them takes as long
+    if found is not None:
+        return Tokenizer(*found)
     if cache is None:
         return assemble(build_folder(vocabulary))
     return _cached(cache, key or _folder_key(vocabulary), lambda: build_folder(vocabulary))

@@ -71,7 +71,8 @@ def translate(
     goal = None if target is None else _code(codes, target, "target_language")
     if family == "marian":
         return _marian(tokenizer, text, source, goal)
-    plain, ends = tokenizer.encode(text, add_special=False), sorted(tokenizer.eos_ids)[:1]
+    plain, end = tokenizer.encode(text, add_special=False), tokenizer.id_of("</s>")
+    ends = [end] if end is not None else sorted(tokenizer.eos_ids)[:1]
     if family == "mbart" and _ONLY_MBART50 not in codes:  # the text, its end, its language; the decoder begins with it
         spoken = [_code(codes, source, "source_language")] if source else []
         return Translation([*plain, *ends, *spoken] if source else tokenizer.encode(text), start_token=goal)
