@@ -7,6 +7,9 @@ from pathlib import Path
 
 from inhouse.cli.main import COMMANDS
 from inhouse.core.settings import OTHER_ENVIRONMENT, Settings
+from inhouse.load.export_coded import carried
+from inhouse.runtime.packed import FORMATS
+from inhouse.runtime.packed_blocks import writable
 from inhouse.serve.metrics import TABLE
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -34,6 +37,26 @@ def commands_table() -> str:
     return "\n".join(rows + [f"| `{c.name}` | {c.help} | `{c.example}` |" for c in COMMANDS])
 
 
+def export_table() -> str:
+    """One row a packed format: what each export makes of it."""
+    rows = [
+        "| packed format | safetensors | GGUF | GPTQ | AWQ | compressed-tensors | ONNX |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, fmt in FORMATS.items():
+        types = [kind for kind, packed in writable().items() if packed == name]
+        floats = fmt.low == 0
+        gguf = name.upper() if floats else " or ".join(f"{kind}, same codes" for kind in types) or "re-encoded"
+        if name == "nvfp4":
+            gguf += ", where the tensor has no factor of its own"
+        cells = ["the same floats" if floats else "its values as floats", gguf]
+        for form in ("gptq", "awq", "compressed-tensors"):
+            kept = carried(form, name)
+            cells.append(f"int{kept.bits} in groups of {kept.group}, same codes" if kept else "rounded")
+        rows.append(f"| `{name}` | {' | '.join(cells)} | its values as floats |")
+    return "\n".join(rows)
+
+
 def metrics_table() -> str:
     """One row a metric."""
     rows = ["| name | kind | what it counts | labels |", "|---|---|---|---|"]
@@ -45,6 +68,7 @@ TABLES: tuple[tuple[str, str, Callable[[], str]], ...] = (
     ("commands.md", "settings", settings_table),
     ("commands.md", "environment", environment_table),
     ("server.md", "metrics", metrics_table),
+    ("formats-export.md", "exports", export_table),
 )
 
 

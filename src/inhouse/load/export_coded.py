@@ -17,7 +17,7 @@ from inhouse.core.errors import UsageError
 from inhouse.core.tensors import TensorInfo
 from inhouse.load.export_report import Written
 from inhouse.load.export_targets import Target, Weights, as_bytes
-from inhouse.runtime.packed_layout import F32, U8, format_of
+from inhouse.runtime.packed_layout import F32, FORMATS, U8
 from inhouse.store.writing import TensorData
 
 CODED_WISHES: Mapping[str, tuple[str, ...]] = {
@@ -29,15 +29,34 @@ GROUPS = (128, 64, 32)
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 SHRINK = tuple(1.0 - 0.04 * i for i in range(9))  # of the range, tried in turn
 I32 = npt.NDArray[np.int32]
-_KEPT = {4: "q4_0", 8: "q8_0"}  # bits -> the packed format whose codes go over as they are
 
 
 class Rounded(NamedTuple):
     """A linear as integers: value = scales * (codes - zeros), group by group along the inputs."""
 
     codes: U8  # [out, in]
-    scales: npt.NDArray[np.float16]  # [out, groups]
+    scales: npt.NDArray[Any]  # [out, groups] f16, or bf16 as bit patterns
     zeros: U8  # [out, groups]
+
+
+class Carried(NamedTuple):
+    """How a form keeps a packed format's codes as they are."""
+
+    bits: int
+    group: int
+    scale: str  # file type of the scales
+
+
+def carried(form: str, name: str) -> Carried | None:
+    """None where the form cannot keep the codes of that packed format, and they are rounded anew."""
+    fmt = FORMATS.get(name)
+    if fmt is None or fmt.low == 0 or fmt.table or fmt.minimum or fmt.two_level or fmt.bits not in (4, 8):
+        return None
+    if fmt.group not in GROUPS or (form == "awq" and fmt.bits != 4) or getattr(fmt, "per_token", False):
+        return None
+    if fmt.scale == "f16" or (fmt.scale == "bf16" and form == "compressed-tensors"):
+        return Carried(fmt.bits, fmt.group, fmt.scale.upper())
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +66,7 @@ class CodedForm:
     form: str
     bits: int
     group: int = 128
+    scale: str = "F16"
 
     def refuses(self, target: Target) -> str:
         """Why a linear must stay a float; "" if it need not."""
@@ -86,18 +106,20 @@ class CodedForm:
 
         made = []
         for suffix, (dtype, shape, pick) in plan.items():
-            nbytes = int(np.prod(shape)) * {"I32": 4, "I64": 8, "F16": 2}[dtype]
+            nbytes = int(np.prod(shape)) * {"I32": 4, "I64": 8, "F16": 2, "BF16": 2}[dtype]
             made.append(TensorData(TensorInfo(f"{stem}.{suffix}", dtype, shape, nbytes), reader(pick)))
         return made, Written(target.name, was, f"{self.form} int{self.bits} g{self.group}", kept)
 
     def _kept(self, target: Target, weights: Weights) -> bool:
-        """Whether the codes go over as they are: Q4_0 and Q8_0 in groups of 32."""
-        return weights.shared_codes(target) == _KEPT[self.bits] and self.group == 32
+        """Whether the codes go over as they are."""
+        return carried(self.form, weights.shared_codes(target)) == (self.bits, self.group, self.scale)
 
     def _codes(self, target: Target, weights: Weights) -> Rounded:
         rows = weights.codes(target)
-        zero = format_of(_KEPT[self.bits]).zero
-        return Rounded(rows.codes, rows.scales.astype(np.float16), np.full(rows.scales.shape, zero, np.uint8))
+        zeros = np.full(rows.scales.shape, FORMATS[weights.shared_codes(target)].zero, np.int16)
+        if getattr(rows, "zeros", None) is not None:
+            zeros += rows.zeros
+        return Rounded(rows.codes, rows.scales, zeros.astype(np.uint8))
 
     def _layout(
         self, out: int, width: int
@@ -122,7 +144,7 @@ class CodedForm:
             }
         return {
             "weight_packed": ("I32", (out, width // per), lambda r: pack_words(r.codes, self.bits)),
-            "weight_scale": ("F16", (out, groups), lambda r: r.scales),
+            "weight_scale": (self.scale, (out, groups), lambda r: r.scales),
             "weight_zero_point": ("I32", (out // per, groups), lambda r: pack_words(r.zeros.T, self.bits).T),
             "weight_shape": ("I64", (2,), lambda r: np.array([out, width], np.int64)),
         }
@@ -152,15 +174,16 @@ class CodedForm:
 
 
 def coded_form(form: str, wish: str, linears: Sequence[Target], weights: Weights) -> CodedForm:
-    """The form for `--type`: int4 unless all linears are kept in eight bits. The group is 32 where that keeps all codes
-    as they are, else the largest that divides most widths."""
+    """The form for `--type`: the bits and group that keep the codes of all linears as they are, where there are such;
+    else the bits asked for (int4) in the largest group that divides most widths."""
     if form not in CODED_WISHES or (wish and wish not in CODED_WISHES[form]):
         raise UsageError(f"{form} has no type {wish!r}")
     shared = {weights.shared_codes(target) for target in linears}
-    wide = wish == "int8" or (not wish and shared == {"q8_0"} and "int8" in CODED_WISHES[form])
-    bits = 8 if wide else 4
-    if shared == {_KEPT[bits]}:
-        return CodedForm(form, bits, 32)
+    kept = {carried(form, name) for name in shared}
+    found = kept.pop() if len(kept) == 1 else None
+    if found is not None and (not wish or wish == f"int{found.bits}"):
+        return CodedForm(form, *found)
+    bits = 8 if wish == "int8" else 4
     fitting = {group: sum(target.matrix[1] % group == 0 for target in linears) for group in GROUPS}
     return CodedForm(form, bits, max(GROUPS, key=lambda group: (fitting[group], group)))
 

@@ -17,15 +17,14 @@ from inhouse.core.progress import Progress
 from inhouse.core.tensors import TensorInfo
 from inhouse.load.describe import Described, read_tokenizer
 from inhouse.load.export_report import ExportReport, Written
-from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, row_runs
+from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, narrowed, row_runs
 from inhouse.load.packing import Part
 from inhouse.model.families.config_out import ROPE_FACTORS, derive_target, gguf_table, rope_factors
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.write import gguf_tokenizer
 from inhouse.runtime.encode import encode_rows, fits
 from inhouse.runtime.packed_blocks import gguf_blocks, writable
-from inhouse.runtime.packed_layout import F32, U8
-from inhouse.runtime.packed_pack import narrow_bf16
+from inhouse.runtime.packed_layout import U8
 from inhouse.store.dtypes import GGML_TYPES
 from inhouse.store.gguf_write import write_gguf
 from inhouse.store.writing import TensorData, from_array
@@ -160,7 +159,7 @@ def _tensor(
 
 def _raw(target: Target, kind: str, weights: Weights, pool: ThreadPoolExecutor) -> U8:
     if kind in FLOATS:
-        return as_bytes(_narrowed(weights.floats(target), kind, target.name))
+        return as_bytes(narrowed(weights.floats(target), kind, target.name))
     name = writable()[kind]
     if weights.shared_codes(target) == name:
         return as_bytes(gguf_blocks(weights.codes(target), kind))
@@ -170,18 +169,6 @@ def _raw(target: Target, kind: str, weights: Weights, pool: ThreadPoolExecutor) 
         return gguf_blocks(encode_rows(name, rows[part]), kind)
 
     return as_bytes(np.concatenate(list(pool.map(encoded, row_runs(len(rows), 16)))))
-
-
-def _narrowed(values: F32, kind: str, name: str) -> np.ndarray:
-    if kind == "F32":
-        return values
-    if kind == "BF16":
-        return narrow_bf16(values)
-    with np.errstate(over="ignore"):
-        halves = values.astype(np.float16)
-    if np.any(np.isinf(halves) & np.isfinite(values)):
-        raise UnsupportedError(f"{name}: a weight of {float(np.abs(values).max()):g} is beyond F16", param=name)
-    return halves
 
 
 def _metadata(

@@ -19,13 +19,12 @@ from inhouse.core.tensors import TensorInfo
 from inhouse.load.describe import Described, read_tokenizer
 from inhouse.load.export_coded import CODED_WISHES, coded_form
 from inhouse.load.export_report import ExportReport, Written
-from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets
+from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, narrowed
 from inhouse.load.packing import Part
 from inhouse.model.families.config_out import derive_target, hf_config
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.write import hf_tokenizer
-from inhouse.runtime.packed_layout import F32, U8
-from inhouse.runtime.packed_pack import narrow_bf16
+from inhouse.runtime.packed_layout import U8
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.source import side_files
 from inhouse.store.writing import TensorData
@@ -107,18 +106,10 @@ def _float_tensor(target: Target, kind: str, weights: Weights, progress: Progres
     def read() -> U8:
         values = weights.floats(target)
         progress("export", *at)
-        return as_bytes(narrowed(values, kind))
+        return as_bytes(narrowed(values, kind, target.name))
 
     nbytes = int(np.prod(target.shape)) * _BYTES[kind]
     return TensorData(TensorInfo(target.name, kind, target.shape, nbytes), read)
-
-
-def narrowed(values: F32, kind: str) -> np.ndarray:
-    """f32 as F32, F16 (saturating nothing: an overflow would be an infinity, which loading refuses) or BF16."""
-    if kind == "BF16":
-        return narrow_bf16(values)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16) if kind == "F16" else values
 
 
 def _side_files(

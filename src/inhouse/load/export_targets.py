@@ -18,7 +18,7 @@ from inhouse.model.families.family import Derive
 from inhouse.runtime.encode import joined
 from inhouse.runtime.packed import FORMATS, Packed, is_float
 from inhouse.runtime.packed_blocks import code_rows
-from inhouse.runtime.packed_pack import CodeRows
+from inhouse.runtime.packed_pack import CodeRows, narrow_bf16
 
 F32 = npt.NDArray[np.float32]
 
@@ -159,3 +159,17 @@ def row_runs(count: int, workers: int, unit: int = 16) -> Iterator[slice]:
 
 def as_bytes(values: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+
+
+def narrowed(values: F32, kind: str, name: str) -> npt.NDArray[Any]:
+    """f32 as F32, F16 or BF16 (as bit patterns). Raises UnsupportedError for what F16 cannot hold."""
+    if kind == "F32":
+        return values
+    if kind == "BF16":
+        return narrow_bf16(values)
+    with np.errstate(over="ignore"):
+        halves = values.astype(np.float16)
+    if np.any(np.isinf(halves) & np.isfinite(values)):
+        most = float(np.abs(values).max())
+        raise UnsupportedError(f"{name}: a weight of {most:g} is beyond F16", remedy="Ask for --type bf16", param=name)
+    return halves

@@ -235,7 +235,7 @@ def _run(fmt: Format, width: int, tiles: U8, count: int) -> CodeRows:
     codes = plane("low", fmt.low)
     if fmt.high:
         codes = codes | (plane("high", fmt.high) << np.uint8(fmt.low))
-    kind = {"f32": "<f4", "f16": "<f2", "e8m0": "u1"}[fmt.scale]
+    kind = {"f32": "<f4", "f16": "<f2", "bf16": "<u2", "e8m0": "u1"}[fmt.scale]
     scales = lanes("scale", kind)
     assert scales is not None
     sub = "u1" if fmt.float_subs else "i1"
