@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress
 from inhouse.core.tensors import TensorInfo
 from inhouse.load.describe import Described, read_tokenizer
