@@ -330,3 +330,47 @@ def test_the_command_reports_every_tensor(tmp_path: Path, capsys: pytest.Capture
     with pytest.raises(SystemExit) as again:
         main(["export", "demo", "--to", "gguf", str(tmp_path / "d.gguf")])
     assert again.value.code == ConflictError.exit_code
+
+
+SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+FUSED: dict[str, tuple[str, str, dict[str, object]]] = {
+    "gpt2": ("GPT2LMHeadModel", "GPT2", {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}),
+    "gpt_neox": ("GPTNeoXForCausalLM", "GPTNeoX", {}),
+    "falcon": ("FalconForCausalLM", "Falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "phi3": ("Phi3ForCausalLM", "Phi3", {}),
+    "gemma": ("GemmaForCausalLM", "Gemma", {"head_dim": 16}),
+    "cohere": ("CohereForCausalLM", "Cohere", {}),
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_fused_transposed_and_shifted_weights_find_their_places(tmp_path: Path, case: str) -> None:
+    name, prefix, more = FUSED[case]
+    shape = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    if case in ("gpt2", "falcon"):
+        shape = {key: value for key, value in shape.items() if case == "falcon" and key.startswith(("hidden", "num"))}
+        shape.pop("num_key_value_heads", None)
+    if case == "gpt_neox":
+        shape.pop("num_key_value_heads")
+    oracle = transformers_oracle(name, f"{prefix}Config", SMALL | shape | more)
+    folder = tmp_path / "in"
+    oracle.save(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO_FOLDER / file, folder / file)
+    export_model(str(folder), "gguf", tmp_path / "out.gguf")
+    export_model(str(folder), "safetensors", tmp_path / "out")
+    wanted = oracle.logits(PROMPT)
+    assert worst(logits(tmp_path / "out.gguf"), wanted) < 1e-4
+    assert worst(logits(tmp_path / "out"), wanted) < 1e-4
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    assert worst(TransformersOracle(set_eval(again)).logits(PROMPT), wanted) < 1e-5
+
+
+def test_what_gguf_has_no_words_for_is_refused_by_name(tmp_path: Path) -> None:
+    folder, _ = made(tmp_path / "in", "Helium", SHAPE | {"head_dim": 64, "num_hidden_layers": 1})
+    with pytest.raises(UnsupportedError, match="no architecture for helium"):
+        export_model(str(folder), "gguf", tmp_path / "out.gguf")
+    assert not (tmp_path / "out.gguf").exists()

@@ -164,3 +164,14 @@ def test_a_split_gguf_in_a_folder_is_one_source(tmp_path: Path) -> None:
     shutil.copy(tmp_path / "m" / "m-00001-of-00002.gguf", tmp_path / "m" / "other.gguf")
     with pytest.raises(FormatError, match="3 weight files"):
         open_source(tmp_path / "m")
+
+
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path) -> None:
+    """640 bytes: the file begins with 0x80 0x02, as pickles of protocol 2 do."""
+    for pad in range(700):
+        write_safetensors(tmp_path / "m.safetensors", ONE, {"pad": "x" * pad})
+        if (tmp_path / "m.safetensors").read_bytes()[:2] == b"\x80\x02":
+            break
+    else:
+        raise AssertionError("no header of 640 bytes was made")
+    assert list(open_source(tmp_path / "m.safetensors")) == ["t"]

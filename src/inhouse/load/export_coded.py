@@ -117,8 +117,9 @@ class CodedForm:
     def _codes(self, target: Target, weights: Weights) -> Rounded:
         rows = weights.codes(target)
         zeros = np.full(rows.scales.shape, FORMATS[weights.shared_codes(target)].zero, np.int16)
-        if getattr(rows, "zeros", None) is not None:
-            zeros += rows.zeros
+        points = getattr(rows, "zeros", None)
+        if points is not None:
+            zeros += points
         return Rounded(rows.codes, rows.scales, zeros.astype(np.uint8))
 
     def _layout(

@@ -19,7 +19,7 @@ from inhouse.load.describe import Described, read_tokenizer
 from inhouse.load.export_report import ExportReport, Written
 from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, narrowed, row_runs
 from inhouse.load.packing import Part
-from inhouse.model.families.config_out import ROPE_FACTORS, derive_target, gguf_table, rope_factors
+from inhouse.model.families.config_out import ROPE_FACTORS, derive_target, gguf_norm_offset, gguf_table, rope_factors
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.write import gguf_tokenizer
 from inhouse.runtime.encode import encode_rows, fits
@@ -75,16 +75,20 @@ def export_gguf(
     tensors: list[TensorData] = []
     with ThreadPoolExecutor(threads, "encode") as pool:
         for target, kind, note in planned:
-            exact = _exact(target, weights, kind)
+            offset = _offset(target, spec)
+            exact = _exact(target, weights, kind) and not offset
+            note = note or (f"{offset:g} added, as GGUF keeps these norms" if offset else "")
             report.tensors.append(Written(target.name, "/".join(sorted(target.formats)), kind, exact, note))
             done += int(np.prod(target.shape))
-            tensors.append(_tensor(target, kind, weights, pool, progress, (done, total)))
+            tensors.append(_tensor(target, kind, weights, pool, progress, (done, total), offset))
         factors = rope_factors(spec.rope, spec.context_length)
         if factors is not None:
             tensors.append(from_array(ROPE_FACTORS, factors))
         write_gguf(out, metadata, tensors)
-    if len(set(spec.windows)) == 1 and spec.windows[0]:
-        report.notes.append(f"attention sees {spec.windows[0]} positions; llama.cpp does not limit it for every family")
+    if any(spec.windows):
+        report.notes.append(
+            f"attention sees {max(spec.windows)} positions; llama.cpp does not limit it for every family"
+        )
     report.nbytes = out.stat().st_size
     return report
 
@@ -143,14 +147,25 @@ def _exact(target: Target, weights: Weights, kind: str) -> bool:
     return target.dtype in order or (kind == "F32" and target.dtype not in ("F64",))
 
 
+def _offset(target: Target, spec: ModelSpec) -> float:
+    """What is added to the weights of a norm."""
+    return gguf_norm_offset(spec) if target.kind == "vector" and target.canonical.endswith("norm") else 0.0
+
+
 def _tensor(
-    target: Target, kind: str, weights: Weights, pool: ThreadPoolExecutor, progress: Progress, at: tuple[int, int]
+    target: Target,
+    kind: str,
+    weights: Weights,
+    pool: ThreadPoolExecutor,
+    progress: Progress,
+    at: tuple[int, int],
+    offset: float,
 ) -> TensorData:
     block = GGML_TYPES[kind]
     nbytes = int(np.prod(target.shape)) // block.block * block.nbytes
 
     def read() -> U8:
-        raw = _raw(target, kind, weights, pool)
+        raw = _raw(target, kind, weights, pool) if not offset else as_bytes(weights.floats(target) + np.float32(offset))
         progress("export", *at)
         return raw
 

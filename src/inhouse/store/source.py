@@ -73,6 +73,8 @@ def open_source(path: Path) -> TensorSource:
     head = _head(weights)
     if head.startswith(gguf.MAGIC):
         return gguf.open_gguf(weights)
+    if _is_safetensors(head, weights):  # first: a header of 640 bytes begins like a pickle, 0x80 0x02
+        return safetensors.open_safetensors(weights)
     if pickle.is_torch(head):
         return pickle.open_torch(weights)
     if head[8:9] == b"{":
@@ -141,6 +143,11 @@ def _only_weights(folder: Path) -> Path:
                 f"{folder} holds {len(found)} weight files and no index: {names}", remedy="Name the file to be read."
             )
     raise NotFoundError(f"{folder} holds no weights", remedy="Name a folder with .safetensors, .gguf or .bin files.")
+
+
+def _is_safetensors(head: bytes, path: Path) -> bool:
+    """Whether the file begins with the length of a header that it holds, and that header's first byte."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= path.stat().st_size - 8
 
 
 def _head(path: Path) -> bytes:

@@ -18,7 +18,8 @@ from inhouse.model.rotary import inverse_frequencies
 from inhouse.model.spec import ModelSpec, RopeSpec
 
 ROPE_FACTORS = "rope_freqs.weight"
-_GGUF_FALLBACK = "llama"  # Mistral's files call themselves so
+_CALLED = {"mistral": "llama"}  # families whose GGUF files bear another's name
+_SAYS_PARALLEL = ("gptneox", "stablelm")  # architectures with a key for parallel parts
 _LLAMA3 = (8.0, 32.0)  # factors that Llama 3.1 to 3.3 were published with
 
 
@@ -58,8 +59,15 @@ def derive_target(family: Family, spec: Spec, gguf: bool) -> dict[str, Derive]:
 
 
 def gguf_architecture(family: Family) -> str:
-    """`general.architecture` of a family's files."""
-    return family.gguf[0] if family.gguf else _GGUF_FALLBACK
+    """`general.architecture` of a family's files. Raises UnsupportedError where GGUF has none."""
+    if not family.gguf and family.name not in _CALLED:
+        raise UnsupportedError(f"GGUF has no architecture for {family.name} that we read", param="architectures")
+    return family.gguf[0] if family.gguf else _CALLED[family.name]
+
+
+def gguf_norm_offset(spec: ModelSpec) -> float:
+    """What GGUF adds to the weights of norms, once and for all (Gemma: 1)."""
+    return spec.norm_offset
 
 
 def rope_factors(rope: RopeSpec | None, context: int) -> np.ndarray | None:
@@ -92,23 +100,34 @@ def gguf_table(spec: ModelSpec, family: Family, names: Collection[str]) -> dict[
     keys["attention.layer_norm_rms_epsilon" if spec.norm == "rms" else "attention.layer_norm_epsilon"] = spec.norm_eps
     if rope is not None:
         keys |= {"rope.dimension_count": rope.dim, "rope.freq_base": rope.theta} | _gguf_rope(rope)
-    if spec.head_dim * spec.heads != spec.hidden:
-        keys |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
-    if len(set(spec.windows)) == 1 and spec.windows[0]:
-        keys["attention.sliding_window"] = spec.windows[0]
+    keys |= {"attention.key_length": spec.head_dim, "attention.value_length": spec.head_dim}
+    sliding = {window for window in spec.windows if window}
+    if len(sliding) == 1:  # which layers slide is the architecture's own pattern; reading back tells if it is not
+        keys["attention.sliding_window"] = sliding.pop()
+    keys |= _gguf_scales(spec, arch)
+    table = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in keys.items()}
+    stored = {key: np.float32(value).item() if isinstance(value, float) else value for key, value in table.items()}
+    factors = rope_factors(rope, spec.context_length)
+    written = replace(spec, norm_offset=spec.norm_offset - gguf_norm_offset(spec))
+    _same(written, stored, names, () if factors is None else factors.tolist(), f"GGUF's {arch}")
+    return table
+
+
+def _gguf_scales(spec: ModelSpec, arch: str) -> dict[str, Any]:
+    """Keys of what is scaled, capped or side by side, where that is not the usual."""
+    keys: dict[str, Any] = {}
     if spec.logit_softcap:
         keys["final_logit_softcapping"] = spec.logit_softcap
     if spec.attention_softcap:
         keys["attn_logit_softcapping"] = spec.attention_softcap
-    if spec.alibi:
-        keys["attention.max_alibi_bias"] = 8.0 * spec.alibi
-    if spec.logit_scale != 1.0:
+    if arch == "granite":
+        keys |= {"embedding_scale": spec.embed_scale, "residual_scale": spec.residual_scale}
+        keys |= {"logit_scale": 1.0 / spec.logit_scale, "attention.scale": spec.scale}
+    elif spec.logit_scale != 1.0:
         keys["logit_scale"] = spec.logit_scale
-    table = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in keys.items()}
-    stored = {key: np.float32(value).item() if isinstance(value, float) else value for key, value in table.items()}
-    factors = rope_factors(rope, spec.context_length)
-    _same(spec, stored, names, () if factors is None else factors.tolist(), f"GGUF's {arch}")
-    return table
+    if arch in _SAYS_PARALLEL:
+        keys["use_parallel_residual"] = spec.parallel_norms > 0
+    return keys
 
 
 def _gguf_rope(rope: RopeSpec) -> dict[str, Any]:
@@ -208,13 +227,20 @@ def _same(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str], fa
     differ = [
         name
         for name in spec.__dataclass_fields__
-        if name not in ("rope", "family") and getattr(spec, name) != getattr(found, name)
+        if name not in ("rope", "family") and not _alike(getattr(spec, name), getattr(found, name))
     ]
     if not _same_rope(spec, found):
         differ.append("rope")
     if differ:
         text = ", ".join(f"{name} ({getattr(spec, name)!r:.40})" for name in differ[:4])
         raise UnsupportedError(f"{what} cannot say this of the model: {text}", param=differ[0])
+
+
+def _alike(ours: Any, theirs: Any) -> bool:
+    """Equal, or as near as f32 keeps a fraction."""
+    if isinstance(ours, float) and isinstance(theirs, float):
+        return abs(ours - theirs) <= 1e-6 * max(abs(ours), abs(theirs))
+    return bool(ours == theirs)
 
 
 def _same_rope(spec: ModelSpec, found: ModelSpec) -> bool:
