@@ -119,6 +119,7 @@ void check_rotary(Rule& r) {
   if (!r.arity(0, 1, 1, 1)) return;
   r.floats();
   r.need(r.out(0).axis == Axis::kTokens && r.out(0).width % 2 == 0, "output must be [T, even]");
+  r.integer(1, 0, 1);
   r.vector(0, r.out(0).width / 2, false);
 }
 

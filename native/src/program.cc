@@ -19,7 +19,7 @@ struct OpRow {
 // By OpKind.
 constexpr OpRow kOps[] = {
     {"embed", 3},   {"rms_norm", 3},    {"layer_norm", 1}, {"quantize_rows", 1}, {"linears", 0},
-    {"rotary", 1},  {"rope", 2},        {"attention", 15}, {"act", 1},           {"glu", 3},
+    {"rotary", 2},  {"rope", 2},        {"attention", 15}, {"act", 1},           {"glu", 3},
     {"add", 0},     {"mul", 0},         {"scale", 1},      {"soft_cap", 1},      {"select_rows", 0},
     {"pool", 2},    {"write_cross", 2}, {"route", 8},      {"dispatch", 0},      {"expert_linears", 1},
     {"combine", 0}, {"scale_rows", 0},  {"concat", 1},     {"head_linears", 1},

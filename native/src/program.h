@@ -26,7 +26,7 @@ enum class OpKind : int32_t {
   kLayerNorm,      // eps
   kQuantizeRows,   // group (never 0)
   kLinears,        //
-  kRotary,         // factor
+  kRotary,         // factor, source (0 positions, 1 two-part)
   kRope,           // head_dim, interleaved
   kAttention,      // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, mask (0 causal,
                    // 1 bidirectional, 2 prefix), cross, bias (0 none, 1 alibi, 2 relative), buckets, max_distance,

@@ -104,7 +104,18 @@ void Runner::linears(const Op& op) {
 void Runner::rotary(const Op& op) {
   const int64_t half = value(op.outputs[0]).width / 2;
   each_row(step_.rows, 64 * half, [&](int64_t r) {
-    kernels_.rotary(step_.positions[r], vector(op, 0), op.real(0), half, row(op.outputs[0], r));
+    float* y = row(op.outputs[0], r);
+    const float factor = op.real(0);
+    const float* frequencies = vector(op, 0);
+    if (op.integer(1) == 0) return kernels_.rotary(step_.positions[r], frequencies, factor, half, y);
+    const int32_t turn = std::max(step_.prefixes[step_.sequence_of[r]] - 1, 0);  // where the first part stops
+    kernels_.rotary(std::min(step_.positions[r], turn), frequencies, factor, half, y);
+    for (int64_t i = half / 2; i < half; ++i) {
+      float pair[2];
+      kernels_.rotary(std::max(step_.positions[r] - turn, 0), frequencies + i, factor, 1, pair);
+      y[i] = pair[0];
+      y[half + i] = pair[1];
+    }
   });
 }
 

@@ -21,7 +21,7 @@ class Decoder {
   Decoder() {
     const int64_t table = matrix(kVocab, kWidth), norm = vector(kWidth), frequencies = vector(kDim / 2);
     const int64_t x = embed(table);
-    const int64_t angles = op(OpKind::kRotary, {}, {frequencies}, {kDim}, {bits(1.0)});
+    const int64_t angles = op(OpKind::kRotary, {}, {frequencies}, {kDim}, {bits(1.0), 0});
     const int64_t h = op(OpKind::kRmsNorm, {x}, {norm}, {kWidth}, {bits(1e-5), 1, bits(0.0)});
     const int64_t q = op(OpKind::kLinears, {h},
                          {matrix(kHeads * kDim, kWidth), matrix(kKv * kDim, kWidth), matrix(kKv * kDim, kWidth), -1,

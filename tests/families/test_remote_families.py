@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.families.parity import SlowOracle, check_parity, random_state
+from inhouse.engine.request import SamplingParams, make_request
+from tests.engine.driving import make_engine, run_all
+from tests.families.parity import OTHER, SlowOracle, check_parity, greedy, open_tiny, random_state
 from tests.families.slow import attend, gelu_tanh, halves, layer_norm, pairs, rms, silu
 
 pytestmark = pytest.mark.torch
@@ -266,3 +268,19 @@ def chatglm(prefix: int) -> SlowOracle:
 @pytest.mark.parametrize("prefix", [1, 11, 26])
 def test_chatglm(prefix: int, tmp_path: Path) -> None:
     check_parity(chatglm(prefix), tmp_path, "chatglm", case=f"prefix {prefix}", prefix=prefix)
+
+
+def test_the_engine_finds_the_prefix(tmp_path: Path) -> None:
+    """Prompts end in [gMASK] <sop>; the engine takes what stands before <sop> as the prefix, and cuts no prompt."""
+    prompts = [[*OTHER[:n], 88, 89] for n in (1, 5, 11)]
+    oracles = [chatglm(len(prompt) - 1) for prompt in prompts]
+    oracles[0].save(tmp_path)
+    executor = open_tiny(tmp_path).executor("native")
+    engine = make_engine(executor, step_tokens=64)
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    requests = [make_request(str(i), prompt, params, 6) for i, prompt in enumerate(prompts)]
+    results = run_all(engine, requests)
+    for prompt, oracle, result in zip(prompts, oracles, results, strict=True):
+        assert result.tokens[0] == greedy(oracle, prompt)[:6]
+    engine.close()
+    executor.close()

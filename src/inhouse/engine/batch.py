@@ -37,6 +37,7 @@ def build(plan: Plan) -> Batch:
         tables=stack_tables([_tables_of(c.sequence) for c in chunks]),
         sampled=sampled,
         adapters=np.array([c.sequence.request.adapter for c in chunks], np.int32),
+        prefixes=np.array([c.sequence.prefix for c in chunks], np.int32),
         encoder_lengths=np.array([len(c.sequence.request.encoder or ()) for c in chunks], np.int32),
     )
     return Batch(step, begins, _copies([copy for c in chunks for copy in c.copies]))

@@ -186,7 +186,7 @@ class Engine:
             sequence = Sequence(
                 request, 0, self._order, seed & (2**64 - 1), limit, stops, array("i", request.prompt),
                 self._blocks.empty_tables(), self._root(request), recipe,
-                clock=Clock(time.monotonic()),
+                clock=Clock(time.monotonic()), prefix=self._prefix(request),
             )  # fmt: skip
             if request.params.beams is not None:
                 sequence.group = BeamGroup(request.params.beams, stops, len(request.prompt), limit, [sequence])
@@ -194,6 +194,11 @@ class Engine:
             self._mail.submitted.append((sequence, sink))
             self._changed.notify_all()
         return request.id
+
+    def _prefix(self, request: Request) -> int:
+        """How many positions of the prompt see one another: those before the first of the model's prefix token."""
+        token = self.executor.programs.prefix_token
+        return request.prompt.index(token) if token in request.prompt else 0
 
     def _root(self, request: Request) -> bytes:
         """Where the chain of a request's blocks begins; what a decoder computes depends on the encoder's input too."""

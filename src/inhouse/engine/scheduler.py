@@ -300,7 +300,7 @@ class Scheduler:
             Status.RUNNING, sequence.computed, sequence.cached, 0, True,
             Clock(sequence.clock.arrival, sequence.clock.scheduled), list(sequence.keys), sequence.published,
             encoding=self.encoders.hold(sequence.encoding) if sequence.encoding else None,
-            encoder_cached=sequence.encoder_cached,
+            encoder_cached=sequence.encoder_cached, prefix=sequence.prefix,
         )  # fmt: skip
         insort(self.running, sister, key=lambda s: s.rank)
         return sister

@@ -63,6 +63,7 @@ class Sequence:
     published: int = 0  # leading blocks that others may find
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     encoding: Encoding | None = None  # what it holds of its encoder input
+    prefix: int = 0  # positions of its prompt that see one another
     encoder_cached: int = 0  # tokens of its encoder input that were computed before it came
     group: "BeamGroup[Sequence] | None" = None  # of beam search
     score: float = 0.0  # of a beam: sum of its logprobs

@@ -112,7 +112,7 @@ def state_groups(spec: ModelSpec) -> tuple[StateGroup, ...]:
         StateGroup(
             group_name(window), StateKind.WINDOW if window else StateKind.PAGED, tuple(which),
             spec.kv_heads, spec.head_dim, spec.head_dim, window,
-            chunkable=not spec.prefix, shareable=not spec.prefix,
+            chunkable=spec.prefix_token < 0, shareable=spec.prefix_token < 0,
         )
         for window, which in layers.items()
     )  # fmt: skip
@@ -131,6 +131,7 @@ def build(spec: ModelSpec) -> ProgramSet:
         vocab_size=spec.vocab_size,
         context_length=spec.context_length,
         constants=constants,
+        prefix_token=spec.prefix_token,
     )
 
 
@@ -234,7 +235,7 @@ def _attention(builder: Builder, spec: ModelSpec, i: int, h: Value, rotary: Valu
         "attention", q, k, v, weights=_attention_extras(spec, attn), group=group_name(window), heads=spec.heads,
         kv_heads=spec.kv_heads, head_dim=spec.head_dim, v_dim=spec.head_dim, scale=spec.scale, window=window,
         softcap=spec.attention_softcap, bias="alibi" if spec.alibi else "none",
-        mask="prefix" if spec.prefix else "causal",
+        mask="prefix" if spec.prefix_token >= 0 else "causal",
     )  # fmt: skip
     (o,) = _linears(builder, a, [f"{attn}.o"], spec.o_bias)
     return o

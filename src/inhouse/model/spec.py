@@ -87,7 +87,7 @@ class ModelSpec:
     learned_positions: int = 0  # rows of the table of positions; 0: none
     position_offset: int = 0  # row of position 0
     alibi: float = 0.0  # what the ALiBi slopes (arXiv 2108.12409) are multiplied by; 0: none
-    prefix: bool = False  # positions below a sequence's prefix see each other (ChatGLM-6B)
+    prefix_token: int = -1  # positions before the first of it in a prompt see each other (ChatGLM-6B); -1: none do
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and the MLP add
     logit_scale: float = 1.0

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.ops import ACTIVATIONS, GROUP_SCORES, MASKS, POOLINGS, SCORINGS
+from inhouse.runtime.ops import ACTIVATIONS, GROUP_SCORES, MASKS, POOLINGS, ROTARY_SOURCES, SCORINGS
 from inhouse.runtime.packed_layout import TILE_ROWS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
@@ -56,9 +56,7 @@ def _embed(c: _Context) -> list[int]:
 
 
 def _rotary(c: _Context) -> list[int]:
-    if c.op.attrs["source"] != "positions":
-        raise c.refuse("two-part positions")
-    return c.attrs("factor", real=["factor"])
+    return [*c.attrs("factor", real=["factor"]), ROTARY_SOURCES.index(str(c.op.attrs["source"]))]
 
 
 def _quantize(c: _Context) -> list[int]:

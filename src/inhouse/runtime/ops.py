@@ -15,6 +15,7 @@ Shape = tuple[Axis, int, DType, int]  # axis, width, dtype, group
 Weights = Sequence[WeightSpec | None]
 Infer = Callable[[Sequence[Value], Weights, Mapping[str, Attr]], list[Shape]]
 
+ROTARY_SOURCES = ("positions", "two_part")
 MASKS = ("causal", "bidirectional", "prefix")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu", "tanh", "sigmoid")
 POOLINGS = ("cls", "mean", "last", "max")
@@ -113,7 +114,7 @@ def _rotary(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list
 
     source `two_part` (ChatGLM-6B), of a sequence with the prefix P: the first half of inv_freq meets
     min(position, max(P - 1, 0)), the second max(position - max(P - 1, 0), 0)."""
-    _need(attrs["source"] in ("positions", "two_part"), f"unknown source {attrs['source']}")
+    _need(attrs["source"] in ROTARY_SOURCES, f"unknown source {attrs['source']}")
     _need(len(ws) == 1 and ws[0] is not None and len(ws[0].shape) == 1, "expected inverse frequencies")
     assert ws[0] is not None
     return [_f32(Axis(str(attrs["axis"])), 2 * ws[0].shape[0])]

@@ -156,6 +156,7 @@ class ProgramSet:
     vocab_size: int
     context_length: int
     constants: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    prefix_token: int = -1  # a prompt's positions before the first of it are a step's prefix; -1: there is none
     version: int = PROGRAM_VERSION
 
     def group(self, name: str) -> StateGroup:

@@ -112,6 +112,8 @@ class StepRows:
     def ids(self, source: str, axis: Axis) -> Tensor:
         if axis is not Axis.TOKENS:
             raise UsageError(f"a step has no ids of axis {axis}")
+        if source == "prefixes":
+            return self._to(self._step.prefixes[self._step.sequences])
         arrays = {"tokens": self._step.tokens, "positions": self._step.positions, "types": self._step.types}
         return self._to(arrays[source])
 

@@ -65,6 +65,8 @@ class _DenseRows:
     def ids(self, source: str, axis: Axis) -> Tensor:
         if axis is not Axis.TOKENS:
             raise UnsupportedError(f"whole-sequence mode has no rows of axis {axis}")
+        if source == "prefixes":
+            raise UnsupportedError("whole-sequence mode knows no prefixes")
         if source == "types":
             return torch.zeros_like(self._tokens).flatten()
         return (self._tokens if source == "tokens" else self._positions).flatten()

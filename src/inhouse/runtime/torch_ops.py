@@ -104,6 +104,16 @@ def rotary(positions: Tensor, inv_freq: Tensor, *, factor: float = 1.0) -> Tenso
     return table.to(torch.float32).to(positions.device)
 
 
+def two_part_rotary(positions: Tensor, prefixes: Tensor, inv_freq: Tensor, *, factor: float = 1.0) -> Tensor:
+    """`rotary` whose first half of angles stops at the end of each row's prefix, where the second half begins
+    (prefixes [rows]; ChatGLM-6B)."""
+    turn = (prefixes - 1).clamp(min=0)
+    parts = [torch.minimum(positions, turn), (positions - turn).clamp(min=0)]
+    tables = [rotary(at, part, factor=factor) for at, part in zip(parts, inv_freq.chunk(2), strict=True)]
+    halves = [table.chunk(2, dim=1) for table in tables]  # cosines, sines
+    return torch.cat([half[i] for i in range(2) for half in halves], dim=1)
+
+
 def rope(x: Tensor, table: Tensor, *, head_dim: int, interleaved: bool = False) -> Tensor:
     """x [rows, heads * head_dim], table [rows, D] of `rotary` -> x with the first D of each head rotated."""
     heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)

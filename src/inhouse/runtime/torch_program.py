@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import UsageError
 from inhouse.runtime import torch_moe as moe
 from inhouse.runtime import torch_ops as ops
 from inhouse.runtime.program import Axis, Op, Program
@@ -20,7 +20,7 @@ class Rows(Protocol):
     """What an evaluation runs over: the arrays behind the row axes, and what needs more than a row at a time."""
 
     def ids(self, source: str, axis: Axis) -> Tensor:
-        """int64 [rows]: `tokens`, `positions` or `types` of an axis."""
+        """int64 [rows]: `tokens`, `positions` or `types` of an axis, or the prefix of each row's sequence."""
 
     def select(self, x: Tensor) -> Tensor:
         """x [T, width] -> [S, width]."""
@@ -106,10 +106,11 @@ def _linears(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows
 
 
 def _rotary(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
-    if op.attrs["source"] != "positions":
-        raise UnsupportedError("the torch executor has no two-part positions")
-    positions = rows.ids("positions", Axis(str(op.attrs["axis"])))
-    return [ops.rotary(positions, _given(ws[0]), factor=float(op.attrs["factor"]))]
+    axis, factor, frequencies = Axis(str(op.attrs["axis"])), float(op.attrs["factor"]), _given(ws[0])
+    positions = rows.ids("positions", axis)
+    if op.attrs["source"] == "positions":
+        return [ops.rotary(positions, frequencies, factor=factor)]
+    return [ops.two_part_rotary(positions, rows.ids("prefixes", axis), frequencies, factor=factor)]
 
 
 def _rope(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:

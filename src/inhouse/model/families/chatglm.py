@@ -33,7 +33,7 @@ def _first(fields: Fields, tensors: Tensors) -> ModelSpec:
     return decoder.from_hf(
         fields, tensors, "chatglm", keys, eps=1e-5, activation="gelu_new", rope=RopeSpec(head_dim, source="two_part"),
         norm="layer", norm_bias=True, gated=False, qkv_bias=True, o_bias=True, mlp_bias=True,
-        carry=(2 * max(layers, 1)) ** 0.5, prefix=True, inert=_INERT,
+        carry=(2 * max(layers, 1)) ** 0.5, prefix_token=fields.integer("bos_token_id", 130004), inert=_INERT,
     )  # fmt: skip
 
 
