@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
+from inhouse.core.errors import FormatError
 from tests.families.parity import (
     F32,
     PROMPT,
@@ -154,3 +155,16 @@ def test_quantised_experts_agree_between_the_executors(case: str, wish: str, tmp
     errors = np.abs(native - reference).max(axis=1) / np.abs(reference).max()
     assert np.median(errors) < 1e-5
     assert errors.max() < 3e-2  # an activation at the edge of rounding falls either way, and the tokens after it follow
+
+
+def test_the_layer_that_predicts_a_token_more_is_left_unread(tmp_path: Path) -> None:
+    _, oracle = oracle_of("deepseek_v3")
+    oracle.save(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    layer = f"model.layers.{SHAPE['num_hidden_layers']}"
+    more = {f"{layer}.{name}.weight": np.ones((8, 6), np.float32) for name in ("eh_proj", "mlp.gate")}
+    save_file(state | more, tmp_path / "model.safetensors")
+    assert not any(name.startswith("layers.3.") for name in open_tiny(tmp_path).weights)
+    save_file(state | {"model.layers.0.eh_proj.weight": np.ones(3, np.float32)}, tmp_path / "model.safetensors")
+    with pytest.raises(FormatError, match=r"model\.layers\.0\.eh_proj"):
+        open_tiny(tmp_path)

@@ -139,7 +139,8 @@ def qwen2_keys(config: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FILES: dict[str, tuple[str, Callable[[TransformersOracle], State], Callable[[Any], Mapping[str, Any]]]] = {
+File = tuple[str, Callable[[TransformersOracle], State], Callable[[Any], Mapping[str, Any]]]
+FILES: Mapping[str, File] = {
     "mixtral": ("llama", llama, lambda c: {"expert_count": 5, "expert_used_count": 2, "rope.dimension_count": 8}),
     "qwen3_moe": (
         "qwen3moe", plain,
@@ -160,10 +161,12 @@ CHANGES: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def write(path: Path, case: str, kind: str = "F32", **more: Any) -> TransformersOracle:
-    """The original of a case as a GGUF file, its matrices of experts as `kind`."""
+def write(
+    path: Path, case: str, kind: str = "F32", file: File | None = None, quantized: str = "_exps.", **more: Any
+) -> TransformersOracle:
+    """The original of a case as a GGUF file, matrices with `quantized` in their names as `kind`."""
     _, oracle = oracle_of(case, **CHANGES.get(case, {}), **more)
-    arch, tensors, keys = FILES[case]
+    arch, tensors, keys = file or FILES[case]
     writer = gguf.GGUFWriter(path, arch)
     for key, value in common(arch, oracle.model.config, **keys(oracle.model.config)).items():
         if isinstance(value, bool):
@@ -183,7 +186,7 @@ def write(path: Path, case: str, kind: str = "F32", **more: Any) -> Transformers
         found, data = f"{found}.bias" if bias else found, np.ascontiguousarray(array)
         if found.endswith("ffn_gate_inp_shexp.weight"):
             data = data.reshape(-1)
-        if kind != "F32" and "_exps." in found:
+        if kind != "F32" and quantized in found:
             which = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(found, gguf.quants.quantize(data, which), raw_dtype=which)
         else:
@@ -213,3 +216,28 @@ def test_experts_keep_the_blocks_of_their_file(kind: str, tmp_path: Path) -> Non
         which = gguf.GGMLQuantizationType[kind]
         meant = gguf.quants.dequantize(gguf.quants.quantize(down, which), which)
         np.testing.assert_array_equal(weight.dequantize(), meant[expert])
+
+
+def older_keys(config: Any) -> dict[str, Any]:
+    """Before latent attention had keys of its own."""
+    keys = {key: value for key, value in v3_keys(config).items() if not key.endswith("_mla")}
+    return keys | {"attention.key_length": 24, "attention.value_length": 16, "attention.head_count_kv": HEADS}
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_older_files_keep_k_and_v_of_the_heads_in_one(kind: str, tmp_path: Path) -> None:
+    """k is transposed for absorption, which codes cannot be: it becomes the floats that they mean."""
+    file = ("deepseek2", plain, older_keys)
+    oracle = write(tmp_path / "model.gguf", "deepseek_v3", kind, file, "attn_kv_b")
+    tiny = open_tiny(tmp_path / "model.gguf", fmt="gguf F32")
+    if kind == "F32":
+        return compare(tiny, oracle, case="older")
+    name, which = "model.layers.1.self_attn.kv_b_proj.weight", gguf.GGMLQuantizationType.Q8_0
+    meant = gguf.quants.dequantize(gguf.quants.quantize(plain(oracle)[name], which), which).reshape(HEADS, 32, 32)
+    k, v = (tiny.weights[f"layers.1.attn.{part}.weight"] for part in ("k_b", "v_b"))
+    assert isinstance(k, Packed)
+    assert isinstance(v, Packed)
+    assert (k.format, v.format) == ("f32", "q8_0")
+    np.testing.assert_array_equal(k.dequantize(), meant[:, :16].swapaxes(1, 2).reshape(-1, 16))
+    np.testing.assert_array_equal(v.dequantize(), meant[:, 16:].reshape(-1, 32))
+    return None
