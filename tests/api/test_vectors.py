@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from inhouse.engine.session import Session
 from inhouse.load.importer import import_model
 from inhouse.store.home import Home
 from inhouse.store.store import Store
-from tests.load.sentences import TEXTS, Original, add_modules, close, unit, write
+from tests.load.sentences import TEXTS, WORDS, Original, add_modules, close, unit, write
 
 pytestmark = [pytest.mark.torch, pytest.mark.native]
 
@@ -160,3 +161,71 @@ def test_a_decoder_folder_pools_as_it_says(tmp_path: Path, stories: Path) -> Non
     assert np.linalg.norm(plain) == pytest.approx(1, abs=1e-5)
     assert np.linalg.norm(raw) != pytest.approx(1, abs=1e-2)
     assert close(raw / np.linalg.norm(raw), plain)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_decoder_saved_without_its_head_embeds(tmp_path: Path, tied: bool) -> None:
+    """As Qwen3-Embedding's folder is: names without `model.`, the last token's state, of length 1."""
+    sizes = {"num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": tied}
+    original = Original(tmp_path, "Qwen3Model", "Qwen3Config", **sizes)
+    add_modules(tmp_path, mode="lasttoken", normalize=True)
+    write(tmp_path / "1_Pooling" / "config.json", {"pooling_mode_lasttoken": True})
+    wanted = np.stack([unit(original.output(text).last_hidden_state[0, -1].numpy()) for text in TEXTS])
+    with Session.open(str(tmp_path), Settings()) as session:
+        assert close(session.vectors.embed(TEXTS), wanted)
+        assert session.vectors.kinds == (("generate",) if tied else ()) + ("embed", "rerank")
+
+
+GGUF_TENSORS = {
+    "embeddings.word_embeddings": "token_embd", "embeddings.position_embeddings": "position_embd",
+    "embeddings.token_type_embeddings": "token_types", "embeddings.LayerNorm": "token_embd_norm",
+    "attention.self.query": "attn_q", "attention.self.key": "attn_k", "attention.self.value": "attn_v",
+    "attention.output.dense": "attn_output", "attention.output.LayerNorm": "attn_output_norm",
+    "intermediate.dense": "ffn_up", "output.dense": "ffn_down", "output.LayerNorm": "layer_output_norm",
+}  # fmt: skip
+
+
+def write_gguf(original: Original, path: Path, pooling: int) -> None:
+    """The model as llama.cpp's converter names it, by the gguf package."""
+    writer = gguf.GGUFWriter(path, "bert")
+    config = original.model.config
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_eps(config.layer_norm_eps)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(gguf.PoolingType(pooling))
+    writer.add_tokenizer_model("bert")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_type_count(2)
+    words = [word if word[0] == "[" else word[2:] if word[:2] == "##" else "\u2581" + word for word in WORDS]
+    writer.add_token_list(words)
+    writer.add_token_types([3 if word[0] == "[" else 1 for word in WORDS])
+    writer.add_uint32("tokenizer.ggml.bos_token_id", 2)
+    writer.add_uint32("tokenizer.ggml.cls_token_id", 2)
+    writer.add_uint32("tokenizer.ggml.seperator_token_id", 3)
+    writer.add_uint32("tokenizer.ggml.unknown_token_id", 1)
+    writer.add_uint32("tokenizer.ggml.padding_token_id", 0)
+    for name, tensor in original.model.state_dict().items():
+        if "pooler" in name:
+            continue
+        stem, kind = name.rsplit(".", 1)
+        layer, _, rest = stem.removeprefix("encoder.layer.").partition(".")
+        place = GGUF_TENSORS[stem] if stem in GGUF_TENSORS else f"blk.{layer}.{GGUF_TENSORS[rest]}"
+        writer.add_tensor(f"{place}.{kind}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("pooling", [1, 2])
+def test_a_gguf_of_llama_cpp(tmp_path: Path, pooling: int) -> None:
+    original = Original(tmp_path / "hf")
+    write_gguf(original, tmp_path / "tiny.gguf", pooling)
+    rows = [original.output(text).last_hidden_state[0].numpy() for text in TEXTS]
+    wanted = np.stack([unit(row.mean(0) if pooling == 1 else row[0]) for row in rows])
+    with Engine.open(str(tmp_path / "tiny.gguf")) as engine:
+        assert close(engine.embed(TEXTS), wanted)

@@ -23,14 +23,14 @@ SIZE: dict[str, Any] = {
 
 
 class Original:
-    """A random BERT of transformers (class `name`) with its tokenizer, saved in a folder."""
+    """A random BERT of transformers (class `name`; or another, of class `config`) with its tokenizer, in a folder."""
 
-    def __init__(self, folder: Path, name: str = "BertModel", **settings: Any) -> None:
+    def __init__(self, folder: Path, name: str = "BertModel", config: str = "BertConfig", **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(1)
         torch.set_num_threads(1)
         made: Any = transformers
-        self.model = getattr(made, name)(made.BertConfig(**SIZE | settings)).eval()
+        self.model = getattr(made, name)(getattr(made, config)(**SIZE | settings)).eval()
         with torch.no_grad():
             for parameter in self.model.parameters():
                 noise = torch.randn(parameter.shape)
@@ -42,8 +42,11 @@ class Original:
 
     def output(self, *texts: str) -> Any:
         """What the model says of one text, or of a pair."""
+        given = self.tokenizer(*texts, return_tensors="pt")
+        if self.model.config.model_type != "bert":
+            given.pop("token_type_ids")
         with torch.no_grad():
-            return self.model(**self.tokenizer(*texts, return_tensors="pt"))
+            return self.model(**given)
 
     def mean(self, text: str) -> F32:
         """The mean of the last layer's rows."""

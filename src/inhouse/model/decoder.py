@@ -120,12 +120,13 @@ def state_groups(spec: ModelSpec) -> tuple[StateGroup, ...]:
 
 def build(spec: ModelSpec) -> ProgramSet:
     """The Programs of a decoder: `step` (logits [S, vocab]) and `embed` (hidden [T, width] and, of each
-    sequence's last token, pooled [N, width] as `spec.pooling` says)."""
+    sequence's last token, pooled [N, width] as `spec.pooling` says); the latter alone where there is no head."""
     weights = weight_specs(spec)
     constants = _constants(spec)
     known = weights | {name: WeightSpec(name, array.shape, "vector") for name, array in constants.items()}
+    embed = {"embed": _embed(spec, known)}
     return ProgramSet(
-        programs={"step": _step(spec, known), "embed": _embed(spec, known)},
+        programs=embed if spec.headless else {"step": _step(spec, known), **embed},
         weights=weights,
         groups=state_groups(spec),
         vocab_size=spec.vocab_size,

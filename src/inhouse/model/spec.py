@@ -97,6 +97,7 @@ class ModelSpec:
     sinks: bool = False  # a learned score in the softmax of each head that carries no value
     moe: MoeSpec | None = None  # layers whose MLP is a mixture of experts
     pooling: Pooling = Pooling("last")  # of Program `embed`
+    headless: bool = False  # the checkpoint brings no head: it embeds, and generates nothing
     mla: MlaSpec | None = None  # attention over a compressed cache
 
     @property

@@ -76,6 +76,20 @@ MODERNBERT: Mapping[str, str] = {
     "final_norm": "final_norm",
 }
 
+_BLOCK = "blk.{i}."
+GGUF: Mapping[str, str] = {
+    "embed": "token_embd",
+    "positions": "position_embd",
+    "types": "token_types",
+    "embed_norm": "token_embd_norm",
+    **{f"layers.{{i}}.attn.{part}": f"{_BLOCK}attn_{part}" for part in "qkv"},
+    "layers.{i}.attn.o": f"{_BLOCK}attn_output",
+    "layers.{i}.attn_norm": f"{_BLOCK}attn_output_norm",
+    "layers.{i}.mlp.up": f"{_BLOCK}ffn_up",
+    "layers.{i}.mlp.down": f"{_BLOCK}ffn_down",
+    "layers.{i}.mlp_norm": f"{_BLOCK}layer_output_norm",
+}
+
 POOLER_HEAD: Mapping[str, str] = {"head.dense": f"{BODY}pooler.dense", "head.out": "classifier"}
 OWN_HEAD: Mapping[str, str] = {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}
 ALBERT_HEAD: Mapping[str, str] = {"head.dense": f"{BODY}pooler", "head.out": "classifier"}
@@ -117,6 +131,8 @@ class EncoderFamily(Family):
 
     def _table(self, spec: EncoderSpec, names: Collection[str]) -> dict[str, str]:
         """Canonical stem -> source stem, with the prefix that this checkpoint has."""
+        if f"{GGUF['embed']}.weight" in names:
+            return dict(GGUF)
         body = {canonical: str(stem) for canonical, stem in self.hf_names.items()}
         prefix = self.prefix if f"{self.prefix}{body['embed']}.weight" in names else ""
         tokens = spec.classifier is not None and spec.classifier.tokens and not spec.classifier.dense

@@ -16,8 +16,10 @@ from inhouse.model.families.decoder import ACTIVATIONS, INERT_HF, NEUTRAL_HF
 from inhouse.model.families.encoder_names import EncoderFamily
 from inhouse.model.families.family import Tensors
 from inhouse.model.families.fields import Fields
+from inhouse.model.pooling import Pooling
 from inhouse.model.spec import LIMITS, RopeSpec
 
+GGUF_NAMES = ("bert",)
 SEQUENCE, TOKEN = "ForSequenceClassification", "ForTokenClassification"
 _PLAIN = ClassifierSpec(())
 _TANH = ClassifierSpec((), dense=True, activation="tanh")
@@ -219,8 +221,29 @@ def _one_of(fields: Fields, key: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def _bert_gguf(fields: Fields, tensors: Tensors) -> EncoderSpec:
+    """llama.cpp's `bert`, which RoBERTa is written as too: rows of positions before the first are left out there.
+    `pooling_type` names the pooling; vectors have length 1, as llama.cpp gives them."""
+    context = fields.integer("context_length")
+    kinds = {0: "mean", 1: "mean", 2: "cls", 3: "last"}
+    kind = fields.integer("pooling_type", 1)
+    if kind not in kinds:
+        raise fields.unsupported("pooling_type", kind)
+    fields.expect("attention.causal", (False,))
+    spec = EncoderSpec(
+        family="bert", hidden=fields.integer("embedding_length"), layers=fields.integer("block_count"),
+        heads=fields.integer("attention.head_count"), ffn=fields.integer("feed_forward_length"),
+        vocab_size=fields.integer("vocab_size"), context_length=context,
+        norm_eps=fields.number("attention.layer_norm_epsilon"), position_rows=context,
+        types=fields.integer("token_type_count", 2) if "token_types.weight" in tensors.names else 0,
+        pooling=Pooling(kinds[kind]),
+    )  # fmt: skip
+    fields.refuse_rest(("tensor_data_layout",))
+    return check_encoder(spec)
+
+
 def _no_gguf(fields: Fields, tensors: Tensors) -> Spec:
-    raise UnsupportedError("encoders are not read from GGUF")
+    raise UnsupportedError("this encoder is not read from GGUF")
 
 
 def _row(
@@ -230,14 +253,16 @@ def _row(
     body: Mapping[str, str],
     heads: Mapping[str, str],
     prefix: str,
+    gguf: tuple[str, ...] = (),
 ) -> EncoderFamily:
     architectures = tuple(cls + kind for cls in classes for kind in KINDS)
-    return EncoderFamily(name, architectures, (), read, _no_gguf, body, {}, prefix=prefix, heads=heads)
+    from_gguf = _bert_gguf if gguf else _no_gguf
+    return EncoderFamily(name, architectures, gguf, read, from_gguf, body, {}, prefix=prefix, heads=heads)
 
 
 ROWS = (
     _row("bert", ("Bert",), partial(_bert, family="bert", head=_TANH),
-         encoder_names.BERT, encoder_names.POOLER_HEAD, "bert."),
+         encoder_names.BERT, encoder_names.POOLER_HEAD, "bert.", GGUF_NAMES),
     _row("roberta", ("Roberta", "XLMRoberta", "Camembert"), partial(_bert, family="roberta", head=_TANH, offset=True),
          encoder_names.BERT, encoder_names.OWN_HEAD, "roberta."),
     _row("electra", ("Electra",), partial(_bert, family="electra", head=_GELU),

@@ -34,22 +34,24 @@ def _gguf(fields: Fields, tensors: Tensors) -> ModelSpec:
 ROWS = (
     Family(
         name="llama",
-        architectures=("LlamaForCausalLM", "LLaMAForCausalLM"),
+        architectures=("LlamaForCausalLM", "LLaMAForCausalLM", "LlamaModel"),
         gguf=("llama",),
         from_hf=_llama,
         from_gguf=_gguf,
         hf_names=decoder.HF_NAMES,
+        prefix="model.",
         gguf_names=decoder.GGUF_NAMES,
         gguf_pairs=True,
         ignored=("model.layers.*.self_attn.rotary_emb.inv_freq",),
     ),
     Family(
         name="mistral",
-        architectures=("MistralForCausalLM",),
+        architectures=("MistralForCausalLM", "MistralModel"),
         gguf=(),  # GGUF calls it llama
         from_hf=_mistral,
         from_gguf=_gguf,
         hf_names=decoder.HF_NAMES,
+        prefix="model.",
         gguf_names=decoder.GGUF_NAMES,
         gguf_pairs=True,
     ),

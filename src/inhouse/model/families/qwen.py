@@ -40,20 +40,22 @@ def _qwen3(fields: Fields, tensors: Tensors) -> ModelSpec:
 ROWS = (
     Family(
         name="qwen2",
-        architectures=("Qwen2ForCausalLM",),
+        architectures=("Qwen2ForCausalLM", "Qwen2Model"),
         gguf=("qwen2",),
         from_hf=_qwen2,
         from_gguf=lambda fields, tensors: decoder.from_gguf(fields, tensors, "qwen2"),
         hf_names=decoder.HF_NAMES,
+        prefix="model.",
         gguf_names=decoder.GGUF_NAMES,
     ),
     Family(
         name="qwen3",
-        architectures=("Qwen3ForCausalLM",),
+        architectures=("Qwen3ForCausalLM", "Qwen3Model"),
         gguf=("qwen3",),
         from_hf=_qwen3,
         from_gguf=lambda fields, tensors: decoder.from_gguf(fields, tensors, "qwen3", qk_norm=True),
         hf_names=decoder.HF_NAMES,
+        prefix="model.",
         gguf_names=decoder.GGUF_NAMES,
     ),
 )

@@ -77,6 +77,8 @@ def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[Spec, Fa
                 if not isinstance(tokens, Sequence) or isinstance(tokens, str):
                     raise FormatError("tokenizer.ggml.tokens of the GGUF metadata is not a list of tokens")
                 full.setdefault(f"{name}.vocab_size", len(tokens))
+            if name in encoders.GGUF_NAMES:
+                full[f"{name}.token_type_count"] = config.get("tokenizer.ggml.token_type_count")
             return family.from_gguf(Fields(full, "the GGUF metadata", f"{name}.", single=True), tensors), family
     raise _unknown(str(name), [known for family in FAMILIES for known in family.gguf])
 
