@@ -98,7 +98,9 @@ def test_classes_and_their_probabilities(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("activation", ["Sigmoid", "Identity"])
 def test_a_cross_encoder_reads_both_texts(tmp_path: Path, activation: str) -> None:
-    said = {"sentence_transformers": {"activation_fn": f"torch.nn.modules.linear.{activation}", "version": "5"}}
+    said: dict[str, Any] = {
+        "sentence_transformers": {"activation_fn": f"torch.nn.modules.linear.{activation}", "version": "5"}
+    }
     original = Original(tmp_path, "BertForSequenceClassification", num_labels=1, **said)
     scores = torch.tensor([float(original.output("where the dog?", text).logits[0, 0]) for text in TEXTS])
     wanted = torch.sigmoid(scores) if activation == "Sigmoid" else scores

@@ -30,7 +30,7 @@ class Fleet:
     def __init__(self, root: Path) -> None:
         self.mini = Original(root / "mini", matryoshka_dimensions=[8])
         add_modules(root / "mini", prompts={"query": "the cat: "}, normalize=False)
-        said = {"id2label": {0: "calm", 1: "angry", 2: "glad"}}
+        said: dict[str, Any] = {"id2label": {0: "calm", 1: "angry", 2: "glad"}}
         self.mood = Original(root / "mood", "BertForSequenceClassification", **said)
         self.cross = Original(root / "cross", "BertForSequenceClassification", num_labels=1)
         self.names = Original(root / "names", "BertForTokenClassification", num_labels=4)
