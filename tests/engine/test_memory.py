@@ -17,7 +17,7 @@ from inhouse.runtime.packed import pack_gguf
 from inhouse.runtime.program import Axis, Op, Program, ProgramSet, StateGroup, Value
 from inhouse.runtime.sampling import ReferenceSampler
 from inhouse.store.gguf import open_gguf
-from tests.engine.fakes import FakeExecutor, paged, programs, window
+from tests.engine.fakes import FakeExecutor, encoder_programs, paged, programs, window
 
 pytestmark = pytest.mark.null
 
@@ -141,3 +141,18 @@ def test_activations_of_a_real_program(stories: Path) -> None:
     bytes_ = memory.activation_bytes(build(spec), 512, 64)
     widest = 512 * (64 + 2 * 172) * 4
     assert widest <= bytes_ < 2 * widest
+
+
+def test_cross_state_grows_with_sequences_and_scratch_does_not() -> None:
+    set_ = encoder_programs(context=128)
+    shares = memory.share_groups(set_)
+    assert [[group.name for group in part] for part in (shares.own, shares.cross, shares.scratch)] == [
+        ["full"], ["cross"], ["encoder"],
+    ]  # fmt: skip
+    each = memory.block_bytes(set_.group("full"), "f32")
+    scratch = 64 + 128 // 16  # one input, and part of a block for each of many
+    budget = (scratch + 5 * 16) * each
+    blocks = memory.kv_blocks_for(set_, "f32", budget, context=128, sequences=32, step_tokens=64)
+    assert blocks == {"full": 5 * 8, "cross": 5 * 8, "encoder": scratch}
+    with pytest.raises(CapacityError, match="one sequence of 128 tokens needs"):
+        memory.kv_blocks_for(set_, "f32", scratch * each, context=128, sequences=32, step_tokens=64)

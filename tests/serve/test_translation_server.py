@@ -12,6 +12,7 @@ import transformers
 from openai import BadRequestError, OpenAI
 
 import inhouse
+from tests.cli.program import here
 from tests.families.seq2seq import Pair, save_tiny
 from tests.serve.launch import server
 
@@ -53,6 +54,15 @@ def test_the_library(t5: Pair) -> None:
         assert best.score >= max(other.score or 0.0 for other in best.others)
         sampled = engine.generate(TEXT, max_tokens=12, temperature=1.0, seed=5)
         assert engine.generate(TEXT, max_tokens=12, temperature=1.0, seed=5).text == sampled.text != answer.text
+
+
+def test_the_terminal(t5: Pair) -> None:
+    ran = here("run", str(t5.folder), TEXT, "--max-tokens", "12", "--quantize", "q8")
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split()[0] == theirs(t5, TEXT)[0].split()[0]
+    shown = here("show", str(t5.folder)).stdout
+    assert "encoder of 2 layers, 4 heads of 8, FFN 64, decoder of 2 layers" in shown
+    assert "the last message of a chat is read as it is" in shown
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,10 @@ from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate
 from inhouse.load.packing import Part
-from inhouse.model.build import build, kv_bytes_per_token, parameters
+from inhouse.model.build import build, parameters
 from inhouse.model.rewrite import quantize_activations
 from inhouse.model.tokens.tokenizer import Tokenizer
+from inhouse.plan.memory import share_groups
 from inhouse.runtime.packed import packed_nbytes
 from inhouse.runtime.program import ProgramSet
 from inhouse.store.home import Home
@@ -73,11 +74,17 @@ def facts(opened: Opened) -> dict[str, Any]:
         "files": files,
         "stored": _by_kind((info.dtype, info.nbytes) for info in infos),
         "packed": _by_kind((part.format, packed_bytes(part)) for part in opened.plan.parts),
-        "kv_bytes_per_token": kv_bytes_per_token(opened.programs, 2),
+        "kv_bytes_per_token": _kv_bytes(opened.programs),
         "notes": list(opened.plan.notes),
         "spec": asdict(spec),
         **_lineage(located),
     }
+
+
+def _kv_bytes(programs: ProgramSet) -> int:
+    """Bytes at 16 bits that a token takes, and with an encoder-decoder one of its input; scratch is not counted."""
+    shares = share_groups(programs)
+    return sum(group.bytes_per_token(2) for group in (*shares.own, *shares.cross))
 
 
 def _by_kind(entries: Iterable[tuple[str, int]]) -> dict[str, dict[str, int]]:
@@ -106,19 +113,37 @@ def _lineage(located: Located) -> dict[str, Any]:
     }
 
 
+def _shape(spec: Mapping[str, Any]) -> str:
+    """Layers, widths and heads; of an encoder-decoder those of both sides."""
+    if isinstance(spec.get("decoder"), Mapping):
+        sides = (spec["encoder"], spec["decoder"])
+        each = (
+            f"{s['name']} of {s['layers']} layers, {s['heads']} heads of {s['head_dim']}, FFN {s['ffn']}" for s in sides
+        )
+        return f"hidden {spec['hidden']}, {', '.join(each)}"
+    heads, head_dim = spec["heads"], spec.get("head_dim") or spec["hidden"] // spec["heads"]
+    shared = f", {spec['kv_heads']} for keys and values" if "kv_heads" in spec else ""
+    return f"{spec['layers']} layers, hidden {spec['hidden']}, FFN {spec['ffn']}, {heads} heads of {head_dim}{shared}"
+
+
+def _no_template(spec: Mapping[str, Any]) -> str:
+    if "decoder" in spec:
+        return "none of its own; the last message of a chat is read as it is"
+    return "none of its own; chats are written as ChatML"
+
+
 def fact_lines(facts: Mapping[str, Any]) -> dict[str, str]:
     """The same for people: title -> text, what is empty left out."""
     spec, stored = facts["spec"], facts["version"] is not None
-    attention = f"{spec['heads']} heads of {spec['head_dim']}, {spec['kv_heads']} for keys and values"
     lines = {
         "model": f"{facts['name']}:{facts['version']}" if stored else f"{facts['name']} (not in the store)",
         "aliases": ", ".join(facts.get("aliases", [])),
         "family": f"{facts['family']} ({facts['architecture']})",
         "parameters": f"{facts['parameters']:,}",
-        "shape": f"{spec['layers']} layers, hidden {spec['hidden']}, FFN {spec['ffn']}, {attention}",
-        "vocabulary": f"{facts['tokens']} tokens, {spec['vocab_size']} rows{', tied head' if spec['tied'] else ''}",
+        "shape": _shape(spec),
+        "vocabulary": f"{facts['tokens']} tokens, {spec['vocab_size']} rows{', tied head' if spec.get('tied') else ''}",
         "context": f"{facts['context']} tokens, {human_bytes(facts['kv_bytes_per_token'])} of KV cache each at 16 bits",
-        "chat template": ", ".join(facts["chat_templates"]) or "none of its own; chats are written as ChatML",
+        "chat template": ", ".join(facts["chat_templates"]) or _no_template(spec),
         "sampling": ", ".join(f"{name} {value}" for name, value in facts["sampling"].items()),
         "licence": facts["licence"] or "not stated",
         "stored as": _kinds(facts["stored"]),

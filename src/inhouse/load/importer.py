@@ -15,6 +15,7 @@ from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate_path, relative
 from inhouse.model.build import build, parameters
 from inhouse.model.encoder import EncoderSpec
+from inhouse.model.seq2seq import Seq2SeqSpec
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.store.blobs import How
@@ -160,6 +161,8 @@ def _check_text(described: Described, tokenizer: Tokenizer) -> list[str]:
     if isinstance(described.spec, EncoderSpec):
         return []  # nobody chats with it
     template = ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens)
+    if template.is_default and isinstance(described.spec, Seq2SeqSpec):
+        return ["the model brings no chat template; the last message of a chat is read as it is"]
     if template.is_default:
         return ["the model brings no chat template; chats are written as ChatML"]
     notes = []
