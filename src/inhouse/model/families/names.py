@@ -10,7 +10,9 @@ _NORMS = ("attn_norm", "mlp_norm", "attn_post_norm", "mlp_post_norm", "final_nor
           "attn.k_norm")  # fmt: skip
 
 
-def names(layer: str, parts: Mapping[str, str | Fused | Sequence[str]], outer: Mapping[str, str]) -> dict[str, Place]:
+def names(
+    layer: str, parts: Mapping[str, str | Fused | Sequence[str | Fused]], outer: Mapping[str, str]
+) -> dict[str, Place]:
     """Canonical name -> tensor name, with the names of weights and of biases.
 
     Args:
@@ -26,31 +28,32 @@ def names(layer: str, parts: Mapping[str, str | Fused | Sequence[str]], outer: M
     return table
 
 
-def _both(canonical: str, part: str, prefix: str, place: str | Fused | Sequence[str]) -> dict[str, Place]:
+def _both(canonical: str, part: str, prefix: str, place: str | Fused | Sequence[str | Fused]) -> dict[str, Place]:
     """The entries of a part's weight and bias."""
     norm = part in _NORMS
     weight, bias = (canonical, f"{canonical}_bias") if norm else (f"{canonical}.weight", f"{canonical}.bias")
     return {weight: _suffixed(prefix, place, ".weight"), bias: _suffixed(prefix, place, ".bias")}
 
 
-def _suffixed(prefix: str, place: str | Fused | Sequence[str], suffix: str) -> Place:
+def _suffixed(prefix: str, place: str | Fused | Sequence[str | Fused], suffix: str) -> Place:
     if isinstance(place, Fused):
         return replace(place, name=f"{prefix}{place.name}{suffix}")
     if isinstance(place, str):
         return f"{prefix}{place}{suffix}"
-    return tuple(f"{prefix}{name}{suffix}" for name in place)
+    made = [_suffixed(prefix, one, suffix) for one in place]
+    return tuple(one for one in made if not isinstance(one, tuple))
 
 
 QKV = ("attn.q", "attn.k", "attn.v")
 GATE_UP = ("mlp.gate", "mlp.up")
 
 
-def qkv(name: str, groups: str = "", transpose: bool = False) -> dict[str, str | Fused | Sequence[str]]:
+def qkv(name: str, groups: str = "", transpose: bool = False) -> dict[str, str | Fused | Sequence[str | Fused]]:
     """q, k and v in one tensor."""
     return dict.fromkeys(QKV, Fused(name, QKV, groups, transpose))
 
 
-def gate_up(name: str) -> dict[str, str | Fused | Sequence[str]]:
+def gate_up(name: str) -> dict[str, str | Fused | Sequence[str | Fused]]:
     """The gate's rows, then up's, in one tensor."""
     return dict.fromkeys(GATE_UP, Fused(name, GATE_UP))
 
@@ -72,11 +75,11 @@ GGUF_PARTS: Mapping[str, str] = {
 }  # fmt: skip
 
 
-def gguf_names(**changes: str | Fused | Sequence[str]) -> dict[str, Place]:
+def gguf_names(**changes: str | Fused | Sequence[str | Fused]) -> dict[str, Place]:
     """The names of GGUF; `changes` by canonical part, with `__` for the dot."""
     parts = dict(GGUF_PARTS) | {key.replace("__", "."): value for key, value in changes.items()}
     return names("blk.{i}.", parts, GGUF_OUTER)
 
 
-GGUF_QKV = {key.replace(".", "__"): value for key, value in qkv("attn_qkv").items()}
+GGUF_QKV = {part.replace(".", "__"): (Fused("attn_qkv", QKV), GGUF_PARTS[part]) for part in QKV}  # or apart
 GGUF_GATE_UP = {key.replace(".", "__"): value for key, value in gate_up("ffn_up").items()}
