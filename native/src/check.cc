@@ -231,7 +231,7 @@ void check_head_linears(Rule& r) {
   const Value &x = r.in(0), &y = r.out(0);
   r.need(w->out % heads == 0 && w->out / heads % kTileRows == 0, "a head's outputs must be a multiple of 16");
   r.need(x.width == heads * w->in, "the matrix takes another width");
-  const bool codes = x.group == kQuantGroup && w->in % kQuantGroup == 0 && kFormats[w->format].low > 0;
+  const bool codes = x.group == kQuantGroup && w->in % kQuantGroup == 0 && takes_int8(kFormats[w->format]);
   r.need(x.dtype == DType::kF32 || codes, "the matrix cannot take its quantised input");
   r.need(y.axis == x.axis && y.width == w->out && y.dtype == DType::kF32, "output does not fit the matrix");
 }
@@ -304,6 +304,19 @@ void check_select_rows(Rule& r) {
   r.need(r.in(0).width == r.out(0).width, "widths differ");
 }
 
+// The order is read by the body as it is, so that each of its numbers must be a column.
+void check_select_columns(Rule& r) {
+  if (!r.arity(1, 1, 1, 1)) return;
+  r.floats();
+  r.alike(r.in(0), r.out(0));
+  r.vector(0, r.in(0).width, false);
+  if (r.fault() != nullptr) return;
+  const float* order = reinterpret_cast<const float*>(r.weight(0)->data);
+  for (int64_t i = 0; i < r.in(0).width; ++i) {
+    r.need(order[i] >= 0 && order[i] < static_cast<float>(r.in(0).width), "a column does not exist");
+  }
+}
+
 void check_pool(Rule& r) {
   if (!r.arity(1, 0, 0, 1)) return;
   r.floats();
@@ -357,6 +370,8 @@ void check_op(Rule& r, const Routing& last) {
       return check_map(r, 2);
     case OpKind::kSelectRows:
       return check_select_rows(r);
+    case OpKind::kSelectColumns:
+      return check_select_columns(r);
     case OpKind::kPool:
       return check_pool(r);
     case OpKind::kWriteCross:

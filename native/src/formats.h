@@ -7,8 +7,9 @@ namespace inhouse {
 
 enum Scalar : uint8_t { kF32, kF16, kBF16, kE8M0 };  // kE8M0: a byte e that means 2^(e - 128)
 
-// What a 4-bit code means: itself, a byte of kCodeTables, or a float of kFloatTables (then activations are floats).
-enum Table : uint8_t { kPlain, kIQ4, kE2M1, kNF4, kFP4 };
+// What a code means: itself, a byte of kCodeTables, or a float (of kFloatTables, or of one byte); then activations are
+// floats, too.
+enum Table : uint8_t { kPlain, kIQ4, kE2M1, kNF4, kFP4, kE4M3, kE5M2 };
 
 struct Format {
   const char* name;
@@ -18,18 +19,20 @@ struct Format {
   Scalar scale;   // of scale and minimum; of the weights in a float format
   bool minimum, two_level;
   Table table = kPlain;
+  bool zeros = false;   // each group has a zero point, int8, taken off the code
+  bool family = false;  // bodies made for one of these serve all that differ in `group` and `scale` alone
 };
 
 // Sub-scales are int8; where d is one f32 a row they are unsigned e4m3 bytes.
 constexpr bool float_subs(const Format& f) { return f.two_level && f.scale == kF32; }
 // Formats whose weights meet int8 activations; others are multiplied with floats.
-constexpr bool takes_int8(const Format& f) { return f.low > 0 && f.table != kNF4 && f.table != kFP4; }
+constexpr bool takes_int8(const Format& f) { return f.low > 0 && f.table < kNF4; }
 // Codes of 8 bits once looked up: the wide dot product.
 constexpr bool is_wide(const Format& f) { return f.low == 8 || f.table == kIQ4; }
 // What quantize_tile makes: groups of 32 with one f16 scale and codes around zero, of 8, 6 or 4 bits.
 constexpr bool can_quantize(const Format& f) {
   const int bits = f.low + f.high;
-  return f.table == kPlain && f.scale == kF16 && f.group == 32 && !f.minimum && !f.two_level &&
+  return f.table == kPlain && f.scale == kF16 && f.group == 32 && !f.minimum && !f.two_level && !f.family &&
          f.zero == 1 << (bits - 1) && bits != 5;
 }
 constexpr int scalar_bytes(Scalar s) { return s == kF32 ? 4 : s == kE8M0 ? 1 : 2; }
@@ -48,6 +51,16 @@ alignas(64) constexpr float kFloatTables[2][16] = {
      -0.66666667f, -1.0f, -0.33333333f, -0.5f, -0.16666667f, -0.25f},
 };
 
+// The twelve formats of a family: groups of 32, 64, 128 or the row, scales of f16, bf16 or f32.
+#define IH_SCALES(NAME, LOW, HIGH, ZERO, GROUP, ZEROS)                                    \
+  {NAME, LOW, HIGH, ZERO, GROUP, kF16, false, false, kPlain, ZEROS, true},                \
+      {NAME "_bf16", LOW, HIGH, ZERO, GROUP, kBF16, false, false, kPlain, ZEROS, true}, { \
+    NAME "_f32", LOW, HIGH, ZERO, GROUP, kF32, false, false, kPlain, ZEROS, true          \
+  }
+#define IH_FAMILY(NAME, LOW, HIGH, ZERO, ZEROS)                                                           \
+  IH_SCALES(NAME "_g32", LOW, HIGH, ZERO, 32, ZEROS), IH_SCALES(NAME "_g64", LOW, HIGH, ZERO, 64, ZEROS), \
+      IH_SCALES(NAME "_g128", LOW, HIGH, ZERO, 128, ZEROS), IH_SCALES(NAME "_row", LOW, HIGH, ZERO, 0, ZEROS)
+
 constexpr Format kFormats[] = {
     {"f32", 0, 0, 0, 0, kF32, false, false},
     {"f16", 0, 0, 0, 0, kF16, false, false},
@@ -62,14 +75,12 @@ constexpr Format kFormats[] = {
     {"q4_k", 4, 0, 0, 32, kF16, true, true},
     {"q5_k", 4, 1, 0, 32, kF16, true, true},
     {"q6_k", 4, 2, 32, 16, kF16, false, true},
-    {"u4_g32", 4, 0, 0, 32, kF32, true, false},
-    {"u4_g64", 4, 0, 0, 64, kF32, true, false},
-    {"u4_g128", 4, 0, 0, 128, kF32, true, false},
-    {"u4_row", 4, 0, 0, 0, kF32, true, false},
-    {"u8_g32", 8, 0, 0, 32, kF32, true, false},
-    {"u8_g64", 8, 0, 0, 64, kF32, true, false},
-    {"u8_g128", 8, 0, 0, 128, kF32, true, false},
-    {"u8_row", 8, 0, 0, 0, kF32, true, false},
+    {"f8_e4m3_g32", 8, 0, 0, 32, kF32, false, false, kE4M3},
+    {"f8_e4m3_g128", 8, 0, 0, 128, kF32, false, false, kE4M3},
+    {"f8_e4m3_row", 8, 0, 0, 0, kF32, false, false, kE4M3},
+    {"f8_e5m2_g128", 8, 0, 0, 128, kF32, false, false, kE5M2},
+    {"f8_e5m2_row", 8, 0, 0, 0, kF32, false, false, kE5M2},
+    IH_SCALES("i8_token", 8, 0, 128, 0, false),
     {"iq4_nl", 4, 0, 128, 32, kF16, false, false, kIQ4},
     {"iq4_xs", 4, 0, 128, 32, kF16, false, true, kIQ4},
     {"mxfp4", 4, 0, 12, 32, kE8M0, false, false, kE2M1},
@@ -78,17 +89,33 @@ constexpr Format kFormats[] = {
     {"nf4_g64", 4, 0, 0, 64, kF32, false, false, kNF4},
     {"fp4_g64", 4, 0, 0, 64, kF32, false, false, kFP4},
     {"q6_0", 4, 2, 32, 32, kF16, false, false},
+    IH_FAMILY("i4", 4, 0, 8, false),
+    IH_FAMILY("i8", 8, 0, 128, false),
+    IH_FAMILY("u2", 2, 0, 0, true),
+    IH_FAMILY("u3", 2, 1, 0, true),
+    IH_FAMILY("u4", 4, 0, 0, true),
+    IH_FAMILY("u8", 8, 0, 128, true),
 };
+#undef IH_FAMILY
+#undef IH_SCALES
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 
 constexpr int kBlock = 32;            // inputs of a code block
 constexpr int kSuper = 256;           // inputs of a two-level super-block
 constexpr int64_t kMaxGroups = 4096;  // (blocks or groups of 16) in a row: what a body prepares on its stack
 
+// The format whose bodies serve this one.
+constexpr int body_of(int format) {
+  if (format >= 29) return format - (format - 29) % 12;
+  if (format >= 18 && format <= 20) return 41;  // i8_token: i8
+  if (format == 14 || format == 15) return 13;
+  return format == 17 ? 16 : format;
+}
+
 // Offsets from the start of a tile, in bytes; 0 for a section that the format lacks (only the first can be at 0).
 struct Layout {
   int64_t width, blocks, groups, supers;
-  int64_t scale, minimum, sub_scale, sub_minimum, low, high;  // float formats: weights at 0
+  int64_t scale, zeros, minimum, sub_scale, sub_minimum, low, high;  // float formats: weights at 0
   int64_t tile_bytes;
   bool valid;
 };
@@ -113,6 +140,10 @@ constexpr Layout layout_of(const Format& f, int64_t in) {
   l.groups = f.group ? l.width / f.group : 1;
   l.supers = float_subs(f) ? 1 : supers ? l.width / kSuper : l.groups;
   int64_t at = padded(l.supers * 16 * item);
+  if (f.zeros) {
+    l.zeros = at;
+    at += padded(l.groups * 16);
+  }
   if (f.minimum) {
     l.minimum = at;
     at += padded(l.supers * 16 * item);

@@ -22,7 +22,7 @@ constexpr OpRow kOps[] = {
     {"rotary", 2},  {"rope", 2},        {"attention", 15}, {"act", 1},           {"glu", 3},
     {"add", 0},     {"mul", 0},         {"scale", 1},      {"soft_cap", 1},      {"select_rows", 0},
     {"pool", 2},    {"write_cross", 2}, {"route", 8},      {"dispatch", 0},      {"expert_linears", 1},
-    {"combine", 0}, {"scale_rows", 0},  {"concat", 1},     {"head_linears", 1},
+    {"combine", 0}, {"scale_rows", 0},  {"concat", 1},     {"head_linears", 1},  {"select_columns", 0},
 };
 static_assert(sizeof(kOps) / sizeof(kOps[0]) == static_cast<size_t>(OpKind::kCount));
 

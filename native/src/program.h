@@ -47,6 +47,7 @@ enum class OpKind : int32_t {
   kScaleRows,      //
   kConcat,         // heads
   kHeadLinears,    // heads
+  kSelectColumns,  //
   kCount
 };
 

@@ -50,6 +50,8 @@ void Runner::run_op(const Op& op) {
       return write_cross(op);
     case OpKind::kSelectRows:
       return select_rows(op);
+    case OpKind::kSelectColumns:
+      return select_columns(op);
     case OpKind::kPool:
       return pool(op);
     case OpKind::kRoute:
@@ -123,6 +125,16 @@ void Runner::select_rows(const Op& op) {
   const int64_t width = value(op.inputs[0]).width;
   each_row(step_.sampled, width, [&](int64_t r) {
     std::memcpy(row(op.outputs[0], r), row(op.inputs[0], step_.sampled_rows[r]), static_cast<size_t>(width) * 4);
+  });
+}
+
+void Runner::select_columns(const Op& op) {
+  const int64_t width = value(op.inputs[0]).width;
+  const float* order = vector(op, 0);
+  each_row(rows_of(op.inputs[0]), width, [&](int64_t r) {
+    const float* x = row(op.inputs[0], r);
+    float* y = row(op.outputs[0], r);
+    for (int64_t i = 0; i < width; ++i) y[i] = x[static_cast<int64_t>(order[i])];
   });
 }
 

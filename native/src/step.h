@@ -25,6 +25,7 @@ class Runner {
   void linears(const Op& op);
   void rotary(const Op& op);
   void select_rows(const Op& op);
+  void select_columns(const Op& op);
   void pool(const Op& op);
   void pool_one(const Op& op, const Span& span);
 

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from inhouse.load.bind import bind, plan_binding
 from inhouse.load.describe import describe
 from inhouse.model.build import Spec, build
-from inhouse.model.rewrite import quantize_activations
+from inhouse.model.rewrite import order_columns, quantize_activations
 from inhouse.runtime import executors
 from inhouse.runtime.executor import Executor, Weight
 from inhouse.runtime.program import ProgramSet
@@ -130,14 +130,22 @@ class Tiny:
         return made
 
 
-def open_tiny(path: Path, *, quantize: str | None = None, fmt: str = "safetensors", context: int | None = None) -> Tiny:
+def open_tiny(
+    path: Path,
+    *,
+    quantize: str | None = None,
+    fmt: str = "safetensors",
+    context: int | None = None,
+    activations: str = "int8",
+) -> Tiny:
     """The model at `path` (folder or GGUF file), described, bound and packed as `open_model` does it."""
     described = describe(path, context)
     programs = build(described.spec)
     plan = plan_binding(described.source, described.spec, described.family, programs, quantize)
+    programs = order_columns(programs, plan.columns)
     weights = {part.spec.name: weight for part, weight in bind(described.source, plan, threads=1)}
     described.source.close()
-    run = quantize_activations(programs, plan.formats)
+    run = programs if activations == "float" else quantize_activations(programs, plan.formats)
     return Tiny(described.spec, described.family.name, fmt, run, weights)
 
 

@@ -1,9 +1,11 @@
 """PyTorch pickles at the import's door: tensors come in, code does not run."""
 
 import os
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,3 +60,23 @@ def test_a_pickle_that_runs_code_is_refused_unrun(store: Store, folder: Path, tm
         import_model(folder, store=store)
     assert not witness.exists()
     assert contents(store) == before
+
+
+@pytest.mark.parametrize("place", ["cuda:3", "mps", "xpu:0"])
+def test_where_a_tensor_lay_does_not_matter(folder: Path, tmp_path: Path, place: str) -> None:
+    """A file saved from a GPU opens without one: the place in the pickle is read over."""
+    arrays = read_arrays(folder)
+    torch.save({name: torch.from_numpy(value) for name, value in arrays.items()}, tmp_path / "cpu.bin")
+    with zipfile.ZipFile(tmp_path / "cpu.bin") as old, zipfile.ZipFile(folder / "pytorch_model.bin", "w") as new:
+        for entry in old.namelist():
+            data = old.read(entry)
+            if entry.endswith("data.pkl"):
+                said = b"X" + len(place).to_bytes(4, "little") + place.encode()
+                assert b"X\x03\x00\x00\x00cpu" in data
+                data = data.replace(b"X\x03\x00\x00\x00cpu", said)
+            new.writestr(entry, data)
+    (folder / "model.safetensors").unlink()
+    assert place.encode() in (folder / "pytorch_model.bin").read_bytes()
+    found = read_arrays(folder)
+    assert found.keys() == arrays.keys()
+    assert all(np.array_equal(found[name], value) for name, value in arrays.items())

@@ -6,6 +6,7 @@ import pytest
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.native_library import available_levels
 from inhouse.runtime.packed import (
+    FORMATS,
     Packed,
     activation_group,
     pack_codes,
@@ -31,6 +32,7 @@ def matrices() -> list[Packed]:
     return [
         *blocks,
         *(float_table(name) for name in ("nf4_g64", "fp4_g64")),
+        *(own_codes(name) for name, fmt in FORMATS.items() if fmt.zeros or name.startswith(("i4", "i8", "f8"))),
         *(pack_float(floats, name) for name in ("f32", "f16", "bf16")),
         quantize(floats, "q4"),
         quantize(floats, "q6"),
@@ -42,6 +44,23 @@ def float_table(name: str) -> Packed:
     rng = np.random.default_rng(3)
     codes = rng.integers(0, 16, (37, 192), dtype=np.uint8)
     return pack_codes(name, codes, np.abs(rng.normal(size=(37, 3))).astype(np.float32))
+
+
+def own_codes(name: str) -> Packed:
+    """Random codes, scales of that type and, where the format has them, zero points over their whole range."""
+    fmt, rng = FORMATS[name], np.random.default_rng(len(name))
+    inputs = {0: 171, 32: 171, 64: 192, 128: 256}[fmt.group]
+    codes = rng.integers(0, 1 << fmt.bits, (37, inputs), dtype=np.uint8)
+    if fmt.table:
+        codes[(codes & 0x7F) >= (0x7F if fmt.table == "e4m3" else 0x7C)] = 0
+    groups = -(-inputs // fmt.group) if fmt.group else 1
+    scales = rng.normal(size=(37, groups)).astype(np.float32)
+    if fmt.scale == "f16":
+        scales = scales.astype(np.float16).astype(np.float32)
+    if fmt.scale == "bf16":
+        scales = (scales.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)
+    zeros = rng.integers(0, 1 << fmt.bits, (37, groups), dtype=np.uint8) if fmt.zeros else None
+    return pack_codes(name, codes, scales, zeros=zeros)
 
 
 @pytest.mark.parametrize("packed", matrices(), ids=lambda p: f"{p.format}-{p.shape[1]}")
@@ -68,11 +87,22 @@ def integer_product(packed: Packed, x: F32) -> np.ndarray:
     return product
 
 
-def test_bits_do_not_depend_on_the_number_of_rows() -> None:
-    packed = quantize(np.random.default_rng(3).normal(size=(80, 896)).astype(np.float32), "q4")
+def wide(name: str) -> Packed:
+    """A matrix [80, 896] of random codes."""
+    fmt, rng = FORMATS[name], np.random.default_rng(3)
+    codes = rng.integers(0, min(1 << fmt.bits, 120), (80, 896), dtype=np.uint8)
+    scales = rng.random((80, 896 // fmt.group if fmt.group else 1)).astype(np.float16).astype(np.float32)
+    zeros = np.full(scales.shape, 3, np.uint8) if fmt.zeros else None
+    return pack_codes(name, codes, scales, zeros=zeros)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "u4_g128", "u3_g32", "i8_token", "u8_row", "f8_e4m3_g128"])
+def test_bits_do_not_depend_on_the_number_of_rows(name: str) -> None:
+    floats = np.random.default_rng(3).normal(size=(80, 896)).astype(np.float32)
+    packed = quantize(floats, "q4") if name == "q4_0" else wide(name)
     x = np.random.default_rng(4).normal(size=(140, 896)).astype(np.float32)
     for isa in available_levels():
-        for quantized in (True, False):
+        for quantized in (True, False) if activation_group(name) else (False,):
             whole = linear(packed, x, quantized=quantized, isa=isa)
             for n in (1, 2, 3, 7, 8, 9, 31, 64, 65):
                 assert np.array_equal(linear(packed, x[:n], quantized=quantized, isa=isa), whole[:n]), (isa, n)

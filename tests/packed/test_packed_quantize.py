@@ -91,17 +91,18 @@ def test_rows_must_make_up_the_shape() -> None:
         quantize(iter([draws("normal", (16, 32))]), "q8")
 
 
-def test_codes_with_f32_scales_and_minimums_are_kept() -> None:
+def test_codes_with_their_own_zero_points_are_kept() -> None:
     """A GPTQ-like matrix: f16 scales, integer zero points, group 128: value = s * (code - zero) exactly."""
     rng = np.random.default_rng(5)
     codes = rng.integers(0, 16, (33, 256), dtype=np.uint8)
     scales = rng.normal(size=(33, 2)).astype(np.float16).astype(np.float32)
-    zeros = rng.integers(0, 16, (33, 2)).astype(np.float32)
-    packed = pack_codes("u4_g128", codes, scales, -scales * zeros)
-    expected = np.repeat(scales, 128, 1) * (codes.astype(np.float32) - np.repeat(zeros, 128, 1))
+    zeros = rng.integers(0, 16, (33, 2), dtype=np.uint8)
+    packed = pack_codes("u4_g128", codes, scales, zeros=zeros)
+    expected = np.repeat(scales, 128, 1) * (codes.astype(np.float32) - np.repeat(zeros.astype(np.float32), 128, 1))
     assert np.array_equal(packed.dequantize(), expected)
-    row = pack_codes("u8_row", codes, scales[:, :1], np.zeros((33, 1), np.float32))
-    assert np.array_equal(row.dequantize(), scales[:, :1] * codes.astype(np.float32))
+    row = pack_codes("u8_row", codes, scales[:, :1], zeros=np.full((33, 1), 3, np.uint8))
+    assert np.array_equal(row.dequantize(), scales[:, :1] * (codes.astype(np.float32) - np.float32(3)))
+    assert np.array_equal(row.codes().codes, codes.astype(np.int32) - 3)
     assert row.group == 256
 
 
@@ -112,7 +113,7 @@ def test_pack_codes_refuses_what_would_change() -> None:
     with pytest.raises(UsageError, match="code 16"):
         pack_codes("q4_0", codes + np.uint8(1), np.ones((1, 1), np.float32))
     with pytest.raises(UsageError, match="needs scales"):
-        pack_codes("u4_g32", codes, np.ones((1, 2), np.float32), np.ones((1, 2), np.float32))
+        pack_codes("u4_g32", codes, np.ones((1, 2), np.float32), zeros=np.ones((1, 2), np.uint8))
 
 
 @pytest.mark.parametrize("group", [32, 0, 64])

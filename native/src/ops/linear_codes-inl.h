@@ -34,7 +34,6 @@ constexpr int start_factor() {
 // Entries [from, from + count) of `x` into the strip from `to`; the second half of its arrays starts at `half`.
 template <int ID>
 void prepare_run(const QuantRows& x, int64_t from, int64_t count, Strip& strip, int64_t to, int64_t half) {
-  constexpr Format f = kFormats[ID];
   constexpr bool two = Tile<ID>::halves == 2;
   constexpr uint32_t factor = static_cast<uint32_t>(start_factor<ID>());
   const int32_t *sums = x.sums + from, *low = x.low + from;
@@ -46,8 +45,8 @@ void prepare_run(const QuantRows& x, int64_t from, int64_t count, Strip& strip, 
     start[i] = static_cast<int32_t>(factor * static_cast<uint32_t>(two ? low[i] : sums[i]));
     if (two) start2[i] = static_cast<int32_t>(factor * rest(i));
   }
-  for (int64_t i = 0; f.minimum && i < count; ++i) {
-    const float scale = f.two_level ? -scales[i] : scales[i];
+  for (int64_t i = 0; Tile<ID>::offset && i < count; ++i) {
+    const float scale = Tile<ID>::taken ? -scales[i] : scales[i];
     sum[i] = static_cast<float>(two ? low[i] : sums[i]) * scale;
     if (two) sum2[i] = static_cast<float>(static_cast<int32_t>(rest(i))) * scale;
   }
@@ -101,7 +100,7 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64
       });
       const V scale = tile.scale(b, h);
       IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(to_float(dots[r]), mul(scale, set1(x.scale[r])), sums[r]); }
-      if constexpr (f.minimum) {
+      if constexpr (Tile<ID>::offset) {
         const V minimum = tile.minimum(b, h);
         IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(minimum, set1(x.sum[h][r]), sums[r]); }
       }

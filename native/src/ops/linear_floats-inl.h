@@ -43,15 +43,19 @@ void unpack_block(const Weight& w, const Layout& l, int64_t at, int64_t block, f
     const V scale = tile.scale(block, half.value);
     V minimum = zero();
     if constexpr (f.minimum) minimum = tile.minimum(block, half.value);
+    V points = zero_point;
+    if constexpr (f.zeros) points = add(zero_point, tile.zero_point(block, half.value));
     repeat<quads>([&](auto i) __attribute__((always_inline)) {
       constexpr int q = half.value * quads + i.value;
       const B codes = quad<ID, q>(tile.low(block), tile.high(block));
       repeat<4>([&](auto k) __attribute__((always_inline)) {
         V v;
-        if constexpr (f.table >= kNF4) {
+        if constexpr (f.table >= kE4M3) {
+          v = mul(float_bytes<f.table>(byte_of<k.value>(codes)), scale);
+        } else if constexpr (f.table >= kNF4) {
           v = mul(lookup_floats(kFloatTables[f.table - kNF4], byte_of<k.value>(codes)), scale);
         } else {
-          v = mul(sub(to_float(byte_of<k.value>(codes)), zero_point), scale);
+          v = mul(sub(to_float(byte_of<k.value>(codes)), points), scale);
         }
         if constexpr (f.minimum) v = f.two_level ? sub(v, minimum) : add(v, minimum);
         store(values + (q * 4 + k.value) * 16, v);

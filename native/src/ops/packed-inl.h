@@ -27,10 +27,10 @@ IH_INLINE void repeat(F f) {
 
 IH_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }  // to the second level
 
-// f(Int<ID>) with the format's number, where formats that differ only in the group count as the first of them.
+// f(Int<ID>) with the number of the format whose bodies serve this one.
 template <class F>
 IH_INLINE void with_codes_of(int32_t format, F f) {
-  switch (format) {
+  switch (body_of(format)) {
     case 3:
       return f(Int<3>{});
     case 4:
@@ -52,15 +52,9 @@ IH_INLINE void with_codes_of(int32_t format, F f) {
     case 12:
       return f(Int<12>{});
     case 13:
-    case 14:
-    case 15:
-    case 16:
       return f(Int<13>{});
-    case 17:
-    case 18:
-    case 19:
-    case 20:
-      return f(Int<17>{});
+    case 16:
+      return f(Int<16>{});
     case 21:
       return f(Int<21>{});
     case 22:
@@ -77,6 +71,18 @@ IH_INLINE void with_codes_of(int32_t format, F f) {
       return f(Int<27>{});
     case 28:
       return f(Int<28>{});
+    case 29:
+      return f(Int<29>{});
+    case 41:
+      return f(Int<41>{});
+    case 53:
+      return f(Int<53>{});
+    case 65:
+      return f(Int<65>{});
+    case 77:
+      return f(Int<77>{});
+    case 89:
+      return f(Int<89>{});
     default:
       return;  // the loader admits no other number
   }
@@ -118,12 +124,26 @@ IH_INLINE V load_scalars(const uint8_t* p, int64_t entry) {
   }
 }
 
-// Sixteen e4m3 bytes without a sign.
-IH_INLINE V load_e4m3(const uint8_t* p) {
-  const VI bytes = load_u8(p);
+// Sixteen bytes as e4m3 numbers without a sign, exactly; 127, a NaN, reads as 480.
+IH_INLINE V e4m3(VI bytes) {
   const V number = to_float(bytes);
   const V normal = from_bits(add_int(shift_left<20>(bytes), set1_int(120 << 23)));
   return select(less(number, set1(8.0f)), mul(number, set1(0x1p-9f)), normal);
+}
+
+// The same of e5m2; from 124 on, infinity and NaN, they read as 2^16 and more.
+IH_INLINE V e5m2(VI bytes) {
+  const V number = to_float(bytes);
+  const V normal = from_bits(add_int(shift_left<21>(bytes), set1_int(112 << 23)));
+  return select(less(number, set1(4.0f)), mul(number, set1(0x1p-16f)), normal);
+}
+// Sixteen bytes as floats of one byte.
+template <Table T>
+IH_INLINE V float_bytes(VI bytes) {
+  const M negative = less(set1(127.5f), to_float(bytes));
+  const VI magnitude = sub_int(bytes, to_int(select(negative, set1(128.0f), zero())));
+  const V v = T == kE4M3 ? e4m3(magnitude) : e5m2(magnitude);
+  return select(negative, sub(zero(), v), v);
 }
 
 // A tile of format ID; `blocks_per_scale` is above 1 where groups are longer than a block.
@@ -134,11 +154,15 @@ struct Tile {
   const uint8_t* data;
   const Layout& l;
   int64_t blocks_per_scale;
+  Scalar scalar;  // of the scales of a family's format
+
+  static constexpr bool offset = f.minimum || f.zeros;   // something is added to scale * code,
+  static constexpr bool taken = f.two_level || f.zeros;  // or taken off
 
   IH_INLINE const uint8_t* low(int64_t block) const { return data + l.low + block * f.low * 64; }
   IH_INLINE const uint8_t* high(int64_t block) const { return data + l.high + block * f.high * 64; }
   IH_INLINE int64_t entry(int64_t block, int half) const {
-    if constexpr ((f.scale == kF32 && !f.two_level) || f.group > kBlock) {
+    if constexpr ((f.scale == kF32 && !f.two_level) || f.group > kBlock || f.family) {
       return block / blocks_per_scale;
     } else {
       return block * halves + half;
@@ -146,7 +170,7 @@ struct Tile {
   }
   IH_INLINE V two_level(int64_t section, int64_t sub, int64_t group) const {
     if constexpr (float_subs(f)) {
-      return mul(load_scalars<f.scale>(data + section, 0), load_e4m3(data + sub + group * 16));
+      return mul(load_scalars<f.scale>(data + section, 0), e4m3(load_u8(data + sub + group * 16)));
     }
     const V d = load_scalars<f.scale>(data + section, group / (kSuper / (kBlock / halves)));
     return mul(d, load_i8(reinterpret_cast<const int8_t*>(data + sub) + group * 16));
@@ -154,13 +178,22 @@ struct Tile {
   IH_INLINE V scale(int64_t block, int half) const {
     if constexpr (f.two_level) {
       return two_level(l.scale, l.sub_scale, entry(block, half));
+    } else if constexpr (f.family) {
+      if (scalar == kF16) return load_scalars<kF16>(data + l.scale, entry(block, half));
+      if (scalar == kBF16) return load_scalars<kBF16>(data + l.scale, entry(block, half));
+      return load_scalars<kF32>(data + l.scale, entry(block, half));
     } else {
       return load_scalars<f.scale>(data + l.scale, entry(block, half));
     }
   }
-  // What is added to scale * code; of two-level formats, what is taken off.
+  IH_INLINE V zero_point(int64_t block, int half) const {
+    return load_i8(reinterpret_cast<const int8_t*>(data + l.zeros) + entry(block, half) * 16);
+  }
+  // What is added to scale * code, or taken off.
   IH_INLINE V minimum(int64_t block, int half) const {
-    if constexpr (f.two_level) {
+    if constexpr (f.zeros) {
+      return mul(scale(block, half), zero_point(block, half));
+    } else if constexpr (f.two_level) {
       return two_level(l.minimum, l.sub_minimum, entry(block, half));
     } else {
       return load_scalars<f.scale>(data + l.minimum, entry(block, half));
@@ -171,7 +204,11 @@ struct Tile {
 template <int ID>
 IH_INLINE Tile<ID> tile_of(const Weight& w, const Layout& l, int64_t tile) {
   const int64_t group = kFormats[w.format].group;
-  return {w.data + tile * l.tile_bytes, l, group == 0 ? l.blocks : group <= kBlock ? 1 : group / kBlock};
+  return {w.data + tile * l.tile_bytes, l,
+          group == 0        ? l.blocks
+          : group <= kBlock ? 1
+                            : group / kBlock,
+          kFormats[w.format].scale};
 }
 
 // y[0..15] of a row's outputs of `tile`, cut at the matrix's end.

@@ -23,19 +23,25 @@ void unpack_floats(const Weight& w, int64_t row, float* out) {
 template <int ID>
 void unpack_codes(const Tile<ID>& tile, int lane, int64_t in, float* out) {
   constexpr Format f = kFormats[ID];
-  alignas(64) float scales[16], minimums[16];
+  alignas(64) float scales[16], minimums[16], points[16], looked[16];
   for (int64_t k = 0; k < in; ++k) {
     const int64_t block = k / kBlock;
     const int at = static_cast<int>(k % kBlock), half = at / (kBlock / Tile<ID>::halves);
     if (at % (kBlock / Tile<ID>::halves) == 0) {
       store(scales, tile.scale(block, half));
       if constexpr (f.minimum) store(minimums, tile.minimum(block, half));
+      if constexpr (f.zeros) store(points, tile.zero_point(block, half));
     }
     uint32_t code = code_at(tile.low(block), f.low, at / 4, at % 4, lane);
     if constexpr (f.high != 0) code |= code_at(tile.high(block), f.high, at / 4, at % 4, lane) << f.low;
     if constexpr (f.table == kIQ4 || f.table == kE2M1) code = kCodeTables[f.table - kIQ4][code];
     float v = static_cast<float>(static_cast<int32_t>(code) - f.zero);
-    if constexpr (f.table >= kNF4) v = kFloatTables[f.table - kNF4][code];
+    if constexpr (f.zeros) v -= points[lane];
+    if constexpr (f.table == kNF4 || f.table == kFP4) v = kFloatTables[f.table - kNF4][code];
+    if constexpr (f.table >= kE4M3) {
+      store(looked, float_bytes<f.table>(set1_int(static_cast<int32_t>(code))));
+      v = looked[0];
+    }
     v *= scales[lane];
     if constexpr (f.minimum) v = f.two_level ? v - minimums[lane] : v + minimums[lane];
     out[k] = v;

@@ -16,7 +16,7 @@ from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate
 from inhouse.load.packing import Part
 from inhouse.model.build import build, parameters
-from inhouse.model.rewrite import quantize_activations
+from inhouse.model.rewrite import order_columns, quantize_activations
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.plan.memory import share_groups
 from inhouse.runtime.packed import packed_nbytes
@@ -44,7 +44,7 @@ def open_headers(reference: str, quantize: str | None = None, context: int | Non
     try:
         plain = build(described.spec)
         plan = plan_binding(described.source, described.spec, described.family, plain, quantize)
-        programs = quantize_activations(plain, plan.formats)
+        programs = quantize_activations(order_columns(plain, plan.columns), plan.formats)
         yield Opened(located, described, programs, plan, read_tokenizer(described))
     finally:
         described.source.close()

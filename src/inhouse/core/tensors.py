@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -55,3 +55,49 @@ class TensorSource(Protocol):
 
     def close(self) -> None:
         """Drops the mapping; arrays handed out before stay valid until they are collected."""
+
+
+@dataclass(frozen=True, slots=True)
+class Coding:
+    """How a quantised matrix [out, in] of a checkpoint is written: value = scale * (code - zero), rounded once to f32.
+
+    `kind`: what a code is: `int` (unsigned, of `bits` bits), `f8_e4m3` or `f8_e5m2` (a float of one byte), or a key of
+    a lookup table (`nf4`, `fp4`, `mxfp4`, `nvfp4`).
+    `group`: inputs that share a scale, counted along the packed columns; 0: the whole row.
+    `scale`: `F16`, `BF16` or `F32`: a type that holds every scale exactly.
+    `zeros`: each group has a zero point; without them the code 2^(bits - 1) of kind `int` means 0.
+    `per_token`: the checkpoint was made for int8 activations with one scale a token.
+    """
+
+    kind: str
+    bits: int
+    group: int
+    scale: str
+    zeros: bool = False
+    per_token: bool = False
+
+
+class CodedRows(NamedTuple):
+    """Some rows of a quantised matrix, taken apart without rounding."""
+
+    codes: npt.NDArray[np.uint8]  # [n, in], in packed column order
+    scales: npt.NDArray[np.float32]  # [n, groups]
+    zeros: npt.NDArray[np.uint8] | None = None  # [n, groups], where the coding has zero points
+    sub_scales: npt.NDArray[np.uint8] | None = None  # [n, groups] bytes; then `scales` is [n, 1] (nvfp4)
+
+
+@runtime_checkable
+class CodedSource(TensorSource, Protocol):
+    """A TensorSource that shows each quantised linear of a checkpoint as one tensor [out, in]."""
+
+    def coding(self, name: str) -> Coding | None:
+        """How that tensor is coded; None for one that is not quantised. Raises FormatError if its parts disagree."""
+
+    def coded_rows(self, name: str, rows: npt.NDArray[np.int64]) -> CodedRows:
+        """Rows of a quantised tensor. Raises FormatError for contents that its format does not allow."""
+
+    def columns(self, name: str) -> npt.NDArray[np.int64] | None:
+        """int64 [in] where the columns are kept in another order (act-order): packed column j is input columns[j]."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What the reader leaves out of account, one sentence each."""

@@ -5,17 +5,21 @@ kept. Work in progress is bounded: as many matrices as there are threads, whatev
 """
 
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
-from inhouse.core.tensors import TensorSource
+from inhouse.core.tensors import CodedSource, Coding, TensorSource
 from inhouse.load.packing import PLAIN, QUANTIZE, Part, make_weight, plan_part
+from inhouse.load.packing_coded import format_note
 from inhouse.model.build import Spec
-from inhouse.model.families.family import Family
+from inhouse.model.families.family import Derive, Family
 from inhouse.runtime.executor import Weight
 from inhouse.runtime.program import ProgramSet
 
@@ -28,6 +32,8 @@ class Plan:
 
     parts: tuple[Part, ...]
     notes: tuple[str, ...]
+    columns: Mapping[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    """Canonical name -> order of the input columns, of matrices that keep another than the model's (act-order)."""
 
     @property
     def formats(self) -> dict[str, str]:
@@ -54,11 +60,37 @@ def plan_binding(
     lacking = [name for name in programs.weights if name not in derived]
     if lacking:
         raise UnsupportedError(f"the family {family.name} does not derive {', '.join(lacking[:5])}", param=lacking[0])
+    coded = source if isinstance(source, CodedSource) else None
     parts = tuple(
-        plan_part(weight, derived[name], source.info(derived[name].source), wish or "")
+        plan_part(weight, derived[name], source.info(derived[name].source), wish or "", _coding(coded, derived[name]))
         for name, weight in programs.weights.items()
     )
-    return Plan(parts, tuple(_notes(parts, wish)))
+    notes = (*_notes(parts, wish), *_coded_notes(parts), *(coded.notes() if coded else ()))
+    return Plan(parts, notes, {} if coded is None else _columns(coded, parts))
+
+
+def _coding(source: CodedSource | None, derive: Derive) -> Coding | None:
+    return None if source is None else source.coding(derive.source)
+
+
+def _columns(source: CodedSource, parts: Sequence[Part]) -> dict[str, npt.NDArray[np.int64]]:
+    """Raises UnsupportedError where a table of rows keeps its columns in an order of their own."""
+    found: dict[str, npt.NDArray[np.int64]] = {}
+    for part in parts:
+        order = source.columns(part.info.name) if part.coding is not None else None
+        if order is None:
+            continue
+        if part.spec.kind != "linear":
+            raise UnsupportedError(f"{part.info.name!r} is an embedding in act-order", param=part.info.name)
+        found[part.spec.name] = order
+    return found
+
+
+def _coded_notes(parts: Sequence[Part]) -> Iterator[str]:
+    """What is kept at more bits than the file's, one sentence for each way."""
+    kept = [(part.info.dtype, format_note(part.coding, part.format)) for part in parts if part.coding is not None]
+    for (dtype, note), count in Counter(pair for pair in kept if pair[1]).items():
+        yield f"{count} matrices ({dtype}) {note}"
 
 
 def _notes(parts: Sequence[Part], wish: str | None) -> Iterator[str]:

@@ -22,6 +22,8 @@ from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.guard import guarded
 from inhouse.store.mapping import MappedSource
 from inhouse.store.mapping import Mapping as FileMapping
+from inhouse.store.quantized.open import CONFIG_KEYS, open_quantized, quant_config
+from inhouse.store.quantized.source import QuantizedSource
 from inhouse.store.source import materialise, open_source, read_json
 
 CARD_BYTES = 1 << 20
@@ -53,7 +55,7 @@ class Described:
             mapping.check_unchanged()
 
     def _mappings(self) -> Sequence[FileMapping]:
-        return self.source.mappings if isinstance(self.source, MappedSource) else ()
+        return self.source.mappings if isinstance(self.source, MappedSource | QuantizedSource) else ()
 
     @property
     def architecture(self) -> str:
@@ -74,7 +76,7 @@ def describe(path: Path, context: int | None = None) -> Described:
         NotFoundError, FormatError, UnsupportedError: as the readers and families do. UsageError: `context` is not
             between 1 and what the model was made for.
     """
-    source = open_source(path)
+    source: TensorSource = open_source(path)
     folder = path if path.is_dir() else path.parent
     sentence = None
     try:
@@ -87,6 +89,10 @@ def describe(path: Path, context: int | None = None) -> Described:
             generation = from_metadata(config)
         else:
             config = read_json(folder / "config.json", CONFIG_BYTES)
+            said = quant_config(config, folder, source)
+            if said is not None:
+                source = open_quantized(source, said)
+                config = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
             spec, family = resolve(config, set(source))
             generation = from_folder(folder, config)
             sentence = read_sentence(folder) if path.is_dir() else None

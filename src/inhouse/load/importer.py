@@ -12,6 +12,7 @@ from inhouse.core.errors import FormatError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
+from inhouse.load.keras import converted, is_keras
 from inhouse.load.locate import Located, locate_path, relative
 from inhouse.model.build import build, parameters
 from inhouse.model.encoder import EncoderSpec
@@ -19,6 +20,7 @@ from inhouse.model.seq2seq import Seq2SeqSpec
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.store.blobs import How
+from inhouse.store.quantized.source import QuantizedSource
 from inhouse.store.refs import check_name
 from inhouse.store.source import check_finite
 from inhouse.store.store import Store
@@ -77,6 +79,12 @@ def import_model(
     title = check_name(name) if name is not None else None
     if parent is not None:
         store.catalog.resolve(parent)  # before hours of copying, not after
+    if is_keras(path):
+        with converted(path, progress) as folder:
+            return import_model(
+                folder, title, store=store, how="copy", origin=origin or str(path.resolve()), parent=parent,
+                derived=derived or "converted from Keras .h5", progress=progress,
+            )  # fmt: skip
     verified = verify_model(path, progress)
     try:
         located, described = verified.located, verified.described
@@ -147,7 +155,10 @@ def _check_values(described: Described, progress: Progress) -> None:
     total = sum(source.info(name).nbytes for name in source)
     done = 0
     for name in source:
-        check_finite(source, name)
+        if isinstance(source, QuantizedSource) and source.coding(name) is not None:
+            source.check(name)
+        else:
+            check_finite(source, name)
         done += source.info(name).nbytes
         progress("verify weights", done, total)
 

@@ -20,7 +20,7 @@ from inhouse.load.packing import Part, nbytes
 from inhouse.load.sentence import Sentence
 from inhouse.model.build import Spec, build
 from inhouse.model.encoder import EncoderSpec
-from inhouse.model.rewrite import quantize_activations
+from inhouse.model.rewrite import order_columns, quantize_activations
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime import executors
@@ -123,6 +123,7 @@ def open_model(
                 bound = load_weights(
                     located, described, plain, quantize, home if cache else None, report, threads, progress
                 )
+            plain = order_columns(plain, bound.plan.columns)
             programs = plain if activations == "float" else quantize_activations(plain, bound.plan.formats)
             with _Timer(report, "executor"):
                 made = executors.create(

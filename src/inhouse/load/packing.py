@@ -5,14 +5,15 @@ Knows how a Derive and a file type become a packed format; does not know which w
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import FormatError, UnsupportedError
-from inhouse.core.tensors import TensorInfo, TensorSource
+from inhouse.core.tensors import CodedSource, Coding, TensorInfo, TensorSource
+from inhouse.load.packing_coded import coded_format, pack_coded
 from inhouse.model.families.family import Derive
 from inhouse.model.moe import FLOAT_WEIGHTS
 from inhouse.runtime.executor import Weight
@@ -39,18 +40,21 @@ class Part:
     info: TensorInfo
     format: str  # a key of FORMATS; "vector" for vectors
     quantize: str = ""  # "" | "q8" | "q6" | "q4"
+    coding: Coding | None = None  # of a quantised linear of a CodedSource
 
 
-def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> Part:
-    """Decides the format of one weight; `wish` is "", "q8", "q6" or "q4".
+def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str, coding: Coding | None = None) -> Part:
+    """Decides the format of one weight; `wish` is "", "q8", "q6" or "q4", `coding` that of a quantised linear, which is
+    [out, in] whatever way the float tensor of its family lies.
 
     Raises FormatError where the file's shape is not what the family says, UnsupportedError for a file type that has
     no packed form.
     """
-    if info.shape != derive.source_shape or derive.shape != spec.shape:
+    turned = coding is not None and derive.transpose and derive.part is None
+    expected = derive.source_shape[::-1] if turned else derive.source_shape
+    if info.shape != expected or derive.shape != spec.shape:
         raise FormatError(
-            f"tensor {info.name!r} has the shape {list(info.shape)}, {list(derive.source_shape)} was expected for "
-            f"{spec.name}",
+            f"tensor {info.name!r} has the shape {list(info.shape)}, {list(expected)} was expected for {spec.name}",
             remedy="The weights do not belong to this config; fetch the model again.",
             param=info.name,
         )
@@ -58,6 +62,10 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str) -> 
         if info.dtype not in (*PLAIN, "F64"):
             raise UnsupportedError(f"tensor {info.name!r} is {info.dtype}, a vector must be a float", param=info.name)
         return Part(spec, derive, info, "vector")
+    if coding is not None:
+        if turned:
+            derive = replace(derive, transpose=False, source_shape=expected)
+        return Part(spec, derive, info, coded_format(coding, spec.shape[1]), coding=coding)
     if info.dtype in PLAIN:
         kind = wish_for(spec, wish) if wish else ""
         if kind:
@@ -96,6 +104,11 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
         shape = (part.spec.shape[0], part.spec.shape[1])
         return quantize(runs, part.quantize, shape=shape)  # type: ignore[arg-type]
     derive = part.derive
+    if part.coding is not None:
+        assert isinstance(source, CodedSource)
+        index = derive.index()
+        every = np.arange(math.prod(part.info.shape[:-1]), dtype=np.int64) if index is None else index
+        return pack_coded(source, part.info.name, part.format, every, (part.spec.shape[0], part.spec.shape[1]))
     if part.info.dtype in PLAIN:
         return pack_float(_taken(part, source), part.format)
     shape = (math.prod(part.info.shape[:-1]), part.info.shape[-1])

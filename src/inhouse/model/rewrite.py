@@ -3,8 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
+import numpy.typing as npt
+
+from inhouse.core.errors import UnsupportedError
 from inhouse.runtime.ops import Builder
-from inhouse.runtime.packed import activation_group
+from inhouse.runtime.packed import WHOLE_ROW, activation_group
 from inhouse.runtime.program import Op, Program, ProgramSet, Value, WeightSpec
 
 
@@ -69,6 +73,63 @@ def quantize_activations(programs: ProgramSet, formats: Mapping[str, str]) -> Pr
     return replace(programs, programs=rewritten)
 
 
+def order_columns(programs: ProgramSet, columns: Mapping[str, npt.NDArray[np.int64]]) -> ProgramSet:
+    """Puts `select_columns` in front of every linear whose weight keeps its input columns in another order.
+
+    Args:
+        columns: canonical weight name -> int64 [in]: column j of the weight takes input columns[j].
+
+    Linears of one order share the reordered input; a `linears` op with weights of several orders is split. Raises
+    UnsupportedError where another op than `linears` reads such a weight.
+    """
+    if not columns:
+        return programs
+    names: dict[str, str] = {}  # weight -> constant
+    constants: dict[bytes, str] = {}
+    arrays = dict(programs.constants)
+    for weight, order in columns.items():
+        name = constants.setdefault(order.tobytes(), f"const.columns.{len(constants)}")
+        arrays[name], names[weight] = order.astype(np.float32), name
+    programs = replace(programs, constants=arrays)
+    known = known_weights(programs)
+    rewritten = {name: _Order(program, known, names).run() for name, program in programs.programs.items()}
+    return replace(programs, programs=rewritten)
+
+
+class _Order(Rewriter):
+    def __init__(self, program: Program, weights: Mapping[str, WeightSpec], orders: Mapping[str, str]) -> None:
+        super().__init__(program, weights)
+        self._orders = orders
+        self._ordered: dict[tuple[int, str], Value] = {}  # (new value, constant) -> its columns in that order
+
+    def rewrite(self, op: Op) -> None:
+        if not any(name in self._orders for name in op.weights):
+            return self.copy(op)
+        if op.kind != "linears":
+            raise UnsupportedError(
+                f"weights of op {op.kind} (layer {op.layer}) keep their columns in act-order",
+                remedy="Quantise the model again without act-order, or with its static form.",
+            )
+        half = len(op.weights) // 2
+        (x,) = self.inputs(op)
+        by_order: dict[str, list[int]] = {}
+        for i, name in enumerate(op.weights[:half]):
+            by_order.setdefault(self._orders.get(name, ""), []).append(i)
+        for order, which in by_order.items():
+            weights = tuple(op.weights[i] for i in which) + tuple(op.weights[half + i] for i in which)
+            made = self.emit(replace(op, inputs=(self._columns(x, order),), weights=weights))
+            self.bind(tuple(op.outputs[i] for i in which), made)
+        return None
+
+    def _columns(self, x: Value, order: str) -> Value:
+        if not order:
+            return x
+        key = (x.id, order)
+        if key not in self._ordered:
+            self._ordered[key] = self._builder.one("select_columns", x, weights=[order])
+        return self._ordered[key]
+
+
 class _Quantize(Rewriter):
     def __init__(self, program: Program, weights: Mapping[str, WeightSpec], groups: Mapping[str, int]) -> None:
         super().__init__(program, weights)
@@ -114,7 +175,7 @@ class _Quantize(Rewriter):
         """A head's elements must be whole groups of activations; else floats."""
         (x,) = self.inputs(op)
         group = self._groups.get(op.weights[0], 0)
-        if group and x.width // int(op.attrs["heads"]) % group:
+        if group == WHOLE_ROW or (group and x.width // int(op.attrs["heads"]) % group):
             group = 0
         self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, group),))))
 
@@ -124,5 +185,5 @@ class _Quantize(Rewriter):
             return x
         key = (x.id, group)
         if key not in self._quantized:
-            self._quantized[key] = self._builder.one("quantize_rows", x, group=group)
+            self._quantized[key] = self._builder.one("quantize_rows", x, group=0 if group == WHOLE_ROW else group)
         return self._quantized[key]

@@ -127,6 +127,7 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "scale_rows": _none,
     "concat": lambda c: c.attrs("heads"),
     "head_linears": _head_linears,
+    "select_columns": _none,
 }
 _NUMBERS = {kind: number for number, kind in enumerate(_ENCODERS)}
 

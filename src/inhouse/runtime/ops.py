@@ -180,6 +180,12 @@ def _select_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) ->
     return [_f32(Axis.SAMPLED, xs[0].width)]
 
 
+def _select_columns(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """x [A, W], order [W] (column numbers as floats) -> y [A, W]: y[:, j] = x[:, order[j]]."""
+    _vector(ws[0], xs[0].width)
+    return _same(xs, ws, attrs)
+
+
 def _pool(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
     """x [T, W] -> y [N, W]: one row a sequence; normalize: divided by its L2 norm."""
     _need(attrs["mode"] in POOLINGS, f"unknown pooling {attrs['mode']}")
@@ -296,6 +302,7 @@ OPS: Mapping[str, OpSpec] = {
     "scale": OpSpec(_same, {"by": None}, 0.0),
     "soft_cap": OpSpec(_same, {"cap": None}, 2e-6),
     "select_rows": OpSpec(_select_rows, {}, 0.0),
+    "select_columns": OpSpec(_select_columns, {}, 0.0),
     "pool": OpSpec(_pool, {"mode": None, "normalize": False}, 2e-6),
     "route": OpSpec(_route, ROUTE_ATTRS, 2e-6),
     "dispatch": OpSpec(_dispatch, {}, 0.0),

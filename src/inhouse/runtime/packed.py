@@ -5,6 +5,7 @@ rows of one table, `FORMATS`; the native library has the same table (native/src/
 in packed_layout; docs/decisions/001-packed-layout.md says why they lie so.
 """
 
+from inhouse.runtime.packed_formats import WHOLE_ROW
 from inhouse.runtime.packed_gguf import gguf_format, gguf_types, pack_gguf
 from inhouse.runtime.packed_layout import (
     FORMATS,
@@ -18,13 +19,15 @@ from inhouse.runtime.packed_layout import (
     is_float,
     packed_nbytes,
 )
-from inhouse.runtime.packed_pack import pack_codes, pack_float
+from inhouse.runtime.packed_pack import CodeRows, pack_codes, pack_float, pack_rows, runs
 from inhouse.runtime.packed_quantize import QUANTIZED_FORMAT, quantize, quantize_rows_reference
 
 __all__ = [
     "FORMATS",
     "LAYOUT_VERSION",
     "QUANTIZED_FORMAT",
+    "WHOLE_ROW",
+    "CodeRows",
     "Codes",
     "Format",
     "Packed",
@@ -37,7 +40,9 @@ __all__ = [
     "pack_codes",
     "pack_float",
     "pack_gguf",
+    "pack_rows",
     "packed_nbytes",
     "quantize",
     "quantize_rows_reference",
+    "runs",
 ]

@@ -1,10 +1,11 @@
-"""The one packed weight layout: the table of formats, where each byte of a matrix lies, and the exact way back.
+"""The one packed weight layout: where each byte of a matrix lies, and the exact way back.
 
 A matrix [out, in] is cut into tiles of 16 output rows (the last one padded with zero rows). A tile is a run of
 sections, each padded to 64 bytes, and tiles follow one another, so a kernel sweeps memory forward:
 
     float formats   weights [in][16]
-    code formats    scale | d     [groups or supers][16]   f16 or f32
+    code formats    scale | d     [groups or supers][16]   f16, bf16, f32 or e8m0
+                    zero points   [groups][16] i8          formats with zero points only
                     minimum | dmin[groups or supers][16]   f16 or f32, absent in formats without a minimum
                     sub-scale     [groups][16] i8          two-level formats only
                     sub-minimum   [groups][16] i8          two-level formats with a minimum only
@@ -19,9 +20,9 @@ that one u8 x s8 dot instruction takes. Planes hold the quads of a block bit-pac
     2 bits   vector h (0..1)      = quad 4h + i at bits 2i
     1 bit    one vector           = quad q at bit q
 
-A value is `scale * (code - zero)` or `scale * code + minimum`, each operation rounded to f32, where a two-level
-format has scale = d * sub-scale and minimum = -(dmin * sub-minimum). Formats with a table look the code up first:
-`scale * table[code]`. A two-level format whose d is f32 keeps one d a row and unsigned e4m3 bytes as sub-scales
+A value is `scale * (code - zero - zero point)` or `scale * code + minimum`, each operation rounded to f32, where a
+two-level format has scale = d * sub-scale and minimum = -(dmin * sub-minimum). Formats with a table look the code up
+first: `scale * table[code]`. A two-level format whose d is f32 keeps one d a row and unsigned e4m3 bytes as sub-scales
 (NVFP4). An e8m0 scale is a byte e that means 2^(e - 128). Knows nothing of files or kernels.
 """
 
@@ -33,119 +34,31 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import FormatError, UnsupportedError, UsageError
+from inhouse.runtime.packed_formats import BLOCK as BLOCK
+from inhouse.runtime.packed_formats import FLOAT_TABLES as FLOAT_TABLES
+from inhouse.runtime.packed_formats import FORMATS as FORMATS
+from inhouse.runtime.packed_formats import SCALAR_BYTES as SCALAR_BYTES
+from inhouse.runtime.packed_formats import TABLES as TABLES
+from inhouse.runtime.packed_formats import Format as Format
+from inhouse.runtime.packed_formats import activation_group as activation_group
+from inhouse.runtime.packed_formats import format_of as format_of
+from inhouse.runtime.packed_formats import is_float as is_float
+from inhouse.runtime.packed_formats import table_values as table_values
+from inhouse.runtime.packed_formats import widen_bf16 as widen_bf16
+from inhouse.runtime.packed_formats import widen_e4m3 as widen_e4m3
+from inhouse.runtime.packed_formats import widen_e8m0 as widen_e8m0
 
 U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 
-LAYOUT_VERSION = 1  # part of every cache key; raise it when any byte moves
+LAYOUT_VERSION = 2  # part of every cache key; raise it when any byte moves
 TILE_ROWS = 16
-BLOCK = 32  # inputs of a code block, and elements of an activation row that share a scale
 SUPER = 256  # inputs of a two-level super-block
 MAX_GROUPS = 4096  # blocks (or groups of 16) in a row: what a native kernel prepares on its stack
 ALIGN = 64
 CHUNK_ELEMENTS = 1 << 22  # rows are unpacked and packed in runs of about this many elements
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """One row of the table. `id` is what native/src/formats.h calls it."""
-
-    name: str
-    id: int
-    low: int  # bits in the low plane; 0: a float format
-    high: int = 0  # bits in the high plane
-    zero: int = 0  # code that means 0; 0 where there is a minimum
-    group: int = 0  # inputs that share a scale; 0: the whole row
-    scale: str = "f16"  # dtype of scale (d), or of the weights themselves in a float format
-    minimum: bool = False
-    two_level: bool = False
-    table: str = ""  # a key of TABLES: what a code means
-
-    @property
-    def float_subs(self) -> bool:
-        """One f32 d a row, e4m3 sub-scales."""
-        return self.two_level and self.scale == "f32"
-
-    @property
-    def bits(self) -> int:
-        """Bits of a code."""
-        return self.low + self.high
-
-
-def _codes(name: str, number: int, low: int, high: int = 0, **fields: object) -> Format:
-    return Format(name, number, low, high, **fields)  # type: ignore[arg-type]
-
-
-# Names are those of the GGUF block types whose numbers they keep; `u<bits>_g<group>` have f32 scale and minimum, into
-# which f16 or bf16 scales with integer zero points go without loss (GPTQ, AWQ, compressed-tensors).
-_TABLE = (
-    Format("f32", 0, 0, scale="f32"),
-    Format("f16", 1, 0, scale="f16"),
-    Format("bf16", 2, 0, scale="bf16"),
-    _codes("q8_0", 3, 8, zero=128, group=32),
-    _codes("q4_0", 4, 4, zero=8, group=32),
-    _codes("q4_1", 5, 4, group=32, minimum=True),
-    _codes("q5_0", 6, 4, 1, zero=16, group=32),
-    _codes("q5_1", 7, 4, 1, group=32, minimum=True),
-    _codes("q2_k", 8, 2, group=16, minimum=True, two_level=True),
-    _codes("q3_k", 9, 2, 1, zero=4, group=16, two_level=True),
-    _codes("q4_k", 10, 4, group=32, minimum=True, two_level=True),
-    _codes("q5_k", 11, 4, 1, group=32, minimum=True, two_level=True),
-    _codes("q6_k", 12, 4, 2, zero=32, group=16, two_level=True),
-    _codes("u4_g32", 13, 4, group=32, scale="f32", minimum=True),
-    _codes("u4_g64", 14, 4, group=64, scale="f32", minimum=True),
-    _codes("u4_g128", 15, 4, group=128, scale="f32", minimum=True),
-    _codes("u4_row", 16, 4, group=0, scale="f32", minimum=True),
-    _codes("u8_g32", 17, 8, group=32, scale="f32", minimum=True),
-    _codes("u8_g64", 18, 8, group=64, scale="f32", minimum=True),
-    _codes("u8_g128", 19, 8, group=128, scale="f32", minimum=True),
-    _codes("u8_row", 20, 8, group=0, scale="f32", minimum=True),
-    _codes("iq4_nl", 21, 4, zero=128, group=32, table="iq4"),
-    _codes("iq4_xs", 22, 4, zero=128, group=32, two_level=True, table="iq4"),
-    _codes("mxfp4", 23, 4, zero=12, group=32, scale="e8m0", table="e2m1"),
-    _codes("nvfp4", 24, 4, zero=12, group=16, scale="f32", two_level=True, table="e2m1"),
-    _codes("tq2_0", 25, 2, zero=1, group=256),
-    _codes("nf4_g64", 26, 4, group=64, scale="f32", table="nf4"),
-    _codes("fp4_g64", 27, 4, group=64, scale="f32", table="fp4"),
-    _codes("q6_0", 28, 4, 2, zero=32, group=32),  # ours: what q4 makes of embedding and head
-)
-FORMATS = {row.name: row for row in _TABLE}
-SCALAR_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
-# What the 16 codes of a table format mean. `iq4`: ggml's levels of IQ4_NL; `e2m1`: twice the values of the OCP
-# microscaling FP4 (the scales are halves); `nf4`, `fp4`: bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314).
-TABLES: dict[str, tuple[float, ...]] = {
-    "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
-    "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
-    "nf4": (
-        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
-        *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
-        *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-    ),
-    "fp4": (
-        *(0.0, 0.005208333333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25),
-        *(-0.0, -0.005208333333, -0.66666667, -1.0, -0.33333333, -0.5, -0.16666667, -0.25),
-    ),
-}
-FLOAT_TABLES = ("nf4", "fp4")  # their levels are no integers: activations stay floats
-
-
-def format_of(name: str) -> Format:
-    """The row of that name; raises UnsupportedError if there is none."""
-    if name not in FORMATS:
-        raise UnsupportedError(f"unknown weight format {name!r}", remedy=f"Known: {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
-def is_float(name: str) -> bool:
-    """Whether the weights are floats, which take float activations."""
-    return format_of(name).low == 0
-
-
-def activation_group(name: str) -> int:
-    """`group` that op quantize_rows must use in front of a linear of this format; 0 where activations stay floats."""
-    return 0 if is_float(name) or FORMATS[name].table in FLOAT_TABLES else BLOCK
 
 
 class Section(NamedTuple):
@@ -182,6 +95,8 @@ def layout(fmt: Format, inputs: int) -> Layout:
         supers = 1 if fmt.float_subs else width // SUPER if supers_of else groups
         per = supers * TILE_ROWS * SCALAR_BYTES[fmt.scale]
         sizes = {"scale": per}
+        if fmt.zeros:
+            sizes["zeros"] = groups * TILE_ROWS
         if fmt.minimum:
             sizes["minimum"] = per
         if fmt.two_level:
@@ -224,6 +139,7 @@ class _Parts(NamedTuple):
     codes: U8  # [n, width]
     scales: F32  # [n, groups]
     minimums: F32 | None
+    zeros: F32 | None = None  # [n, groups], beyond the format's own zero
 
 
 def aligned_empty(nbytes: int) -> U8:
@@ -293,6 +209,8 @@ class Packed:
         grouped = table_values(fmt)[codes] if fmt.table else codes.astype(np.float32)
         if parts.minimums is None and not fmt.table:
             grouped -= np.float32(fmt.zero)
+        if parts.zeros is not None:
+            grouped -= parts.zeros[:, :, None]
         grouped *= parts.scales[:, :, None]
         if parts.minimums is not None:
             grouped += parts.minimums[:, :, None]
@@ -309,6 +227,8 @@ class Packed:
         for run in runs:
             part = run.codes[:, : self.shape[1]]
             values = table_values(fmt)[part].astype(np.int32) if fmt.table else part.astype(np.int32) - fmt.zero
+            if run.zeros is not None:
+                values -= np.repeat(run.zeros.astype(np.int32), self.group, 1)[:, : self.shape[1]]
             codes[row : row + len(part)] = values
             row += len(part)
         minimums = np.concatenate([r.minimums for r in runs if r.minimums is not None]) if fmt.minimum else None
@@ -360,7 +280,8 @@ class Packed:
         if fmt.high:
             high = self._section(plan, "high", np.uint8, blocks, fmt.high, TILE_ROWS, 4)[tile, :, :, lane]
             quads |= spread_plane(high.view(np.uint8), fmt.high) << np.uint8(fmt.low)
-        return _Parts(quads.reshape(index.size, plan.width), scales, minimums)
+        zeros = self._lanes(plan, "zeros", "i8", plan.groups, index) if fmt.zeros else None
+        return _Parts(quads.reshape(index.size, plan.width), scales, minimums, zeros)
 
 
 def spread_plane(plane: U8, bits: int) -> U8:
@@ -387,31 +308,6 @@ def gather_plane(quads: U8, bits: int) -> U8:
 def _place(quad: int, bits: int, per: int) -> tuple[int, int]:
     """(vector, slot in its bytes) of a quad. Nibbles pair quad v with v + 4, as the 4-bit GGUF types do."""
     return (quad % 4, quad // 4) if bits == 4 else (quad // per, quad % per)
-
-
-def widen_bf16(raw: npt.NDArray[np.generic]) -> F32:
-    """bf16 bit patterns as f32, exactly."""
-    return (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def widen_e8m0(raw: npt.NDArray[np.generic]) -> F32:
-    """Bytes e as 2^(e - 128); 255 is 2^127, as ggml reads it."""
-    bits = raw.astype(np.uint32)
-    return np.where(bits < 2, np.uint32(0x200000) << bits, (np.maximum(bits, 1) - np.uint32(1)) << np.uint32(23)).view(
-        np.float32
-    )
-
-
-def widen_e4m3(raw: npt.NDArray[np.generic]) -> F32:
-    """Bytes 0..127 as e4m3 numbers (OCP FP8, no infinity); 127, its NaN, reads as 480."""
-    bits = raw.astype(np.uint32)
-    normal = ((bits << np.uint32(20)) + np.uint32(120 << 23)).view(np.float32)
-    return np.where(bits < 8, bits.astype(np.float32) * np.float32(2**-9), normal)
-
-
-def table_values(fmt: Format) -> F32:
-    """The meaning of each code of a table format, f32 [16]."""
-    return np.array(TABLES[fmt.table], np.float32)
 
 
 _STORED: dict[str, npt.DTypeLike] = {

@@ -3,6 +3,7 @@
 Knows where bytes go (packed_layout), nothing of GGUF (packed_gguf) or of choosing codes (packed_quantize).
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,6 +39,7 @@ class CodeRows(NamedTuple):
     minimums: Array | None = None  # the same; dmin of a two-level format
     sub_scales: I8 | U8 | None = None  # [n, groups]; e4m3 bytes where the format has them
     sub_minimums: I8 | None = None
+    zeros: I8 | None = None  # [n, groups], the format's own zero taken off
 
 
 class Packer:
@@ -56,7 +58,7 @@ class Packer:
         fmt, plan = self.format, self.layout
         first, count = self._take(rows.codes.shape)
         n = -(-count // TILE_ROWS) * TILE_ROWS
-        codes = rows.codes
+        codes = np.ascontiguousarray(rows.codes)
         if codes.shape != (n, plan.width):
             zero = 0 if fmt.table else fmt.zero
             codes = np.full((n, plan.width), zero, np.uint8)  # a padded input then adds exactly 0
@@ -68,8 +70,10 @@ class Packer:
         self._write(first, "low", low)
         if fmt.high:
             self._write(first, "high", gather_plane(quads8 >> np.uint8(fmt.low), fmt.high))
-        dtype = {"f32": np.float32, "f16": np.float16, "e8m0": np.uint8}[fmt.scale]
-        self._lanes(first, "scale", rows.scales, dtype)
+        dtype = {"f32": np.float32, "f16": np.float16, "bf16": np.uint16, "e8m0": np.uint8}[fmt.scale]
+        self._lanes(first, "scale", narrow_bf16(rows.scales) if fmt.scale == "bf16" else rows.scales, dtype)
+        if fmt.zeros:
+            self._lanes(first, "zeros", rows.zeros, np.int8)
         if fmt.minimum:
             self._lanes(first, "minimum", rows.minimums, dtype)
         if fmt.two_level:
@@ -175,8 +179,9 @@ def pack_codes(
     scales: Array,
     minimums: F32 | None = None,
     sub_scales: U8 | None = None,
+    zeros: U8 | None = None,
 ) -> Packed:
-    """Packs unsigned codes [out, in] (zero point included) with scales and minimums [out, groups].
+    """Packs unsigned codes [out, in] (zero point included) with scales, minimums and zero points [out, groups].
 
     For one-level formats and `nvfp4`. Scales and minimums must be exact in the format's dtype; those of `mxfp4` are
     e8m0 bytes (uint8). `nvfp4` takes the f32 factor of each row as `scales` [out, 1] (half the tensor's own, because
@@ -184,27 +189,43 @@ def pack_codes(
     where a shape or a code does not fit, FormatError where a scale would change.
     """
     fmt = format_of(name)
-    if fmt.low == 0 or fmt.two_level != fmt.float_subs or (minimums is not None) != fmt.minimum:
-        raise UsageError(f"format {name} is not made of codes, scales{' and minimums' * (minimums is not None)}")
-    if (sub_scales is not None) != fmt.float_subs:
-        raise UsageError(f"format {name} {'needs' if fmt.float_subs else 'has no'} sub-scales")
+    given = (minimums is not None, sub_scales is not None, zeros is not None)
+    if fmt.low == 0 or fmt.two_level != fmt.float_subs or given != (fmt.minimum, fmt.float_subs, fmt.zeros):
+        raise UsageError(f"format {name} is not made of codes and the parts given")
     packer = Packer(name, (codes.shape[0], codes.shape[1]))
-    wanted = (codes.shape[0], packer.layout.supers)
-    if scales.shape != wanted or (minimums is not None and minimums.shape != wanted):
+    wanted, each = (codes.shape[0], packer.layout.supers), (codes.shape[0], packer.layout.groups)
+    if scales.shape != wanted or any(v is not None and v.shape != wanted for v in (minimums, zeros)):
         raise UsageError(f"format {name} of {codes.shape} needs scales {wanted}, got {scales.shape}")
-    if sub_scales is not None and sub_scales.shape != (codes.shape[0], packer.layout.groups):
+    if sub_scales is not None and sub_scales.shape != each:
         raise UsageError(f"format {name} of {codes.shape} does not take sub-scales {sub_scales.shape}")
     if codes.size and int(codes.max()) >> fmt.bits:
         raise UsageError(f"code {int(codes.max())} does not fit {fmt.bits} bits")
     if fmt.scale == "e8m0" and scales.dtype != np.uint8:
         raise UsageError(f"format {name} takes its scales as e8m0 bytes")
-    if fmt.scale == "f16":
-        for values in (scales, minimums):
-            if values is not None and not np.array_equal(values.astype(np.float16).astype(np.float32), values):
-                raise FormatError(f"a scale is not exact in f16, which format {name} keeps")
+    for values in (scales, minimums):
+        if values is not None and not _exact(values, fmt.scale):
+            raise FormatError(f"a scale is not exact in {fmt.scale}, which format {name} keeps")
+    points = None if zeros is None else (zeros.astype(np.int16) - fmt.zero).astype(np.int8)
     span = runs(packer.shape)
     for start in span:
         part = slice(start, start + span.step)
-        low = None if minimums is None else minimums[part]
-        packer.add(CodeRows(codes[part], scales[part], low, None if sub_scales is None else sub_scales[part]))
+        rest = (None if array is None else array[part] for array in (minimums, sub_scales, None, points))
+        packer.add(CodeRows(codes[part], scales[part], *rest))  # type: ignore[arg-type]
+    return packer.finish()
+
+
+def _exact(values: F32, scale: str) -> bool:
+    if scale in ("f32", "e8m0"):
+        return True
+    if scale == "bf16":
+        return np.array_equal(widen_bf16(narrow_bf16(values)), values)
+    with np.errstate(over="ignore"):
+        return np.array_equal(values.astype(np.float16).astype(np.float32), values)
+
+
+def pack_rows(name: str, shape: tuple[int, int], pieces: Iterable[CodeRows]) -> Packed:
+    """Packs a matrix from pieces of its rows, each of whole tiles but the last, made ready for that format."""
+    packer = Packer(name, shape)
+    for piece in pieces:
+        packer.add(piece)
     return packer.finish()

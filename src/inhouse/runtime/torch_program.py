@@ -172,6 +172,7 @@ _OPS: Mapping[str, Run] = {
     "scale": lambda op, xs, ws, rows: [_tensor(xs[0]) * float(op.attrs["by"])],
     "soft_cap": lambda op, xs, ws, rows: [ops.soft_cap(_tensor(xs[0]), float(op.attrs["cap"]))],
     "select_rows": lambda op, xs, ws, rows: [rows.select(_tensor(xs[0]))],
+    "select_columns": lambda op, xs, ws, rows: [_tensor(xs[0])[:, _given(ws[0]).long()]],
     "pool": _pool,
     "route": _route,
     "dispatch": lambda op, xs, ws, rows: [moe.dispatch(_tensor(xs[0]), _tensor(xs[1]))],
