@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from inhouse.api import Engine
+from inhouse.cli.main import main
 from inhouse.core.errors import ContextLengthError, FormatError, UnsupportedError, UsageError
 from inhouse.core.settings import Settings
 from inhouse.engine.session import Session
@@ -42,7 +43,7 @@ def test_a_folder_with_mean_pooling_imported_and_run(tmp_path: Path, home: Home)
             engine.embed("cat " * 30)
         with pytest.raises(UnsupportedError, match="not trained for shorter vectors"):
             engine.embed("a", dimensions=8)
-        with pytest.raises(UnsupportedError, match=r"cannot generate|no program 'step'"):
+        with pytest.raises(UnsupportedError, match=r"cannot generate text. It can embed, rerank"):
             engine.generate("a")
         ranks = engine.rerank("dog", TEXTS)
         query = unit(original.mean("the cat: dog"))
@@ -231,3 +232,17 @@ def test_a_gguf_of_llama_cpp(tmp_path: Path, pooling: int) -> None:
     wanted = np.stack([unit(row.mean(0) if pooling == 1 else row[0]) for row in rows])
     with Engine.open(str(tmp_path / "tiny.gguf")) as engine:
         assert close(engine.embed(TEXTS), wanted)
+
+
+def test_show_describes_an_encoder_and_its_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Original(tmp_path, "BertForSequenceClassification", id2label={0: "calm", 1: "angry"})
+    with pytest.raises(SystemExit) as ended:
+        main(["show", str(tmp_path)])
+    assert not ended.value.code
+    shown = capsys.readouterr().out
+    assert "2 layers, hidden 32, FFN 48, 2 heads of 16" in shown
+    assert "calm, angry" in shown
+    assert "chat template" not in shown
+    with pytest.raises(SystemExit):
+        main(["show", str(tmp_path), "--program"])
+    assert "return scores" in capsys.readouterr().out

@@ -127,6 +127,8 @@ def _shape(spec: Mapping[str, Any]) -> str:
 
 
 def _no_template(spec: Mapping[str, Any]) -> str:
+    if "classifier" in spec or spec.get("headless"):
+        return ""  # it writes no text
     if "decoder" in spec:
         return "none of its own; the last message of a chat is read as it is"
     return "none of its own; chats are written as ChatML"
@@ -141,6 +143,7 @@ def fact_lines(facts: Mapping[str, Any]) -> dict[str, str]:
         "family": f"{facts['family']} ({facts['architecture']})",
         "parameters": f"{facts['parameters']:,}",
         "shape": _shape(spec),
+        "labels": ", ".join((spec.get("classifier") or {}).get("labels", ())),
         "vocabulary": f"{facts['tokens']} tokens, {spec['vocab_size']} rows{', tied head' if spec.get('tied') else ''}",
         "context": f"{facts['context']} tokens, {human_bytes(facts['kv_bytes_per_token'])} of KV cache each at 16 bits",
         "chat template": ", ".join(facts["chat_templates"]) or _no_template(spec),

@@ -162,6 +162,7 @@ class Session:
 
         Raises what `Engine.submit` raises; a failed step is a TextFailed event.
         """
+        self.vectors.need("generate")
         name = f"local-{uuid.uuid4().hex}"
         request = self.request(name, prompt, params or self.defaults, max_tokens, start=start)
         assembler = TextAssembler(
