@@ -8,8 +8,8 @@
 
 namespace inhouse {
 
-constexpr int64_t kPiecePairs = 64;  // (row, query head) pairs of a task
-constexpr int64_t kSplitPairs = 16;  // at most so many share a task that is split by partition
+constexpr int64_t kPiecePairs = 128;  // (row, query head) pairs of a task
+constexpr int64_t kSplitPairs = 16;   // at most so many share a task that is split by partition
 
 // The keys of a sequence: how many are stored, and how many of those see one another (mask prefix).
 struct Keys {

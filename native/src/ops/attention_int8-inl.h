@@ -157,19 +157,16 @@ IH_INLINE void int_scores(const IntTiles& tiles, int first, int64_t quads, const
   }
 }
 
-// Weights of one row, times the scales of V, as bytes [high, low][256]; what is outside [first, last) blocks is not
-// written. Gives what a code stands for.
-float quantize_weights(const IntTiles& tiles, const Queries& rows, int r, int first, int last, float* weights,
-                       int8_t* bytes, Start* start) {
-  const V low = set1(static_cast<float>(rows.low[r])), high = set1(static_cast<float>(rows.high[r]));
+// One row's scores to weights times the scales of V, as bytes [high, low][256]; blocks outside [first, last) are not
+// written, those that the row does not see are zero. Gives what a code stands for.
+float quantize_weights(const AttentionShape& s, const IntTiles& tiles, const Queries& rows, int r, int first, int last,
+                       float* weights, float* softmax, int8_t* bytes, Start* start) {
+  for (int b = first; b < rows.low[r] / kCacheBlock; ++b) store(weights + b * kCacheBlock, zero());
+  for (int b = (rows.high[r] + kCacheBlock - 1) / kCacheBlock; b < last; ++b) store(weights + b * kCacheBlock, zero());
+  soften(s, rows, r, weights, softmax, softmax + 1,
+         [&](int b, V weight) { return mul(weight, load(tiles.v_scale[b])); });
   VI most_bits = set1_int(0);
-  for (int b = first; b < last; ++b) {
-    const V at = add(iota(), set1(static_cast<float>(b * kCacheBlock)));
-    const M inside = both(less_equal(low, at), less(at, high));
-    const V x = select(inside, mul(load(weights + b * kCacheBlock), load(tiles.v_scale[b])), zero());
-    store(weights + b * kCacheBlock, x);
-    most_bits = max_int(most_bits, magnitude_bits(x));
-  }
+  for (int b = first; b < last; ++b) most_bits = max_int(most_bits, magnitude_bits(load(weights + b * kCacheBlock)));
   const float most = __builtin_bit_cast(float, reduce_max_int(most_bits));
   const bool usable = is_finite(most) && most >= kTiny;
   const V inverse = set1(usable ? 127.0f / most : 0.0f);
@@ -240,9 +237,8 @@ void int_rows(const AttentionShape& s, const Queries& rows, const IntTiles& tile
   }
   if (b < last) int_scores<R, 1>(tiles, b, quads, words, start, unit, scores);
   for (int r = 0; r < R; ++r) {
-    float* weights = scores + r * kPartition;
-    soften(s, rows, r, weights, partial + r * pitch + end, partial + r * pitch + end + 1);
-    unit[r] = quantize_weights(tiles, rows, r, first, last, weights, bytes + r * 2 * kPartition, &start[r]);
+    unit[r] = quantize_weights(s, tiles, rows, r, first, last, scores + r * kPartition, partial + r * pitch + end,
+                               bytes + r * 2 * kPartition, &start[r]);
   }
   int64_t c = 0;
   const int64_t v_bytes = int8_v_bytes(s.v_dim);

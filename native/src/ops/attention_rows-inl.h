@@ -110,8 +110,11 @@ void adjust(const AttentionShape& s, const Queries& rows, int r, int first, int 
   }
 }
 
-// Scores of one row to weights e^(score - maximum), zero outside [low, high); gives the maximum and the sum.
-void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, float* maximum, float* total) {
+// Scores of one row to weights e^(score - maximum), zero outside [low, high); gives the maximum and the sum. What is
+// stored in the scores' place is use(block, weights).
+template <class Use>
+IH_INLINE void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, float* maximum, float* total,
+                      Use use) {
   const int first = rows.low[r] / kCacheBlock, last = (rows.high[r] + kCacheBlock - 1) / kCacheBlock;
   const V low = set1(static_cast<float>(rows.low[r])), high = set1(static_cast<float>(rows.high[r]));
   const V none = set1(-__builtin_inff());
@@ -136,8 +139,10 @@ void soften(const AttentionShape& s, const Queries& rows, int r, float* scores, 
   for (int b = first; b < last; ++b) {
     V weight = exp_below(sub(load(scores + b * kCacheBlock), shift));
     if (!whole(b)) weight = select(inside(b), weight, zero());
-    store(scores + b * kCacheBlock, weight);
     sums = add(sums, weight);
+    V used = use(b, weight);
+    if (!whole(b)) used = select(inside(b), used, zero());
+    store(scores + b * kCacheBlock, used);
   }
   *total = reduce_add(sums);
 }
@@ -204,7 +209,8 @@ void partial_rows(const AttentionShape& s, const Queries& rows, const Tiles<type
   score<R, Kv>(s, q, tiles, first / kCacheBlock, (last + kCacheBlock - 1) / kCacheBlock, near, scores);
   for (int r = 0; r < R; ++r) {
     for (int64_t c = 0; c < end; c += 16) store(partial + r * pitch + c, zero());
-    soften(s, rows, r, scores + r * kPartition, partial + r * pitch + end, partial + r * pitch + end + 1);
+    soften(s, rows, r, scores + r * kPartition, partial + r * pitch + end, partial + r * pitch + end + 1,
+           [](int, V weight) { return weight; });
   }
   if (high < low) high = low;
   for (int r = 0; r < R; ++r) {

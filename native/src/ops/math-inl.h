@@ -28,20 +28,18 @@ IH_INLINE V exp(V x) {
   return select(less(x, set1(-103.97f)), zero(), y);
 }
 
-// e^x for x <= 0, with one step of scaling: 0 below -87.33, NaN stays NaN. As exact as exp.
+// e^x for x <= 0 as the weights of a softmax need it: the fit is off by 9.1e-08 relative, reduction in one step by
+// 6e-8 |x| more; e^0 is 1; what is below -87 counts as -87; NaN stays NaN.
 IH_INLINE V exp_below(V x) {
-  const V clamped = max(set1(-88.0f), x);
-  const V n = round_even(mul(clamped, set1(1.44269504088896341f)));
-  V r = fma(n, set1(-0.693145751953125f), clamped);
-  r = fma(n, set1(-1.42860682030941723e-6f), r);
-  V p = fma(set1(0.0001989098087f), r, set1(0.001393364103f));
-  p = fma(p, r, set1(0.008333310934f));
-  p = fma(p, r, set1(0.04166646501f));
-  p = fma(p, r, set1(0.1666666668f));
-  p = fma(p, r, set1(0.5f));
-  p = fma(mul(r, r), p, r);
-  const V y = mul(add(p, set1(1.0f)), from_bits(shift_left<23>(add_int(to_int(n), set1_int(127)))));
-  return select(less(x, set1(-87.33f)), zero(), y);
+  const V clamped = max(set1(-87.0f), x), log2e = set1(1.44269504088896341f);
+  const V n = round_even(mul(clamped, log2e));
+  const V r = fma(clamped, log2e, sub(zero(), n));
+  V p = fma(set1(0.001326472614891827f), r, set1(0.009671512991189957f));
+  p = fma(p, r, set1(0.05550733581185341f));
+  p = fma(p, r, set1(0.24022242426872253f));
+  p = fma(p, r, set1(0.6931470036506653f));
+  p = fma(p, r, set1(1.0f));
+  return mul(p, from_bits(shift_left<23>(add_int(to_int(n), set1_int(127)))));
 }
 
 // tanh x; near zero by an odd polynomial (|x| < 0.6, 1e-9), elsewhere through e^2x.
