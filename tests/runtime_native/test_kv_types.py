@@ -21,16 +21,9 @@ pytestmark = pytest.mark.native
 
 def _attention(head_dim: int, v_dim: int, kind: StateKind = StateKind.PAGED) -> Model:
     """One op with two kv heads; token t's k and v are rows of the tables in1 and in2."""
-
     latent = kind is StateKind.LATENT
-    attrs: dict[str, Attr] = {
-        "group": "kv",
-        "scale": 0.2,
-        "heads": 2,
-        "kv_heads": 2,
-        "head_dim": head_dim,
-        "v_dim": v_dim,
-    }
+    attrs: dict[str, Attr] = {"group": "kv", "scale": 0.2, "heads": 2, "kv_heads": 2}
+    attrs |= {"head_dim": head_dim, "v_dim": v_dim, "v_from_k": latent}
     widths = [2 * head_dim, 2 * head_dim] + ([] if latent else [2 * v_dim])
     kept = replace(group(1, 2, head_dim, v_dim), kind=kind)
     return OneOp().build("attention", widths, (), attrs, groups=[kept])
