@@ -231,3 +231,17 @@ TestEncoders = EncoderMachine.TestCase
 TestEncoders.settings = settings(
     max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+def test_forced_tokens_and_repeated_runs() -> None:
+    engine = make_engine(FakeExecutor(encoder_programs()))
+    params = SamplingParams(temperature=0, first_token=33, last_token=44, ignore_eos=True, bad_words=((8,), (9, 10)))
+    (forced,) = run_all(engine, [request("f", text(1, 9), 6, params=params)])
+    assert forced.tokens[0][0] == 33
+    assert forced.tokens[0][-1] == 44
+    biased = SamplingParams(temperature=0, ignore_eos=True, logit_bias={20: 100.0}, no_repeat_ngram=2)
+    (plain,) = run_all(engine, [request("r", text(1, 9), 8, params=biased)])
+    pairs = list(pairwise([1, *plain.tokens[0]]))
+    assert len(set(pairs)) == len(pairs), "no pair of tokens comes twice, however likely"
+    assert plain.tokens[0][:2] == [20, 20]
+    assert 20 not in plain.tokens[0][2:3]

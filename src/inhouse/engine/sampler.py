@@ -101,8 +101,8 @@ def draw(sampler: Sampler, logits: F32, wanted: list[tuple[Sequence, Recipe, int
     tokens, status = sampler.sample(
         logits,
         np.array(arrays.rows, ROW),
-        np.concatenate(arrays.bias_ids),
-        np.concatenate(arrays.bias_values),
+        np.concatenate([none, *arrays.bias_ids]),
+        np.concatenate([np.zeros(0, np.float32), *arrays.bias_values]),
         np.concatenate(arrays.history) if arrays.history else none,
         np.stack(arrays.masks) if arrays.masks else np.zeros((0, -(-logits.shape[1] // 32)), np.uint32),
     )

@@ -49,6 +49,7 @@ _SIDE_PATTERNS = (
     "*_Pooling/config.json",
     "*.tiktoken",
     "*.model",
+    "*.spm",
     "additional_chat_templates/*.jinja",
     "LICENSE*",
     "LICENCE*",

@@ -274,6 +274,9 @@ def _row(
     )  # fmt: skip
 
 
+# Left by fairseq in old checkpoints; nothing reads it.
+_VERSIONS = ("*encoder.version", "*decoder.version")
+
 # Tables that the spec computes, which some checkpoints keep.
 _SINES = ("model.encoder.embed_positions.weight*", "model.decoder.embed_positions.weight*")
 
@@ -283,8 +286,8 @@ ROWS = (
     ),
     _row("mt5", ("MT5ForConditionalGeneration",), lambda f, t: _t5(f, t, "mt5"), _t5_names(), _T5_EXTRA),
     _row("umt5", ("UMT5ForConditionalGeneration",), lambda f, t: _t5(f, t, "umt5"), _t5_names(), ()),
-    _row("bart", ("BartForConditionalGeneration",), _bart, _bart_names(), ()),
-    _row("mbart", ("MBartForConditionalGeneration",), _mbart, _bart_names(), ()),
-    _row("m2m_100", ("M2M100ForConditionalGeneration",), _m2m, _bart_names(), _SINES),
+    _row("bart", ("BartForConditionalGeneration",), _bart, _bart_names(), _VERSIONS),
+    _row("mbart", ("MBartForConditionalGeneration",), _mbart, _bart_names(), _VERSIONS),
+    _row("m2m_100", ("M2M100ForConditionalGeneration",), _m2m, _bart_names(), (*_SINES, *_VERSIONS)),
     _row("marian", ("MarianMTModel",), _marian, _bart_names(), _SINES),
 )
