@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define IH_ABI_VERSION 2
+#define IH_ABI_VERSION 3
 #define IH_API __attribute__((visibility("default")))
 
 typedef enum ih_status {
@@ -105,7 +105,18 @@ typedef struct ih_step {
   const int32_t* types;            // [rows]
   const int32_t* prefixes;         // [sequences]
   const int32_t* encoder_lengths;  // [sequences]
+  const int32_t* adapters;         // [sequences] slots of ih_set_adapter, 0: none; null: none anywhere
 } ih_step;
+
+// What an adapter adds to one weight: y += b (a x).
+typedef struct ih_adapter_pair {
+  int32_t weight;  // index into the model's weights
+  int32_t reserved;
+  ih_weight a, b;  // f32 in tiles, [rank, in] and [out, rank]; borrowed until the slot is set again
+} ih_adapter_pair;
+
+// Puts pairs [count] into slot 1, 2, ... in place of what was there; count 0 empties it. Between steps only.
+IH_API ih_status ih_set_adapter(ih_model* model, int32_t slot, const ih_adapter_pair* pairs, int64_t count);
 
 typedef struct ih_output {
   const float* data;  // [rows][width], valid until the model's next run

@@ -109,6 +109,13 @@ ih_status ih_write_blocks(ih_model* model, int32_t group, const int32_t* blocks,
   return guarded([&] { return model->model->state().write(group, blocks, count, bytes); });
 }
 
+ih_status ih_set_adapter(ih_model* model, int32_t slot, const ih_adapter_pair* pairs, int64_t count) {
+  return guarded([&]() -> Status {
+    if (count < 0 || (count > 0 && pairs == nullptr)) return Status::usage("no adapter pairs");
+    return model->model->set_adapter(slot, pairs, count);
+  });
+}
+
 ih_status ih_run(ih_model* model, int32_t program, const ih_step* step, ih_output* outputs) {
   return guarded([&]() -> Status {
     if (step == nullptr || outputs == nullptr) return Status::usage("ih_run needs a step and room for its outputs");

@@ -1,10 +1,12 @@
 // A model ready to run: programs proven, buffers planned, state kept, weights guarded.
 #pragma once
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "inhouse.h"
 #include "linears.h"
+#include "lora.h"
 #include "moe.h"
 #include "plan.h"
 #include "program.h"
@@ -69,6 +71,10 @@ class Model {
   // counts for its first.
   Status times(int32_t program, int64_t* nanoseconds, int64_t count);
 
+  Status set_adapter(int32_t slot, const ih_adapter_pair* pairs, int64_t count) {
+    return adapters_.set(slot, pairs, count, weights_);
+  }
+
   State& state() { return *state_; }
   int64_t bytes() const { return arena_->bytes() + state_->bytes(); }
 
@@ -93,6 +99,8 @@ class Model {
   std::vector<LinearTask> linear_tasks_;     // of the op that runs
   std::vector<Relative> relative_;           // made before the first step, so that none allocates
   RoutedRows routed_;
+  Adapters adapters_;
+  std::vector<std::pair<int32_t, const AdapterPair*>> adapter_pairs_;  // of the op that runs
   bool damaged_ = false;
 };
 

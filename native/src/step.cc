@@ -101,6 +101,7 @@ void Runner::linears(const Op& op) {
   const LinearInput in = {rows_of(op.inputs[0]), x.width, quantized ? nullptr : floats(op.inputs[0]),
                           quantized ? &quants : nullptr};
   run_linears(pool_, kernels_, in, tasks.data(), count);
+  adapt(op);
 }
 
 void Runner::rotary(const Op& op) {

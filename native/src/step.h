@@ -45,6 +45,12 @@ class Runner {
   void concat(const Op& op);
   void head_linears(const Op& op);
 
+  // lora.cc
+  void adapt(const Op& op);
+  void adapt_rows(const Op& op, int32_t slot, int64_t begin, int64_t rows);
+  int32_t sequence_of(Axis axis, int64_t r) const;
+  const float* floats_of(int32_t v, int64_t begin, int64_t rows);
+
   // attention_step.cc
   void attention(const Op& op);
   void write_cross(const Op& op);

@@ -9,6 +9,7 @@ Everything here is a thin cover over `engine.session`; the answers are those tha
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -83,10 +84,16 @@ class Engine:
         return self._run(ids, max_tokens, stop, params, start)
 
     def chat(
-        self, messages: Chat, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
+        self,
+        messages: Chat,
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        adapter: str | None = None,
+        **sampling: Any,
     ) -> Answer:
-        """Answers a chat: one message as a str, or messages as {"role", "content"}."""
-        return self._run(self._chat_ids(messages), max_tokens, stop, self._params(sampling))
+        """Answers a chat: one message as a str, or messages as {"role", "content"}; `adapter`: as for `generate`."""
+        return self._run(self._chat_ids(messages), max_tokens, stop, self._params(sampling), adapter=adapter)
 
     def stream(
         self, messages: Chat, *, max_tokens: int | None = None, stop: Sequence[str] = (), **sampling: Any
@@ -124,6 +131,15 @@ class Engine:
         rows = vectors.classify([texts] if isinstance(texts, str) else list(texts))
         return [dict(zip(vectors.labels, map(float, row), strict=True)) for row in rows]
 
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Loads a LoRA adapter (a PEFT folder or a GGUF adapter file) under a name; the weights stay packed and nothing
+        is merged. Raises NotFoundError, FormatError, UnsupportedError, ConflictError."""
+        self._session.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets an adapter; answers that run with it end as they began. Raises NotFoundError."""
+        self._session.unload_adapter(name)
+
     def close(self) -> None:
         """Ends what runs and frees the model."""
         self._session.close()
@@ -156,10 +172,11 @@ class Engine:
         stop: Sequence[str],
         params: SamplingParams,
         start: int | None = None,
+        adapter: str | None = None,
     ) -> Answer:
         text: dict[int, list[str]] = {}
         found: dict[int, Answer] = {}
-        for event in self._session.stream(prompt, params, max_tokens, stop, start=start):
+        for event in self._session.stream(prompt, params, max_tokens, stop, start=start, adapter=adapter):
             if isinstance(event, TextFailed):
                 raise event.error
             if isinstance(event, TextDelta):

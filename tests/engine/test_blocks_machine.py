@@ -30,7 +30,7 @@ class BlocksMachine(RuleBasedStateMachine):
         self.contents: dict[tuple[str, int], bytes] = {}  # (group, block) -> tokens written so far, from the beginning
 
     def keys(self, tokens: "array[int]", count: int) -> list[object]:
-        keys, parent = [], root_digest("m", 0, "")
+        keys, parent = [], root_digest("m", "", "")
         for i in range(count):
             keys.append(next_key(parent, tokens, i * BLOCK_SIZE))
             parent = keys[-1].digest

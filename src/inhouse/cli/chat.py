@@ -43,6 +43,7 @@ class Chat:
         max_tokens: of an answer; None: what the context leaves.
         system: system message; empty: none.
         raw: continue the text as it is, without template and history.
+        adapter: the name of a LoRA adapter that the session has loaded; None: none.
         out: where answers go.
     """
 
@@ -51,6 +52,7 @@ class Chat:
     max_tokens: int | None = None
     system: str = ""
     raw: bool = False
+    adapter: str | None = None
     out: TextIO = field(default_factory=lambda: sys.stdout)
     messages: list[dict[str, Any]] = field(default_factory=list)
     last: str = "nothing answered yet"
@@ -103,7 +105,7 @@ class Chat:
 
     def _events(self, text: str) -> Iterator[TextEvent]:
         """The events of one answer; leaving early cancels it. Raises the error of a step that failed."""
-        events = self.session.stream(self._prompt(text), self.params, self.max_tokens)
+        events = self.session.stream(self._prompt(text), self.params, self.max_tokens, adapter=self.adapter)
         try:
             for event in events:
                 if isinstance(event, TextFailed):

@@ -37,6 +37,12 @@ COMMANDS: tuple[Command, ...] = (
     Command("stop", "stop a server, letting running answers finish", "inhouse stop", "stop"),
     Command("eval", "perplexity, and divergence from a reference", "inhouse eval demo --text book.txt", "eval_"),
     Command("export", "a model as files for other programs", "inhouse export demo --to gguf demo.gguf", "export"),
+    Command(
+        "merge",
+        "a LoRA adapter into its base",
+        "inhouse merge kind --base qwen --adapter ./kind",
+        "merge",
+    ),
     Command("bench", "speed on this machine, beside its limits", "inhouse bench demo", "bench"),
 )
 

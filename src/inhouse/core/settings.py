@@ -52,6 +52,8 @@ class Settings:
     max_queue: int = _setting(1024, "requests that may wait; one more is refused with 429", least=1)
     step_tokens: int = _setting(512, "tokens computed in one step, prompts and answers together", least=1)
     prefix_cache: bool = _setting(True, "share computed prefixes between requests")
+    adapters: str = _setting("", "LoRA adapters to load at start: name=path, separated by commas")
+    adapter_folder: str = _setting("", "folder from which clients may load adapters; empty: they may not")
     metrics_prefix: str = _setting("inhouse:", "prefix of metric names", ("inhouse:", "vllm:"))
     drain_seconds: int = _setting(30, "how long running requests may finish after SIGTERM")
     log_level: str = _setting("info", "what is logged to stderr", ("debug", "info", "warning", "error"))

@@ -68,3 +68,8 @@ def check_encoder(request: Request, encoders: bool, context_length: int, capacit
             f"the input has {length} tokens, the encoder takes {most} at once", remedy="Shorten the input",
             prompt_tokens=length, context_length=most,
         )  # fmt: skip
+
+
+def prefix_of(request: Request, token: int) -> int:
+    """How many positions of the prompt see one another: those before the first of the model's prefix token."""
+    return request.prompt.index(token) if token in request.prompt else 0

@@ -54,7 +54,7 @@ def build_encode(encodes: Sequence[Encode]) -> Step:
         lengths=counts,
         tables=stack_tables([e.encoding.tables | e.scratch for e in encodes]),
         sampled=np.zeros(0, np.int32),
-        adapters=np.zeros(len(encodes), np.int32),
+        adapters=np.array([e.encoding.adapter for e in encodes], np.int32),
     )
 
 

@@ -32,7 +32,7 @@ class BlockKey:
     tokens: bytes  # int32 ids, native order
 
 
-def root_digest(model: str, adapter: int, salt: str, read: bytes = b"") -> bytes:
+def root_digest(model: str, adapter: str, salt: str, read: bytes = b"") -> bytes:
     """Where the chain of a sequence begins: weights' digest, adapter, salt, and what its encoder reads, decide who may
     share."""
     return hashlib.blake2b(repr((model, adapter, salt)).encode() + read, digest_size=16).digest()

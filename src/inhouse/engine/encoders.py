@@ -22,6 +22,7 @@ class Encoding:
     digest: bytes  # of the weights, adapter, salt and tokens: who may share
     tokens: "array[int]"
     tables: Tables
+    adapter: int = 0  # LoRA slot that it is encoded with
     holders: int = 0
     ready: bool = False
 
@@ -48,9 +49,9 @@ class Encoders:
         """The encoding of that content; a digest alone is not trusted, the tokens are part of the key."""
         return self._known.get((digest, tokens.tobytes()))
 
-    def make(self, digest: bytes, tokens: "array[int]") -> Encoding | None:
+    def make(self, digest: bytes, tokens: "array[int]", adapter: int = 0) -> Encoding | None:
         """A new encoding with blocks lent for it, after idle ones were forgotten where they must; None if short."""
-        encoding = Encoding(digest, tokens, self._blocks.empty_tables())
+        encoding = Encoding(digest, tokens, self._blocks.empty_tables(), adapter)
         while self._blocks.extend(encoding.tables, 0, len(tokens)) is None:
             idle = next((one for one in self._known.values() if not one.holders), None)
             if idle is None:

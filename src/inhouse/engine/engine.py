@@ -25,7 +25,8 @@ from inhouse.core.errors import (
     UnsupportedError,
     UsageError,
 )
-from inhouse.engine.admission import check_encoder, check_ids, limit_of
+from inhouse.engine.adapters import Adapters
+from inhouse.engine.admission import check_encoder, check_ids, limit_of, prefix_of
 from inhouse.engine.beams import BeamGroup
 from inhouse.engine.blocks import Blocks, root_digest
 from inhouse.engine.embed import Embedder
@@ -151,6 +152,7 @@ class Engine:
         self._embeds = Embedder(
             executor, self._blocks, self._encoders, self.config, self.context_length, time.monotonic
         )
+        self.adapters = Adapters(executor, self._notify)
         self._on_step = on_step
         self._sinks: dict[str, Sink] = {}  # living requests
         self._mail = _Mail()
@@ -182,11 +184,12 @@ class Engine:
         stops = frozenset(request.params.stop_token_ids) | (frozenset() if request.params.ignore_eos else self._eos)
         with self._changed:
             self._check_door(request)
+            adapter = self.adapters.hold(request.adapter)
             self._order += 1
             sequence = Sequence(
                 request, 0, self._order, seed & (2**64 - 1), limit, stops, array("i", request.prompt),
-                self._blocks.empty_tables(), self._root(request), recipe,
-                clock=Clock(time.monotonic()), prefix=self._prefix(request),
+                self._blocks.empty_tables(), self._root(request, adapter), recipe,
+                clock=Clock(time.monotonic()), prefix=prefix_of(request, self.executor.programs.prefix_token),
             )  # fmt: skip
             if request.params.beams is not None:
                 sequence.group = BeamGroup(request.params.beams, stops, len(request.prompt), limit, [sequence])
@@ -195,15 +198,14 @@ class Engine:
             self._changed.notify_all()
         return request.id
 
-    def _prefix(self, request: Request) -> int:
-        """How many positions of the prompt see one another: those before the first of the model's prefix token."""
-        token = self.executor.programs.prefix_token
-        return request.prompt.index(token) if token in request.prompt else 0
-
-    def _root(self, request: Request) -> bytes:
+    def _root(self, request: Request, adapter: str) -> bytes:
         """Where the chain of a request's blocks begins; what a decoder computes depends on the encoder's input too."""
         read = b"" if request.encoder is None else request.encoder.tobytes()
-        return root_digest(self._digest, request.adapter, request.salt, read)
+        return root_digest(self._digest, adapter, request.salt, read)
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     def cancel(self, request_id: str, choice: int | None = None) -> None:
         """Ends a request, or one choice of it, before the next step; an id that is not living is no error."""
@@ -244,10 +246,12 @@ class Engine:
         finally:
             self.cancel(request.id)
 
-    def score(self, ids: Iterable[int], *, top: int = 0, tap: Tap | None = None) -> list[TokenLogprob]:
+    def score(
+        self, ids: Iterable[int], *, top: int = 0, tap: Tap | None = None, adapter: int = 0
+    ) -> list[TokenLogprob]:
         """Logprobs of ids[1:], each given all before it; runs like any request, in slices of the step's budget.
         `tap` sees every row of logits. Raises the error that ended the request, and what `submit` raises."""
-        request = Request(f"score-{uuid4()}", array("i", ids), SamplingParams(), 0, top, tap=tap)
+        request = Request(f"score-{uuid4()}", array("i", ids), SamplingParams(), 0, top, tap=tap, adapter=adapter)
         found: tuple[TokenLogprob, ...] = ()
         for event in self.stream(request):
             if isinstance(event, Failed):
@@ -357,6 +361,7 @@ class Engine:
             for sequence, _ in mail.submitted:
                 self._scheduler.add(sequence)
             self._embeds.take_mail()
+        self.adapters.apply()
         for id_, _ in mail.cancelled:
             self._embeds.cancel(id_)
         return [event for id_, choice in mail.cancelled for event in self._scheduler.cancel(id_, choice)]
@@ -403,11 +408,12 @@ class Engine:
                 self._sinks[request_id](batch)
             except Exception:  # the receiver's fault; it has no other way to hear of it
                 self.cancel(request_id)
-        ended = [s.request.id for s, event in events if getattr(event, "last", False)]
+        ended = [s.request for s, event in events if getattr(event, "last", False)]
         if ended:
             with self._changed:
-                for request_id in ended:
-                    self._sinks.pop(request_id, None)
+                for request in ended:
+                    self._sinks.pop(request.id, None)
+                    self.adapters.release(request.adapter)
                 self._changed.notify_all()
 
     def _serve(self) -> None:
@@ -422,13 +428,20 @@ class Engine:
     def _sleep(self) -> None:
         with self._changed:
             self._changed.wait_for(
-                lambda: self._stopping or self._mail.submitted or self._mail.cancelled or self._embeds.mail
+                lambda: (
+                    self._stopping
+                    or self._mail.submitted
+                    or self._mail.cancelled
+                    or self._embeds.mail
+                    or self.adapters.waiting
+                )
             )
 
     def _end_all(self, error: InhouseError) -> None:
         """Fails every living request and lets no other in."""
         self._refusal = error
         self._embeds.end_all(error)
+        self.adapters.end(error)
         self._post(self._take_mail() + self._scheduler.fail(self._scheduler.sequences, error))
         for request_id, sink in self._sinks.items():  # what the scheduler has lost, if the fault was its own
             sink([Failed(request_id, 0, error, True)])

@@ -118,7 +118,7 @@ class Scheduler:
         scratch = self.encoders.lend_scratch(len(sequence.encoder))
         if scratch is None:
             return False
-        while (made := self.encoders.make(sequence.root, sequence.encoder)) is None:
+        while (made := self.encoders.make(sequence.root, sequence.encoder, sequence.request.adapter)) is None:
             running = {id(e.encoding) for e in plan.encodes}
             behind = (s for s in reversed(self.waiting) if s.encoding and s.rank > sequence.rank)
             last = next((s for s in behind if id(s.encoding) not in running), None)

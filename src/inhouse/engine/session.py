@@ -8,15 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import NotFoundError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
+from inhouse.engine.adapters import AdapterInfo
 from inhouse.engine.engine import Engine, StepReport
 from inhouse.engine.request import EngineConfig, Request, SamplingParams, make_request
 from inhouse.engine.text import TextAssembler, TextEvent
 from inhouse.engine.vectors import Vectors
+from inhouse.load.adapter import read_adapter
 from inhouse.load.model import LoadedModel, open_model
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.model.tokens.translate import language_codes, translate
@@ -140,13 +143,16 @@ class Session:
         prompt_logprobs: int | None = None,
         salt: str = "",
         start: int | None = None,
+        adapter: int = 0,
     ) -> Request:
         """A request for a prompt: of an encoder-decoder its encoder reads it, and the decoder begins with `start`
         (None: with what the model says). Raises UsageError for ids out of range."""
         if not self.reads:
-            return make_request(name, prompt, params, max_tokens, prompt_logprobs, salt=salt)
+            return make_request(name, prompt, params, max_tokens, prompt_logprobs, salt=salt, adapter=adapter)
         first = [self._start if start is None else start]
-        return make_request(name, first, params, max_tokens, prompt_logprobs, salt=salt, encoder=prompt)
+        return make_request(
+            name, first, params, max_tokens, prompt_logprobs, salt=salt, encoder=prompt, adapter=adapter
+        )
 
     def stream(
         self,
@@ -157,14 +163,15 @@ class Session:
         *,
         skip_special: bool = True,
         start: int | None = None,
+        adapter: str | None = None,
     ) -> Iterator[TextEvent]:
         """Runs one request and gives its text events; leaving the iteration early cancels it. `start`: see `request`.
 
         Raises what `Engine.submit` raises; a failed step is a TextFailed event.
         """
         self.vectors.need("generate")
-        name = f"local-{uuid.uuid4().hex}"
-        request = self.request(name, prompt, params or self.defaults, max_tokens, start=start)
+        name, slot = f"local-{uuid.uuid4().hex}", self.adapter_slot(adapter)
+        request = self.request(name, prompt, params or self.defaults, max_tokens, start=start, adapter=slot)
         assembler = TextAssembler(
             self.tokenizer, request.continued, stops, skip_special=skip_special,
             stop_choice=lambda choice: self.engine.cancel(name, choice),
@@ -172,6 +179,27 @@ class Session:
         with closing(self.engine.stream(request)) as events:
             for event in events:
                 yield from assembler.feed([event])
+
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Loads a LoRA adapter, a PEFT folder or GGUF file, under a name; requests may then ask for it. Answers that
+        run meanwhile go on. Raises what reading it raises, ConflictError for a name that is taken."""
+        if not name or name in self.names:
+            raise UsageError(f"{name!r} cannot name an adapter", remedy="Choose another name", param="lora_name")
+        model = self.model
+        read = read_adapter(Path(path), model.family, model.spec, model.derived)
+        return self.engine.adapters.load(name, read.adapter, read.digest, origin=str(path), rank=read.rank)
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        """Forgets an adapter; answers that run with it end as they began. Raises NotFoundError."""
+        return self.engine.adapters.unload(name)
+
+    def adapter_slot(self, name: str | None) -> int:
+        """The slot of an adapter by its name; raises NotFoundError for a name that is not loaded. None: no adapter."""
+        slot = self.engine.adapters.slot(name)
+        if name is not None and not slot:
+            held = ", ".join(self.engine.adapters.table()) or "none"
+            raise NotFoundError(f"no adapter {name!r} is loaded", remedy=f"Loaded: {held}", param="adapter")
+        return slot
 
     def _stepped(self, step: StepReport) -> None:
         if self.on_step is not None:

@@ -20,6 +20,7 @@ from inhouse.load.packing import Part, nbytes
 from inhouse.load.sentence import Sentence
 from inhouse.model.build import Spec, build
 from inhouse.model.encoder import EncoderSpec
+from inhouse.model.families.family import Derive, Family
 from inhouse.model.rewrite import order_columns, quantize_activations
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
@@ -61,6 +62,8 @@ class LoadedModel:
     spec: Spec
     programs: ProgramSet  # what the executor runs: activations of quantised weights are quantised
     plain_programs: ProgramSet  # before that rewrite
+    family: Family
+    derived: Mapping[str, Derive]  # canonical name -> where the checkpoint has it
     weights: Mapping[str, Weight]
     tokenizer: Tokenizer
     chat_template: ChatTemplate
@@ -148,6 +151,8 @@ def open_model(
         spec=described.spec,
         programs=programs,
         plain_programs=plain,
+        family=described.family,
+        derived={part.spec.name: part.derive for part in bound.plan.parts},
         weights=bound.weights,
         tokenizer=tokenizer,
         chat_template=ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),

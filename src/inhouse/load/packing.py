@@ -63,8 +63,6 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str, cod
             raise UnsupportedError(f"tensor {info.name!r} is {info.dtype}, a vector must be a float", param=info.name)
         return Part(spec, derive, info, "vector")
     if coding is not None:
-        if derive.heads:  # codes have no transpose: see below
-            return Part(spec, derive, info, "f32", coding=coding)
         if turned:
             derive = replace(derive, transpose=False, source_shape=expected)
         return Part(spec, derive, info, coded_format(coding, spec.shape[1]), coding=coding)
@@ -108,8 +106,6 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
     derive = part.derive
     if part.coding is not None:
         assert isinstance(source, CodedSource)
-        if derive.heads:
-            return pack_float(derive.take(_decoded(part, source)), part.format)
         index = derive.index()
         every = np.arange(math.prod(part.info.shape[:-1]), dtype=np.int64) if index is None else index
         return pack_coded(source, part.info.name, part.format, every, (part.spec.shape[0], part.spec.shape[1]))
@@ -120,14 +116,6 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
         whole = pack_gguf(source.raw(part.info.name), part.info.dtype, shape, None)
         return pack_float(derive.take(whole.dequantize()), part.format)
     return pack_gguf(source.raw(part.info.name), part.info.dtype, shape, derive.index())
-
-
-def _decoded(part: Part, source: CodedSource) -> npt.NDArray[np.float32]:
-    """A quantised linear's very values, float32 [out, in]."""
-    assert part.coding is not None
-    shape = (part.info.shape[0], part.info.shape[1])
-    fmt, every = coded_format(part.coding, shape[1]), np.arange(shape[0], dtype=np.int64)
-    return pack_coded(source, part.info.name, fmt, every, shape).dequantize()
 
 
 def _vector(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError
+from inhouse.runtime.adapters import Adapter
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.program import ProgramSet
 from inhouse.runtime.step import I32, Step
@@ -44,6 +45,11 @@ class Executor(Protocol):
         """Makes room, beside the state, for steps of at most `rows` tokens, `sampled` rows of logits and `sequences`
         sequences, so that no such step allocates; a larger one still runs. Raises CapacityError when memory does not
         suffice."""
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Puts a LoRA adapter into slot 1, 2, ... in place of what was there; None empties the slot. Between steps
+        only. Raises UsageError for matrices that do not fit, UnsupportedError for a weight that adapters cannot
+        change (see `runtime.adapters`)."""
 
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         """Runs a Program over the step: role -> array (`logits` [S, vocab], `hidden` [T, width], `pooled` [N, width]).

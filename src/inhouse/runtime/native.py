@@ -8,10 +8,11 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.runtime.adapters import Adapter, check_adapter, check_slots
 from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
 from inhouse.runtime.library import last_error
 from inhouse.runtime.native_flat import flatten
-from inhouse.runtime.native_library import COutput, CStep, CWeight, check, library
+from inhouse.runtime.native_library import CAdapterPair, COutput, CStep, CWeight, check, library
 from inhouse.runtime.packed import FORMATS, Packed, pack_float
 from inhouse.runtime.program import ProgramSet
 from inhouse.runtime.step import I32, Step, check_step, step_rules
@@ -71,6 +72,7 @@ class NativeExecutor:
         self._numbers = {name: i for i, name in enumerate(programs.programs)}
         self._groups = {group.name: i for i, group in enumerate(programs.groups)}
         self._blocks = dict.fromkeys(self._groups, 0)
+        self._adapters: dict[int, list[Packed]] = {}  # slot -> what the library points into
         level = isa.encode() if isa else None
         name = self._lib.ih_isa_name(level)
         if name is None:
@@ -147,8 +149,7 @@ class NativeExecutor:
         """See Executor.run."""
         require(self._programs, program)
         check_step(self._rules[program], step, self._blocks)
-        if step.adapters.any():
-            raise UnsupportedError("the native executor has no LoRA adapters loaded", param="adapters")
+        check_slots(step.adapters, self._adapters)
         which = self._programs.programs[program]
         c_step, kept = self._c_step(step)
         outputs = (COutput * max(len(which.outputs), 1))()
@@ -165,7 +166,7 @@ class NativeExecutor:
         pointers = (ctypes.c_void_p * count)(*[_pointer(t) for t in tables])
         widths = (ctypes.c_int64 * count)(*[t.shape[1] for t in tables])
         arrays = (step.tokens, step.positions, step.sequences, step.lengths, step.sampled)
-        more = (step.types, step.prefixes, step.encoder_lengths)
+        more = (step.types, step.prefixes, step.encoder_lengths, step.adapters)
         sizes = (step.tokens.size, step.lengths.size, step.sampled.size)
         c_step = CStep(*sizes, *map(_pointer, arrays), pointers, widths, *map(_pointer, more))
         return c_step, (pointers, widths)
@@ -179,6 +180,21 @@ class NativeExecutor:
         times = np.zeros(len(self._programs.programs[program].ops), np.int64)
         check(self._lib, self._lib.ih_op_times(self._open(), self._numbers[program], _pointer(times), times.size))
         return times.astype(np.float64) * 1e-9
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """See Executor.set_adapter."""
+        checked = check_adapter(self._programs, slot, adapter or {})
+        numbers = {name: i for i, name in enumerate(self._kept)}
+        tiles = [pack_float(m, "f32") for low in checked.values() for m in (low.a, low.b)]
+        entries = [
+            CAdapterPair(numbers[name], 0, _c_weight(name, a), _c_weight(name, b))
+            for name, a, b in zip(checked, tiles[::2], tiles[1::2], strict=True)
+        ]
+        array = (CAdapterPair * max(len(entries), 1))(*entries)
+        check(self._lib, self._lib.ih_set_adapter(self._open(), slot, array, len(entries)))
+        self._adapters.pop(slot, None)
+        if entries:
+            self._adapters[slot] = tiles
 
     def copy_blocks(self, group: str, source: I32, target: I32) -> None:
         """See Executor.copy_blocks."""

@@ -39,7 +39,14 @@ class CStep(ctypes.Structure):
         ("types", c_void_p),
         ("prefixes", c_void_p),
         ("encoder_lengths", c_void_p),
+        ("adapters", c_void_p),
     ]
+
+
+class CAdapterPair(ctypes.Structure):
+    """`ih_adapter_pair`."""
+
+    _fields_ = [("weight", c_int32), ("reserved", c_int32), ("a", CWeight), ("b", CWeight)]
 
 
 class COutput(ctypes.Structure):
@@ -65,6 +72,7 @@ _SIGNATURES = {
     "ih_copy_blocks": (c_int32, [c_void_p, c_int32, c_void_p, c_void_p, c_int64]),
     "ih_read_blocks": (c_int32, [c_void_p, c_int32, c_void_p, c_int64, c_void_p]),
     "ih_write_blocks": (c_int32, [c_void_p, c_int32, c_void_p, c_int64, c_void_p]),
+    "ih_set_adapter": (c_int32, [c_void_p, c_int32, POINTER(CAdapterPair), c_int64]),
     "ih_run": (c_int32, [c_void_p, c_int32, POINTER(CStep), POINTER(COutput)]),
     "ih_guard_add": (c_int64, [c_void_p, c_int64]),
     "ih_guard_damaged": (c_int32, [c_int64]),

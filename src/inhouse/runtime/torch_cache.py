@@ -12,7 +12,8 @@ from inhouse.core.errors import UsageError
 from inhouse.runtime.program import Axis, Op, StateGroup, StateKind
 from inhouse.runtime.step import BLOCK_SIZE, I32, Step
 from inhouse.runtime.torch_attention import attend_op, visible
-from inhouse.runtime.torch_ops import quantize_rows
+from inhouse.runtime.torch_ops import QuantRows, quantize_rows
+from inhouse.runtime.torch_program import TorchValue
 
 I64 = npt.NDArray[np.int64]
 
@@ -102,8 +103,15 @@ def _lent(group: str, blocks: I32) -> I32:
 class StepRows:
     """The rows of one step; implements `torch_program.Rows`. All index arithmetic is numpy, on the host."""
 
-    def __init__(self, step: Step, caches: Mapping[str, GroupCache], device: torch.device) -> None:
+    def __init__(
+        self,
+        step: Step,
+        caches: Mapping[str, GroupCache],
+        device: torch.device,
+        adapters: Mapping[int, Mapping[str, tuple[Tensor, Tensor]]] | None = None,
+    ) -> None:
         self._step, self._caches, self._device = step, caches, device
+        self._adapters = {slot: (adapters or {})[slot] for slot in set(step.adapters.tolist()) - {0}}
         self._counts = np.bincount(step.sequences, minlength=step.lengths.size)  # rows of each sequence
         self._starts = np.concatenate([[0], np.cumsum(self._counts)])[:-1]  # first row of each sequence
         self._stored: dict[str, tuple[Tensor, Tensor]] = {}
@@ -140,6 +148,23 @@ class StepRows:
     def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
         cache = self._caches[str(op.attrs["group"])]
         cache.write(op.layer, *self._slots(cache.group.name), k, v)
+
+    def adapt(self, op: Op, x: TorchValue, made: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not self._adapters:
+            return made
+        axis = op.inputs[0].axis
+        owners = np.arange(self._step.lengths.size) if axis is Axis.SEQUENCES else self._step.sequences
+        owners = owners[self._step.sampled] if axis is Axis.SAMPLED else owners
+        slots = self._step.adapters[owners]
+        floats = x.dequantize() if isinstance(x, QuantRows) else x.float()
+        out = [y.clone() for y in made]
+        for slot, held in self._adapters.items():
+            rows = self._to(np.flatnonzero(slots == slot))
+            for y, name in zip(out, op.weights, strict=False):
+                if name in held:
+                    a, b = held[name]
+                    y[rows] += ((floats[rows] @ a.T) @ b.T).to(y.dtype)
+        return out
 
     def _slots(self, group: str) -> tuple[Tensor, Tensor]:
         """(block, slot) [T] of each row of the step; the same for every layer of a group."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.program import Axis, Op, Program
 from inhouse.runtime.torch_attention import attend_op, visible
-from inhouse.runtime.torch_program import Observe, evaluate
+from inhouse.runtime.torch_program import Observe, TorchValue, evaluate
 
 
 def forward(
@@ -92,6 +92,9 @@ class _DenseRows:
 
     def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
         raise UnsupportedError("whole-sequence mode has no cross attention")
+
+    def adapt(self, op: Op, x: TorchValue, made: Sequence[Tensor]) -> Sequence[Tensor]:
+        return made  # whole-sequence mode trains adapters as weights of their own
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """[B * L, heads * D] -> [B, heads, L, D]."""

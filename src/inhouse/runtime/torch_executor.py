@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from inhouse.core.errors import CapacityError, ExecutorError, InhouseError, UnsupportedError, UsageError
+from inhouse.runtime.adapters import Adapter, check_adapter, check_slots
 from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.program import Program, ProgramSet
@@ -72,6 +73,7 @@ class TorchExecutor:
         self._rules = {name: step_rules(programs, name) for name in programs.programs}
         given = {name: weights[name] for name in programs.weights}
         self._weights = to_torch(given, self._device, dtype) | to_torch(programs.constants, self._device)
+        self._adapters: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
         self._caches: dict[str, GroupCache] = {}
         self._blocks: dict[str, int] = {}
 
@@ -112,17 +114,26 @@ class TorchExecutor:
         """See Executor.run."""
         require(self._programs, program)
         check_step(self._rules[program], step, self._blocks)
-        if step.adapters.any():
-            raise UnsupportedError(f"the torch executor holds no adapter {int(step.adapters.max())}; slot 0 is none")
+        check_slots(step.adapters, self._adapters)
         try:
             with torch.inference_mode():
-                rows = StepRows(step, self._caches, self._device)
+                rows = StepRows(step, self._caches, self._device, self._adapters)
                 outputs = evaluate(self._programs.programs[program], self._weights, rows)
                 return {role: tensor.float().cpu().numpy() for role, tensor in outputs.items()}
         except InhouseError:
             raise
         except (RuntimeError, MemoryError, IndexError) as error:  # torch reports out of memory as RuntimeError
             raise ExecutorError(f"the step of {step.tokens.size} tokens failed on {self.name}: {error}") from error
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """See Executor.set_adapter."""
+        checked = check_adapter(self._programs, slot, adapter or {})
+        self._adapters.pop(slot, None)
+        if checked:
+            self._adapters[slot] = {
+                name: (torch.from_numpy(low.a).to(self._device), torch.from_numpy(low.b).to(self._device))
+                for name, low in checked.items()
+            }
 
     def forward(
         self,

@@ -34,6 +34,9 @@ class Rows(Protocol):
     def write_cross(self, op: Op, k: Tensor, v: Tensor) -> None:
         """The op `write_cross`."""
 
+    def adapt(self, op: Op, x: TorchValue, made: Sequence[Tensor]) -> Sequence[Tensor]:
+        """What the op `linears` made, with what the rows' adapters add."""
+
 
 def evaluate(
     program: Program, weights: Mapping[str, Tensor], rows: Rows, observe: Observe | None = None
@@ -102,7 +105,7 @@ def _layer_norm(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], r
 
 def _linears(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
     half = len(ws) // 2
-    return [*ops.linears(xs[0], [_given(w) for w in ws[:half]], ws[half:])]
+    return [*rows.adapt(op, xs[0], ops.linears(xs[0], [_given(w) for w in ws[:half]], ws[half:]))]
 
 
 def _rotary(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:

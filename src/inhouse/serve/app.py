@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from inhouse.core.errors import InhouseError, UsageError
 from inhouse.core.settings import Settings
+from inhouse.serve import adapters
 from inhouse.serve import metrics as prometheus
 from inhouse.serve.observe import observe_engine, watch_steps
 from inhouse.serve.openai import error_body
@@ -53,6 +54,8 @@ FIELDS = frozenset(
         ClassifyRequest,
         ScoreRequest,
         Document,
+        adapters.LoadAdapter,
+        adapters.UnloadAdapter,
     )
     for name in model.model_fields
 )
@@ -75,6 +78,7 @@ def create_app(pool: Pool, settings: Settings) -> FastAPI:
         watch_steps(app.state.metrics, session)
     app.include_router(router)
     app.include_router(vector_router)
+    app.include_router(adapters.routes(pool, settings.adapter_folder))
     app.include_router(_status_routes(pool))
     _add_error_table(app)
     app.openapi = lambda: describe(app)  # type: ignore[method-assign]
@@ -98,14 +102,20 @@ def _status_routes(pool: Pool) -> APIRouter:
     @status.get("/models", include_in_schema=False)
     async def list_models() -> dict[str, Any]:
         """The models that this server holds."""
-        return {"object": "list", "data": [card(name, created) for name, created in pool.names().items()]}
+        loaded = pool.names()
+        cards = [card(name, created) for name, created in loaded.items()]
+        for name, (base, info) in pool.adapters().items():
+            cards.append(card(base, loaded[base]) | {"id": name, "parent": base, "adapter_rank": info.rank})
+        return {"object": "list", "data": cards}
 
     @status.get("/v1/models/{name:path}", tags=["models"], response_model=ModelCard, responses=errors(401, 404, 503))
     async def show_model(name: str) -> dict[str, Any]:
         """One model, by the name that requests use."""
         session = pool.get(name)
         key = next(k for k, s in pool.sessions().items() if s is session)
-        return card(key, pool.names()[key])
+        shown = card(key, pool.names()[key])
+        adapter = session.engine.adapters.table().get(name)
+        return shown | {"id": name, "parent": key, "adapter_rank": adapter.rank} if adapter else shown
 
     @status.get("/health", tags=["status"], response_model=Status)
     async def health() -> dict[str, str]:

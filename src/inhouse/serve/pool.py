@@ -6,10 +6,12 @@ Knows sessions and settings; knows no protocol.
 import difflib
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from inhouse.core.errors import ConflictError, NotFoundError, UnavailableError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
+from inhouse.engine.adapters import AdapterInfo
 from inhouse.engine.session import Session
 
 
@@ -52,9 +54,34 @@ class Pool:
         """Name to session, in order of loading."""
         return dict(self._sessions)
 
+    def adapters(self) -> Mapping[str, tuple[str, AdapterInfo]]:
+        """Adapter's name -> (name of the model it changes, what it is), over all sessions."""
+        return {
+            name: (base, info)
+            for base, session in self._sessions.items()
+            for name, info in session.engine.adapters.table().items()
+        }
+
+    def load_adapter(self, name: str, path: str | Path, model: str | None = None) -> AdapterInfo:
+        """Loads an adapter for a model (None: the only one). Raises what `Session.load_adapter` raises, ConflictError
+        if a model or another model's adapter has that name."""
+        session = self.get(model)
+        taken = self.adapters().get(name)
+        if name in self._sessions or (taken and self._sessions[taken[0]] is not session):
+            raise ConflictError(f"{name!r} is in use here", remedy="Choose another name", param="lora_name")
+        return session.load_adapter(name, path)
+
+    def unload_adapter(self, name: str) -> AdapterInfo:
+        """Forgets an adapter. Raises NotFoundError."""
+        found = self.adapters().get(name)
+        if found is None:
+            held = ", ".join(self.adapters()) or "none"
+            raise NotFoundError(f"no adapter {name!r} is loaded", remedy=f"Loaded: {held}", param="lora_name")
+        return self._sessions[found[0]].unload_adapter(name)
+
     def get(self, name: str | None) -> Session:
-        """The session that answers to `name`: as given at start, or the model's own name or name:version; None means
-        the only one.
+        """The session that answers to `name`: as given at start, the model's own name or name:version, or an adapter's;
+        None means the only one.
 
         Raises NotFoundError with the nearest name, UnavailableError while draining.
         """
@@ -66,9 +93,9 @@ class Pool:
         if session is not None:
             return session
         for other in self._sessions.values():
-            if name in other.names:
+            if name in other.names or other.engine.adapters.slot(name):
                 return other
-        near = difflib.get_close_matches(name, self._sessions, 1)
+        near = difflib.get_close_matches(name, [*self._sessions, *self.adapters()], 1)
         remedy = f"Did you mean {near[0]}?" if near else f"This server holds: {', '.join(self._sessions) or 'none'}"
         raise NotFoundError(f"the model {name!r} does not exist here", remedy=remedy, param="model")
 

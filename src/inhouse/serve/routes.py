@@ -44,7 +44,7 @@ async def chat_completions(body: ChatRequest, http: Request) -> Response:
     session = _session(http, body)
     params = sampling_params(body, session.defaults, chat_logprobs(body))
     asked = await asyncio.to_thread(_chat_ids, session, body, params)
-    requests = _requests(session, "chatcmpl", [asked], body.limit(), None, body.cache_salt)
+    requests = _requests(session, "chatcmpl", [asked], body.limit(), None, body)
     reply = _reply(session, body, requests, chat=True, logprobs=bool(body.logprobs))
     return await _answer(http, session, body, requests, reply)
 
@@ -58,7 +58,7 @@ async def completions(body: CompletionRequest, http: Request) -> Response:
     asked = await asyncio.to_thread(_prompt_ids, session, body, params)
     limit = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     scored = body.logprobs if body.echo and body.logprobs is not None else None
-    requests = _requests(session, "cmpl", asked, limit, scored, body.cache_salt)
+    requests = _requests(session, "cmpl", asked, limit, scored, body)
     prompts = [one.ids for one in asked]
     reply = _reply(session, body, requests, chat=False, logprobs=body.logprobs is not None)
     reply.echo = echo_texts(body, session.tokenizer, prompts)
@@ -131,17 +131,24 @@ def _requests(
     asked: Sequence[_Asked],
     max_tokens: int | None,
     prompt_logprobs: int | None,
-    salt: str | None,
+    body: SamplingFields,
 ) -> list[EngineRequest]:
     """One engine request a prompt; choices beyond the limit of a call are refused."""
     if len(asked) * asked[0].params.n > MAX_CHOICES:
         many = f"{len(asked)} prompts with n = {asked[0].params.n}"
         raise UsageError(f"{many} make more than {MAX_CHOICES} choices", remedy="Send several calls", param="n")
-    name = f"{prefix}-{uuid.uuid4().hex}"
+    name, slot = f"{prefix}-{uuid.uuid4().hex}", session.engine.adapters.slot(body.model)
     return [
         session.request(
-            f"{name}-{i}" if i else name, one.ids, one.params, max_tokens, prompt_logprobs, salt or "", one.start
-        )
+            f"{name}-{i}" if i else name,
+            one.ids,
+            one.params,
+            max_tokens,
+            prompt_logprobs,
+            body.cache_salt or "",
+            one.start,
+            slot,
+        )  # fmt: skip
         for i, one in enumerate(asked)
     ]
 

@@ -65,6 +65,17 @@ def listen(settings: Settings) -> socket.socket:
     return sock
 
 
+def parse_adapters(text: str) -> dict[str, str]:
+    """`name=path,name=path` as a table. Raises UsageError."""
+    table: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path) or name in table:
+            raise UsageError(f"{entry!r} names no adapter", remedy="Write name=path, each name once", param="adapters")
+        table[name] = path
+    return table
+
+
 def run(models: Sequence[str], settings: Settings, run_folder: Path, progress: Progress = silent) -> None:
     """Listens, loads the models, serves until SIGTERM or Ctrl-C, then drains.
 
@@ -84,6 +95,8 @@ def run(models: Sequence[str], settings: Settings, run_folder: Path, progress: P
         for model in models:
             for note in pool.load(model, progress).model.report.notes:
                 _log.warning("%s: %s", model, note)
+        for name, path in parse_adapters(settings.adapters).items():
+            pool.load_adapter(name, path)
         port = sock.getsockname()[1]
         _announce(announced, settings.host, port, models)
         host = f"[{settings.host}]" if ":" in settings.host else settings.host

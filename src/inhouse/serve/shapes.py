@@ -118,11 +118,22 @@ class ModelCard(Shape):
     executor: str
     kv_dtype: str
     kinds: list[str]  # of generate, embed, rerank, classify
+    parent: str | None = None  # of an adapter: the model that it changes
+    adapter_rank: int | None = None
 
 
 class ModelList(Shape):
     object: Literal["list"]
     data: list[ModelCard]
+
+
+class Adapter(Shape):
+    """A LoRA adapter that was loaded or unloaded."""
+
+    id: str
+    rank: int
+    bytes: int
+    loaded: bool
 
 
 class Status(Shape):
@@ -133,6 +144,7 @@ _GENERATING = {
     400: "the request is wrong, too long, or asks for what cannot be honoured",
     401: "no or wrong API key",
     404: "no such model",
+    409: "the name is taken",
     413: "the body is too long",
     429: "the queue or the memory for state is full",
     500: "a step failed",
@@ -142,7 +154,10 @@ _GENERATING = {
 
 def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses=` entries for these statuses (default: those of the generating routes)."""
-    return {code: {"model": ErrorBody, "description": _GENERATING[code]} for code in statuses or _GENERATING}
+    return {
+        code: {"model": ErrorBody, "description": _GENERATING[code]}
+        for code in statuses or (code for code in _GENERATING if code != 409)
+    }
 
 
 def generates(shape: type[BaseModel]) -> dict[int | str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from inhouse.cli.chat import Chat
     from inhouse.engine.text import TextEnd
 
+ADAPTER = "adapter"  # what the one of the command line is called
 STOPPED = 130  # exit status of a program that Ctrl-C ended
 
 app = common.app()
@@ -30,6 +32,7 @@ def command(
     top_k: Annotated[int | None, typer.Option(help="keep the k likeliest tokens")] = None,
     seed: Annotated[int | None, typer.Option(help="equal seed and prompt give an equal answer")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="longest answer; default: what the context leaves")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter: a PEFT folder or a GGUF adapter")] = None,
     quantize: common.Quantize = None,
     threads: common.Threads = None,
     executor: common.Executor = None,
@@ -60,7 +63,9 @@ def command(
             print_note(note)
         given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
         params = replace(session.defaults, **{k: v for k, v in given.items() if v is not None})
-        chat = Chat(session, params, max_tokens, system, raw)
+        if adapter is not None:
+            session.load_adapter(ADAPTER, adapter.expanduser())
+        chat = Chat(session, params, max_tokens, system, raw, None if adapter is None else ADAPTER)
         if interactive:
             print(f"{session.name}: type a message, /help for help, Ctrl-D to end")
             chat.loop(typed_lines())

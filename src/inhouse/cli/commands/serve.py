@@ -30,6 +30,8 @@ def command(
     max_queue: Annotated[int | None, typer.Option(help="requests that may wait")] = None,
     step_tokens: Annotated[int | None, typer.Option(help="tokens computed in one step")] = None,
     prefix_cache: Annotated[bool | None, typer.Option(help="share computed prefixes between requests")] = None,
+    adapters: Annotated[str | None, typer.Option(help="LoRA adapters: name=path,name=path")] = None,
+    adapter_folder: Annotated[str | None, typer.Option(help="folder that clients may load adapters from")] = None,
     metrics_prefix: Annotated[str | None, typer.Option(help="inhouse: or vllm:")] = None,
     cors_origins: Annotated[str | None, typer.Option(help="origins browsers may call from")] = None,
     drain_seconds: Annotated[int | None, typer.Option(help="how long answers may finish after SIGTERM")] = None,
@@ -40,7 +42,8 @@ def command(
         host=host, port=port, api_key=api_key, quantize=quantize, threads=threads, executor=executor, device=device,
         kv_dtype=kv_dtype, activations=activations, context=context, kv_memory=kv_memory,
         max_sequences=max_sequences, max_queue=max_queue,
-        step_tokens=step_tokens, prefix_cache=prefix_cache, metrics_prefix=metrics_prefix,
+        step_tokens=step_tokens, prefix_cache=prefix_cache, adapters=adapters, adapter_folder=adapter_folder,
+        metrics_prefix=metrics_prefix,
         cors_origins=cors_origins, drain_seconds=drain_seconds, log_level=log_level,
     )  # fmt: skip
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(message)s")

@@ -210,6 +210,21 @@ class Family:
         )
         return out
 
+    def places(self, spec: Spec, *, gguf: bool) -> dict[str, Derive]:
+        """Canonical name -> where checkpoints of one format have it by default, whatever is in any file; weights that
+        the format has no name for are left out."""
+        table, weights = self.gguf_names if gguf else self.hf_names, weight_specs(spec)
+        out: dict[str, Derive] = {}
+        for canonical in weights if table else ():
+            try:
+                place, source = self._place(table, canonical, (), bare=False)
+            except KeyError:
+                continue
+            fused = place if isinstance(place, Fused) else Fused(place)
+            derive = fused.derive(spec, canonical, source, weights)
+            out[canonical] = replace(derive, order=self._order(spec, canonical, gguf))
+        return out
+
     def _place(
         self, table: Mapping[str, Place], canonical: str, names: Collection[str], bare: bool
     ) -> tuple[str | Fused, str]:
