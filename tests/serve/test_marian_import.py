@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sentencepiece
@@ -29,7 +30,7 @@ def test_marian_translates_from_the_store(tmp_path: Path) -> None:
     size = len(json.loads((folder / "vocab.json").read_text(encoding="utf-8")))
     ids = {"pad_token_id": size - 1, "decoder_start_token_id": size - 1, "bos_token_id": 0, "vocab_size": size}
     pair = save_tiny("marian", folder, decoder_layers=2, decoder_vocab_size=size, **ids)
-    generation = {"decoder_start_token_id": size - 1, "eos_token_id": 0, "pad_token_id": size - 1}
+    generation: dict[str, Any] = {"decoder_start_token_id": size - 1, "eos_token_id": 0, "pad_token_id": size - 1}
     generation |= {"bad_words_ids": [[size - 1], [12]], "forced_eos_token_id": 0, "num_beams": 4}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
