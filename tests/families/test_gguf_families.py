@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from tests.families.parity import TransformersOracle, compare, open_tiny, transformers_oracle
@@ -16,6 +17,7 @@ from tests.families.shapes import GPT, SHAPE
 pytestmark = pytest.mark.torch
 Array = NDArray[np.float32]
 Arrange = Callable[[str, Array], Array]
+Q8 = gguf.GGMLQuantizationType.Q8_0
 HEADS, KV, LAYERS, HEAD_DIM = 6, 2, 3, 8
 SLIDES = {"sliding_window": 7, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
@@ -48,6 +50,13 @@ def by_part(name: str, array: Array) -> Array:
     if "query_key_value" not in name:
         return array
     return array.reshape(HEADS, 3, HEAD_DIM, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
+
+
+def by_part_of_16(name: str, array: Array) -> Array:
+    """`by_part` for heads of 16."""
+    if "query_key_value" not in name:
+        return array
+    return array.reshape(HEADS, 3, 16, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
 
 
 # Case -> architecture in GGUF, family, transformers' prefix, settings, arrangement, metadata.
@@ -96,8 +105,15 @@ def oracle_of(prefix: str, changes: Mapping[str, Any]) -> TransformersOracle:
     return transformers_oracle(model, config, settings)
 
 
-def write(path: Path, arch: str, oracle: TransformersOracle, arrange: Arrange, more: Mapping[str, Any]) -> None:
-    """The model as a GGUF file in f32."""
+def write(
+    path: Path,
+    arch: str,
+    oracle: TransformersOracle,
+    arrange: Arrange,
+    more: Mapping[str, Any],
+    quantized: bool = False,
+) -> None:
+    """The model as a GGUF file, in f32 or with its matrices in Q8_0."""
     config = oracle.model.config
     wide = arch in ("gpt2", "gptj", "bloom", "falcon")
     full = arch in ("gpt2", "gptj", "bloom", "gptneox", "phi2")
@@ -110,7 +126,7 @@ def write(path: Path, arch: str, oracle: TransformersOracle, arrange: Arrange, m
     names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
     meta[eps] = float(next(getattr(config, name) for name in names if hasattr(config, name)))
     if "head_dim" in config.to_dict():
-        meta |= {"attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM}
+        meta = {"attention.key_length": HEAD_DIM, "attention.value_length": HEAD_DIM} | meta
     writer = gguf.GGUFWriter(path, arch)
     for key, value in meta.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}[type(value)]
@@ -125,11 +141,39 @@ def write(path: Path, arch: str, oracle: TransformersOracle, arrange: Arrange, m
         found = [table.get_name(key, try_suffixes=(".weight", ".bias")) for key in keys]
         theirs = next((one for one in found if one is not None), None)
         assert theirs is not None, f"gguf has no name for {name}"
-        writer.add_tensor(theirs, np.ascontiguousarray(arrange(name, array), np.float32))
+        _add(writer, theirs, np.ascontiguousarray(arrange(name, array), np.float32), quantized)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _add(writer: gguf.GGUFWriter, name: str, array: Array, quantized: bool) -> None:
+    if quantized and array.ndim == 2:
+        writer.add_tensor(name, gguf.quants.quantize(array, Q8), raw_dtype=Q8)
+    else:
+        writer.add_tensor(name, array)
+
+
+@pytest.mark.parametrize("case", ["llama", "phi3", "bloom", "glm4"])
+def test_quantised_rows_are_taken_and_put_in_order(case: str, tmp_path: Path) -> None:
+    """Fused and permuted matrices in Q8_0: the original computes with the very numbers of the file."""
+    arch, family, prefix, changes, arrange, more = CASES[case]
+    wider = {"hidden_size": 96} if prefix == "Bloom" else {"hidden_size": 96, "head_dim": 16, "intermediate_size": 160}
+    oracle, path = oracle_of(prefix, changes | wider), tmp_path / "tiny.gguf"
+    with torch.no_grad():
+        for parameter in oracle.model.parameters():
+            if parameter.dim() == 2:
+                codes = gguf.quants.quantize(parameter.numpy(), Q8)
+                parameter.copy_(torch.from_numpy(gguf.quants.dequantize(codes, Q8)))
+    sizes: dict[str, Any] = {"embedding_length": 96, "feed_forward_length": 384 if prefix == "Bloom" else 160}
+    if prefix != "Bloom":
+        sizes |= {"attention.key_length": 16, "attention.value_length": 16}
+        sizes |= {"rope.dimension_count": 8 if case == "glm4" else 16}
+    write(path, arch, oracle, by_part_of_16 if arrange is by_part else arrange, more | sizes, quantized=True)
+    tiny = open_tiny(path, fmt="gguf q8_0", activations="float")
+    assert tiny.family == family
+    compare(tiny, oracle, case=f"{case} q8_0")
 
 
 @pytest.mark.parametrize("case", CASES)

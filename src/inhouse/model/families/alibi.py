@@ -39,6 +39,7 @@ def _falcon(fields: Fields, tensors: Tensors) -> ModelSpec:
     heads_key = "num_attention_heads" if fields.raw("num_attention_heads") is not None else "n_head"
     layers_key = "num_hidden_layers" if fields.raw("num_hidden_layers") is not None else "n_layer"
     heads = fields.integer(heads_key)
+    fields.expect("apply_residual_connection_post_layernorm", (False,))
     newer, alibi = fields.flag("new_decoder_architecture", False), fields.flag("alibi", False)
     many, bias = not fields.flag("multi_query", True), fields.flag("bias", False)
     groups = fields.integer("num_kv_heads", fields.integer("n_head_kv", heads))
