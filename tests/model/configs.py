@@ -4,6 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from inhouse.model.families.family import Family
+from inhouse.model.families.table import resolve as resolve_any
+from inhouse.model.spec import ModelSpec, RopeSpec
+
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 172,
     "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 512,
@@ -26,3 +30,16 @@ def gguf(arch: str, **changes: Any) -> dict[str, Any]:
         f"{arch}.attention.layer_norm_rms_epsilon": float(np.float32(1e-5)), f"{arch}.rope.freq_base": 10000.0,
         f"{arch}.rope.dimension_count": 8, "tokenizer.ggml.tokens": ["x"] * 512,
     } | {f"{arch}.{key.replace('__', '.')}": value for key, value in changes.items()}  # fmt: skip
+
+
+def resolve(config: dict[str, Any], *args: Any) -> tuple[ModelSpec, Family]:
+    """The spec and family of a decoder."""
+    spec, family = resolve_any(config, *args)
+    assert isinstance(spec, ModelSpec)
+    return spec, family
+
+
+def rope_of(spec: ModelSpec) -> RopeSpec:
+    """The rotation of a decoder that has one."""
+    assert spec.rope is not None
+    return spec.rope

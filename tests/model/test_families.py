@@ -11,9 +11,9 @@ from inhouse.core.errors import FormatError, InhouseError, UnsupportedError
 from inhouse.model.build import build, kv_bytes_per_token, parameters, weight_specs
 from inhouse.model.families import decoder
 from inhouse.model.families.family import HeadOrder
-from inhouse.model.families.table import FAMILIES, resolve
+from inhouse.model.families.table import FAMILIES
 from inhouse.model.rotary import inverse_frequencies
-from tests.model.configs import LLAMA, MISTRAL, QWEN2, QWEN3, gguf
+from tests.model.configs import LLAMA, MISTRAL, QWEN2, QWEN3, gguf, resolve, rope_of
 
 pytestmark = pytest.mark.null
 
@@ -27,8 +27,8 @@ def names_of(config: dict[str, Any], table: dict[str, str]) -> list[str]:
     return out
 
 
-HF = dict(decoder.HF_NAMES)
-GGUF = dict(decoder.GGUF_NAMES)
+HF = {key: str(name) for key, name in decoder.HF_NAMES.items()}
+GGUF = {key: str(name) for key, name in decoder.GGUF_NAMES.items()}
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
@@ -46,7 +46,7 @@ def test_defaults_are_those_of_the_family() -> None:
                                         "num_attention_heads", "vocab_size")}  # fmt: skip
     llama = resolve(bare)[0]
     assert (llama.kv_heads, llama.head_dim, llama.context_length, llama.norm_eps) == (8, 8, 2048, 1e-6)
-    assert (llama.tied, llama.qkv_bias, llama.rope.theta) == (False, False, 10000.0)
+    assert (llama.tied, llama.qkv_bias, rope_of(llama).theta) == (False, False, 10000.0)
     mistral = resolve(bare | {"architectures": ["MistralForCausalLM"]})[0]
     assert set(mistral.windows) == {4096}
     qwen3 = resolve(bare | {"architectures": ["Qwen3ForCausalLM"]})[0]
@@ -144,7 +144,7 @@ def test_no_config_crashes(inputs: int) -> None:
             config[key] = rng.choice(values)
         try:
             spec = resolve(config)[0]
-            assert np.isfinite(inverse_frequencies(spec.rope, spec.context_length)).all()
+            assert np.isfinite(inverse_frequencies(rope_of(spec), spec.context_length)).all()
             read += 1
             if i % 50 == 0:
                 build(spec)
@@ -189,9 +189,9 @@ def test_rope_keys_that_agree_are_fine() -> None:
     newer = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
     both = resolve(LLAMA | {"rope_parameters": newer, "rope_scaling": LINEAR | {"rope_type": None}})[0]
     assert both == resolve(LLAMA | {"rope_scaling": LINEAR})[0]
-    assert (both.rope.scaling, both.rope.factor) == ("linear", 2.0)
+    assert (rope_of(both).scaling, rope_of(both).factor) == ("linear", 2.0)
     five = {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
-    assert resolve(LLAMA | five)[0].rope.theta == 5e5
+    assert rope_of(resolve(LLAMA | five)[0]).theta == 5e5
 
 
 def test_gguf_type_none_does_not_scale() -> None:
@@ -199,7 +199,7 @@ def test_gguf_type_none_does_not_scale() -> None:
     plain = resolve(gguf("llama"), names)[0]
     assert resolve(gguf("llama", rope__scaling__type="none", rope__scaling__factor=4.0), names)[0] == plain
     absent = resolve(gguf("llama", rope__scaling__factor=4.0), names)[0]
-    assert (absent.rope.scaling, absent.rope.factor) == ("linear", 4.0)
+    assert (rope_of(absent).scaling, rope_of(absent).factor) == ("linear", 4.0)
     assert absent == resolve(gguf("llama", rope__scaling__type="linear", rope__scaling__factor=4.0), names)[0]
 
 
@@ -215,7 +215,7 @@ def test_llama3_factors_come_from_the_tensor() -> None:
     plain = build(resolve(LLAMA)[0]).constants["const.inv_freq"]
     names = [*names_of(LLAMA, GGUF), "rope_freqs.weight"]
     spec, family = resolve(gguf("llama"), names, (plain / ours).tolist())
-    assert spec.rope.scaling == "factors"
+    assert rope_of(spec).scaling == "factors"
     np.testing.assert_allclose(build(spec).constants["const.inv_freq"], ours, rtol=1e-6)
     assert "rope_freqs.weight" not in {d.source for d in family.derive(spec, names).values()}
     with pytest.raises(FormatError, match="0 rope factors for 4"):  # the tensor is there and was not read

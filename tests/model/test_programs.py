@@ -8,12 +8,11 @@ import pytest
 
 from inhouse.core.errors import UnsupportedError
 from inhouse.model.build import build
-from inhouse.model.families.table import resolve
 from inhouse.model.rewrite import Rewriter, known_weights, quantize_activations
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.ops import Builder
 from inhouse.runtime.program import DType, Op, Program, ProgramSet, StateKind, WeightSpec
-from tests.model.configs import LLAMA, QWEN3
+from tests.model.configs import LLAMA, QWEN3, resolve
 
 pytestmark = pytest.mark.null
 

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from inhouse.model.families.table import resolve
 from inhouse.model.spec import ModelSpec
+from tests.model.configs import resolve, rope_of
 
 pytestmark = pytest.mark.null
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -103,9 +103,9 @@ def test_it_is_read(name: str) -> None:
 def test_what_the_numbers_mean() -> None:
     specs = {name: resolve(config)[0] for name, config in PUBLISHED.items()}
     assert (specs["qwen"].ffn, specs["qwen"].context_length) == (11008, 8192)
-    assert (specs["chatglm2"].kv_heads, specs["chatglm2"].rope.dim) == (2, 64)
+    assert (specs["chatglm2"].kv_heads, rope_of(specs["chatglm2"]).dim) == (2, 64)
     assert specs["chatglm"].prefix_token == 130004
     assert specs["gemma3"].windows.count(0) == 4
-    assert specs["gpt_neox"].rope.dim == 16
+    assert rope_of(specs["gpt_neox"]).dim == 16
     assert specs["falcon"].kv_heads == 1
-    assert specs["phi3"].rope.attention_factor == pytest.approx(1.1902380714)
+    assert rope_of(specs["phi3"]).attention_factor == pytest.approx(1.1902380714)

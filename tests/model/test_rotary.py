@@ -5,10 +5,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from inhouse.model.families.table import resolve
 from inhouse.model.rotary import inverse_frequencies
 from inhouse.model.spec import RopeSpec
-from tests.model.configs import LLAMA
+from tests.model.configs import LLAMA, resolve, rope_of
 
 pytestmark = pytest.mark.torch
 
@@ -42,8 +41,8 @@ def test_frequencies_are_those_of_transformers(scaling: dict[str, Any]) -> None:
     expected: Any = theirs.inv_freq
     if scaling["rope_type"] == "dynamic":
         assert spec.context_length == 131072  # up to which the original's frequencies never change
-    np.testing.assert_allclose(inverse_frequencies(spec.rope, spec.context_length), expected.numpy(), rtol=2e-6)
-    assert spec.rope.attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
+    np.testing.assert_allclose(inverse_frequencies(rope_of(spec), spec.context_length), expected.numpy(), rtol=2e-6)
+    assert rope_of(spec).attention_factor == pytest.approx(theirs.attention_scaling, rel=1e-12)
 
 
 def test_dynamic_changes_nothing_within_the_original_context() -> None:
