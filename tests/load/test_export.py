@@ -374,3 +374,12 @@ def test_what_gguf_has_no_words_for_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="no architecture for helium"):
         export_model(str(folder), "gguf", tmp_path / "out.gguf")
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_codes_that_are_made_anew_are_listed(llama: tuple[Path, TransformersOracle], tmp_path: Path) -> None:
+    export_model(str(llama[0]), "gguf", tmp_path / "in.gguf", wish="q8_0")
+    coarser = export_model(str(tmp_path / "in.gguf"), "gguf", tmp_path / "out.gguf", wish="q4_0")
+    notes = {tensor.name: tensor.note for tensor in coarser.fallbacks}
+    assert notes["blk.0.ffn_up.weight"] == "encoded anew from q8_0"
+    rounded = export_model(str(tmp_path / "in.gguf"), "awq", tmp_path / "out")
+    assert {t.note for t in rounded.tensors if t.became.startswith("awq")} == {"rounded anew from q8_0"}

@@ -77,7 +77,10 @@ def export_gguf(
         for target, kind, note in planned:
             offset = _offset(target, spec)
             exact = _exact(target, weights, kind) and not offset
-            note = note or (f"{offset:g} added, as GGUF keeps these norms" if offset else "")
+            if offset:
+                note = f"{offset:g} added, as GGUF keeps these norms"
+            elif not exact and not note and weights.is_coded(target):
+                note = f"encoded anew from {'/'.join(sorted(target.formats))}"
             report.tensors.append(Written(target.name, "/".join(sorted(target.formats)), kind, exact, note))
             done += int(np.prod(target.shape))
             tensors.append(_tensor(target, kind, weights, pool, progress, (done, total), offset))

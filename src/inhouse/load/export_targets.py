@@ -105,6 +105,10 @@ class Weights:
         back = np.argsort(np.concatenate(places))
         return CodeRows(*(None if field is None else np.ascontiguousarray(field[back]) for field in whole))  # type: ignore[arg-type]
 
+    def is_coded(self, target: Target) -> bool:
+        """Whether any of a target is kept in codes."""
+        return any(name in FORMATS and not is_float(name) for name in target.formats)
+
     def shared_codes(self, target: Target) -> str:
         """The code format that all of a target is kept in; "" where it is not codes of one kind."""
         formats = target.formats
