@@ -81,7 +81,7 @@ def export_model(
 def _write(
     described: Described, plan: Plan, form: str, out: Path, wish: str, progress: Progress, threads: int
 ) -> ExportReport:
-    weights = Weights(described.source, getattr(plan, "columns", {}))
+    weights = Weights(described.source, plan.columns)
     if form == "gguf":
         return export_gguf(described, plan.parts, weights, out, wish, progress, threads)
     if form == "onnx":

@@ -52,7 +52,7 @@ def carried(form: str, name: str) -> Carried | None:
     fmt = FORMATS.get(name)
     if fmt is None or fmt.low == 0 or fmt.table or fmt.minimum or fmt.two_level or fmt.bits not in (4, 8):
         return None
-    if fmt.group not in GROUPS or (form == "awq" and fmt.bits != 4) or getattr(fmt, "per_token", False):
+    if fmt.group not in GROUPS or (form == "awq" and fmt.bits != 4) or fmt.per_token:
         return None
     if fmt.scale == "f16" or (fmt.scale == "bf16" and form == "compressed-tensors"):
         return Carried(fmt.bits, fmt.group, fmt.scale.upper())
@@ -118,9 +118,8 @@ class CodedForm:
     def _codes(self, target: Target, weights: Weights) -> Rounded:
         rows = weights.codes(target)
         zeros = np.full(rows.scales.shape, FORMATS[weights.shared_codes(target)].zero, np.int16)
-        points = getattr(rows, "zeros", None)
-        if points is not None:
-            zeros += points
+        if rows.zeros is not None:
+            zeros += rows.zeros
         return Rounded(rows.codes, rows.scales, zeros.astype(np.uint8))
 
     def _layout(

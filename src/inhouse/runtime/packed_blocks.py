@@ -239,12 +239,11 @@ def _run(fmt: Format, width: int, tiles: U8, count: int) -> CodeRows:
     scales = lanes("scale", kind)
     assert scales is not None
     sub = "u1" if fmt.float_subs else "i1"
-    points = lanes("zeros", "i1")
     return CodeRows(
         np.ascontiguousarray(codes),
         scales,
         lanes("minimum", kind),
         lanes("sub_scale", sub),
         lanes("sub_minimum", sub),
-        **({} if points is None else {"zeros": points}),
+        lanes("zeros", "i1"),
     )
