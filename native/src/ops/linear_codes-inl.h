@@ -74,11 +74,31 @@ IH_INLINE int32_t four_codes(const int8_t* p) {
   return codes;
 }
 
+// Whether the sums over a block of the format's codes may stay narrow.
+constexpr bool is_small(const Format& f) { return f.table == kPlain && f.low + f.high <= 4; }
+
+template <bool SMALL, bool WIDE>
+struct Dots {
+  VI sums;
+  IH_INLINE void begin(int32_t start) { sums = set1_int(start); }
+  IH_INLINE void add(B w, int32_t four) { sums = WIDE ? dot_wide(sums, w, four) : dot(sums, w, four); }
+  IH_INLINE VI end(int32_t) const { return sums; }
+};
+
+template <bool WIDE>
+struct Dots<true, WIDE> {
+  Narrow sums;
+  IH_INLINE void begin(int32_t start) { sums = narrow(start); }
+  IH_INLINE void add(B w, int32_t four) { sums = dot_narrow(sums, w, four); }
+  IH_INLINE VI end(int32_t start) const { return widen(sums, start); }
+};
+
 // R rows of activations, which lie side by side from `x`, times one tile.
 template <int ID, int R>
 __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64_t lanes, V* y) {
   constexpr Format f = kFormats[ID];
   constexpr int halves = Tile<ID>::halves, quads = 8 / halves;
+  using Sums = Dots<is_small(kFormats[ID]), is_wide(kFormats[ID])>;
   V sums[R];
   IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = zero(); }
   for (int64_t b = 0; b < tile.l.blocks; ++b) {
@@ -88,18 +108,18 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64
     prefetch(tile.data + tile.l.scale + b * 32 + kAhead);
     repeat<halves>([&](auto half) __attribute__((always_inline)) {
       constexpr int h = half.value;
-      VI dots[R];
-      IH_UNROLL for (int r = 0; r < R; ++r) { dots[r] = set1_int(start_factor<ID>() == 0 ? 0 : x.start[h][r]); }
+      const auto start = [&](int r) { return start_factor<ID>() == 0 ? 0 : x.start[h][r]; };
+      Sums dots[R];
+      IH_UNROLL for (int r = 0; r < R; ++r) { dots[r].begin(start(r)); }
       repeat<quads>([&](auto i) __attribute__((always_inline)) {
         constexpr int q = h * quads + i.value;
         const B w = quad<ID, q>(low, high);
-        IH_UNROLL for (int r = 0; r < R; ++r) {
-          const int32_t four = four_codes(x.codes + r * kBlock + 4 * q);
-          dots[r] = is_wide(f) ? dot_wide(dots[r], w, four) : dot(dots[r], w, four);
-        }
+        IH_UNROLL for (int r = 0; r < R; ++r) { dots[r].add(w, four_codes(x.codes + r * kBlock + 4 * q)); }
       });
       const V scale = tile.scale(b, h);
-      IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(to_float(dots[r]), mul(scale, set1(x.scale[r])), sums[r]); }
+      IH_UNROLL for (int r = 0; r < R; ++r) {
+        sums[r] = fma(to_float(dots[r].end(start(r))), mul(scale, set1(x.scale[r])), sums[r]);
+      }
       if constexpr (Tile<ID>::offset) {
         const V minimum = tile.minimum(b, h);
         IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(minimum, set1(x.sum[h][r]), sums[r]); }

@@ -26,6 +26,12 @@ IH_INLINE VI dot(VI acc, B codes, int32_t activations) {
 constexpr int kWideZero = 128;
 IH_INLINE VI dot_wide(VI acc, B codes, int32_t activations) { return dot(acc, codes, activations); }
 
+// Sums of products over a block of codes of at most 4 bits; `start` goes to both ends. Here the same as other sums.
+using Narrow = VI;
+IH_INLINE Narrow narrow(int32_t start) { return set1_int(start); }
+IH_INLINE Narrow dot_narrow(Narrow acc, B codes, int32_t activations) { return dot(acc, codes, activations); }
+IH_INLINE VI widen(Narrow acc, int32_t) { return acc; }
+
 // Byte I of each row as an integer.
 template <int I>
 IH_INLINE VI byte_of(B codes) {
