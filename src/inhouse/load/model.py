@@ -144,6 +144,20 @@ def open_model(
                 raise
     finally:
         described.source.close()
+    return _loaded(located, described, bound, tokenizer, made, programs, plain, report)
+
+
+def _loaded(
+    located: Located,
+    described: Described,
+    bound: Bound,
+    tokenizer: Tokenizer,
+    executor: Executor,
+    programs: ProgramSet,
+    plain: ProgramSet,
+    report: LoadReport,
+) -> LoadedModel:
+    """The parts put together."""
     return LoadedModel(
         name=located.name,
         version=located.version,
@@ -157,7 +171,7 @@ def open_model(
         tokenizer=tokenizer,
         chat_template=ChatTemplate(tokenizer.chat_templates, tokenizer.special_tokens),
         generation=described.generation,
-        executor=made,
+        executor=executor,
         report=report,
         mapping=bound.mapping,
         sentence=described.sentence,
