@@ -32,7 +32,7 @@ INERT_HF = (
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
     "is_matryoshka", "matryoshka_dimensions", "tf_legacy_loss", "rope_parameters", "attn_implementation",
-    "max_new_tokens",
+    "max_new_tokens", "transformers.js_config", "_num_labels",
 )  # fmt: skip
 
 # Keys that would change the forward pass, with the values at which they do not.

@@ -94,11 +94,11 @@ def _activation(fields: Fields, key: str, default: str) -> str:
     return ACTIVATIONS[name]
 
 
-def _finish(fields: Fields, spec: EncoderSpec) -> EncoderSpec:
+def _finish(fields: Fields, spec: EncoderSpec, *inert: str) -> EncoderSpec:
     fields.expect("position_embedding_type", ("absolute", "sans_pos"))
     for key, allowed in {**NEUTRAL_HF, "is_decoder": (False,)}.items():
         fields.expect(key, allowed)
-    fields.refuse_rest(INERT)
+    fields.refuse_rest((*INERT, *inert))
     return check_encoder(spec)
 
 
@@ -180,7 +180,7 @@ def _modernbert(fields: Fields, tensors: Tensors) -> EncoderSpec:
         activation=activation, attn_bias=fields.flag("attention_bias", False), mlp_bias=fields.flag("mlp_bias", False),
         norm_bias=norm_bias, gated=True, pre_norm=True, rope=whole, local_rope=local, windows=windows,
         classifier=_classifier(fields, head, head),
-    ))  # fmt: skip
+    ), "layer_norm_eps")  # fmt: skip
 
 
 def _local_layers(fields: Fields, layers: int) -> list[bool]:

@@ -38,6 +38,7 @@ def _bigcode(fields: Fields, tensors: Tensors) -> ModelSpec:
 
 def _gptj(fields: Fields, tensors: Tensors) -> ModelSpec:
     """github.com/kingoflolz/mesh-transformer-jax: attention and MLP side by side, rotary pairs interleaved."""
+    fields.expect_all({"rotary": True, "scale_attn_weights": True})
     heads, hidden = fields.integer("n_head"), fields.integer("n_embd")
     head_dim = hidden // max(heads, 1)
     rotated = fields.integer("rotary_dim", 64)
@@ -87,10 +88,11 @@ def _starcoder2(fields: Fields, tensors: Tensors) -> ModelSpec:
     bias, window = fields.flag("use_bias", True), fields.integer("sliding_window", 0)
     layers = fields.integer("num_hidden_layers")
     windows = decoder.hf_windows(fields, window, (True,) * min(layers, LIMITS["layers"]))
-    fields.expect_all({"mlp_type": "default", "norm_type": "layer_norm"})
+    fields.expect_all({"mlp_type": "default", "norm_type": "layer_norm", "scale_attn_weights": True})
     return decoder.from_hf(
         fields, tensors, "starcoder2", Keys(eps="norm_epsilon"), eps=1e-5, activation="gelu_pytorch_tanh", tied=True,
-        context=4096, windows=windows, qkv_bias=bias, o_bias=bias, mlp_bias=bias, **LAYER_NORM,
+        context=4096, windows=windows, qkv_bias=bias, o_bias=bias, mlp_bias=bias,
+        inert=(*INERT, "activation_function", "layer_norm_epsilon"), **LAYER_NORM,
     )  # fmt: skip
 
 
@@ -130,7 +132,8 @@ _GGUF_NAMES = gguf_names(**GGUF_QKV)
 
 ROWS = (
     Family(
-        name="gpt2", architectures=("GPT2LMHeadModel",), gguf=("gpt2",), from_hf=_gpt2, from_gguf=_gguf_gpt2("gpt2"),
+        name="gpt2", architectures=("GPT2LMHeadModel", "GPT2Model"), gguf=("gpt2",), from_hf=_gpt2,
+        from_gguf=_gguf_gpt2("gpt2"),
         hf_names=names("transformer.h.{i}.", {
             **_GPT2_PARTS, **qkv("attn.c_attn", transpose=True), "attn.o": part("attn.c_proj"),
             "mlp.up": part("mlp.c_fc"), "mlp.down": part("mlp.c_proj"),

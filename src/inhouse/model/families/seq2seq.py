@@ -23,7 +23,7 @@ _INERT = (
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "is_encoder_decoder": (True,), "is_decoder": (False,), "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,), "pruned_heads": ({},), "tie_encoder_decoder": (False,),
-    "cross_attention_hidden_size": (), "normalize_before": (False,), "classif_dropout": (0.0, 0, 0.1),
+    "cross_attention_hidden_size": (), "classif_dropout": (0.0, 0, 0.1),
     "scale_embedding_by_sqrt": (),
 }  # fmt: skip
 
@@ -31,6 +31,7 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
 def _finish(fields: Fields, spec: Seq2SeqSpec) -> Seq2SeqSpec:
     for key, allowed in _NEUTRAL.items():
         fields.expect(key, allowed)
+    fields.expect("normalize_before", (False, spec.pre_norm))
     fields.refuse_rest(_INERT)
     return check_seq2seq(spec)
 
@@ -243,11 +244,13 @@ class _Family(Family):
         table = dict(self.hf_names)
         if isinstance(spec, Seq2SeqSpec) and spec.gated:
             table |= _t5_ups({"gate": "wi_0", "up": "wi_1"})
+        if self.prefix and not any(name.startswith(self.prefix) for name in names):  # saved without its head
+            table = {ours: self._bare(theirs) for ours, theirs in table.items()}
         if not isinstance(spec, Seq2SeqSpec) or spec.shared_embedding:
             known = (str(table["embed.weight"]), *_SHARED, "lm_head.weight")
             table["embed.weight"] = next((name for name in known if name in names), known[0])
         if isinstance(spec, Seq2SeqSpec) and not spec.shared_embedding and spec.tied:
-            own = "model.decoder.embed_tokens.weight"
+            own = str(table["decoder.embed.weight"])
             table["decoder.embed.weight"] = own if own in names else "lm_head.weight"
         plain = {field.name: getattr(self, field.name) for field in fields_of(self)}
         return Family(**(plain | {"hf_names": table})).derive(spec, names)
@@ -266,11 +269,11 @@ def _no_gguf(fields: Fields, tensors: Tensors) -> Seq2SeqSpec:
 
 def _row(
     name: str, architectures: tuple[str, ...], read: Callable[[Fields, Tensors], Seq2SeqSpec],
-    names: Mapping[str, str | Fused], ignored: tuple[str, ...],
+    names: Mapping[str, str | Fused], ignored: tuple[str, ...], prefix: str = "",
 ) -> Family:  # fmt: skip
     return _Family(
         name=name, architectures=architectures, gguf=(), from_hf=read, from_gguf=_no_gguf, hf_names=names,
-        gguf_names={"embed.weight": "token_embd.weight"}, ignored=(*_SHARED, *ignored),
+        gguf_names={"embed.weight": "token_embd.weight"}, ignored=(*_SHARED, *ignored), prefix=prefix,
     )  # fmt: skip
 
 
@@ -278,7 +281,7 @@ def _row(
 _VERSIONS = ("*encoder.version", "*decoder.version")
 
 # Tables that the spec computes, which some checkpoints keep.
-_SINES = ("model.encoder.embed_positions.weight*", "model.decoder.embed_positions.weight*")
+_SINES = ("*encoder.embed_positions.weight*", "*decoder.embed_positions.weight*")
 
 ROWS = (
     _row(
@@ -286,8 +289,15 @@ ROWS = (
     ),
     _row("mt5", ("MT5ForConditionalGeneration",), lambda f, t: _t5(f, t, "mt5"), _t5_names(), _T5_EXTRA),
     _row("umt5", ("UMT5ForConditionalGeneration",), lambda f, t: _t5(f, t, "umt5"), _t5_names(), ()),
-    _row("bart", ("BartForConditionalGeneration",), _bart, _bart_names(), _VERSIONS),
-    _row("mbart", ("MBartForConditionalGeneration",), _mbart, _bart_names(), _VERSIONS),
-    _row("m2m_100", ("M2M100ForConditionalGeneration",), _m2m, _bart_names(), (*_SINES, *_VERSIONS)),
+    _row("bart", ("BartForConditionalGeneration", "BartModel"), _bart, _bart_names(), _VERSIONS, "model."),
+    _row("mbart", ("MBartForConditionalGeneration", "MBartModel"), _mbart, _bart_names(), _VERSIONS, "model."),
+    _row(
+        "m2m_100",
+        ("M2M100ForConditionalGeneration", "M2M100Model"),
+        _m2m,
+        _bart_names(),
+        (*_SINES, *_VERSIONS),
+        "model.",
+    ),
     _row("marian", ("MarianMTModel",), _marian, _bart_names(), _SINES),
 )
