@@ -23,7 +23,7 @@ def test_merged_tensors_equal_pefts(stories: Path, tmp_path: Path) -> None:
     with Store() as store:
         merged = merge_adapter(str(stories / "hf"), tmp_path / "a", "merged", store=store)
         assert merged.kld_mean < 1e-6
-        assert merged.top1 == 1.0
+        assert merged.top1 > 0.99  # a near tie may part
         assert merged.tensors == 5 * len(ALL)
         folder = store.folder(merged.imported.version)
         ours = load_file(folder / "model.safetensors")

@@ -79,7 +79,7 @@ def test_the_version_is_told() -> None:
         (("list", "--jsno"), "--json"),
         (("run",), "MODEL"),
         (("run", "demo", "hi", "--temperature", "warm"), "--temperature"),
-        (("run", "demo", "hi", "--quantize", "q5"), "'q8', 'q4'"),
+        (("run", "demo", "hi", "--quantize", "q5"), "'q8', 'q6', 'q4'"),
         (("run", "demo", "hi", "--raw", "--system", "x"), "--raw has no system message"),
         (("run", "demo"), "stdin is empty"),
         (("show", "demo", "--program", "--tensors"), "--program and --tensors"),

@@ -82,7 +82,7 @@ def test_what_cannot_be_done_is_said_with_its_number(
 def test_what_was_done_to_the_weights_is_noted_on_stderr(stories: Path) -> None:
     ended = inhouse("run", str(stories / "hf"), "hi", "--quantize", "q4", "--max-tokens", "2")
     assert ended.returncode == 0
-    assert "note: embedding and head were packed as q8" in ended.stderr
+    assert "note: embedding and head were packed as q6" in ended.stderr
 
 
 def test_a_reader_that_has_seen_enough_ends_it_quietly(stories: Path) -> None:

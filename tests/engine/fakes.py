@@ -97,6 +97,9 @@ class FakeExecutor:
         self._blocks = dict(blocks)
         self._cells = {name: np.full((count, BLOCK_SIZE, 3), -1, np.int64) for name, count in blocks.items()}
 
+    def set_adapter(self, slot: int, adapter: object) -> None:
+        """Takes any; this executor computes nothing."""
+
     def reserve(self, rows: int, sampled: int, sequences: int) -> None:
         assert self._blocks, "state comes first"
         self.reserved = rows, sampled, sequences

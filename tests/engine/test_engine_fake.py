@@ -2,6 +2,7 @@
 what it would get alone."""
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -140,6 +141,11 @@ def test_prefix_cache_saves_work_and_says_so() -> None:
 def test_prefixes_are_not_shared_across_salt_or_adapter(other: dict[str, Any]) -> None:
     engine = make_engine(FakeExecutor(programs()))
     prompt = list(range(8, 58))
+    loading = threading.Thread(target=engine.adapters.load, args=("kind", {}, "digest"))
+    loading.start()
+    while not engine.adapters.table():
+        engine.step()
+    loading.join()
     run_all(engine, [make_request("a", prompt, GREEDY, 2)])
     assert run_all(engine, [make_request("b", prompt, GREEDY, 2, **other)])[0].finished[0].usage.cached_tokens == 0
     assert run_all(engine, [make_request("c", prompt, GREEDY, 2)])[0].finished[0].usage.cached_tokens == 48

@@ -158,7 +158,7 @@ def test_packed_floats_are_exact(model: Tiny) -> None:
 def test_what_is_refused(model: Tiny) -> None:
     step = step_of(model.programs, [(TOKENS, 0)])
     executor = model.executor()
-    with pytest.raises(UnsupportedError, match="adapter 3"):
+    with pytest.raises(UnsupportedError, match="no adapter in slot 3"):
         executor.run("step", replace(step, adapters=ids(3)))
     with pytest.raises(UsageError, match="tokens holds"):
         executor.run("step", replace(step, tokens=step.tokens + 90))

@@ -147,14 +147,16 @@ def from_hf(
     if isinstance(rope, Mapping):
         rope = rope_from_hf(fields, head_dim, trained, **rope)
     is_tied = fields.flag("tie_word_embeddings", tied)
-    headless = not is_tied and str(fields.raw("architectures", [""])[0]).endswith("Model")  # saved without its head
+    brings_head = bool({head, head.removeprefix("model.")} & set(tensors.names))
+    saved_bare = bool(tensors.names) and str(fields.raw("architectures", [""])[0]).endswith("Model")
+    headless = not is_tied and not brings_head and saved_bare
     read: dict[str, Any] = {
         "family": family, "hidden": hidden, "layers": fields.integer(keys.layers), "heads": heads,
         "kv_heads": fields.integer(keys.kv_heads, heads), "head_dim": head_dim,
         "ffn": fields.integer(keys.ffn, ffn) if ffn else fields.integer(keys.ffn),
         "vocab_size": fields.integer(keys.vocab), "context_length": context_length(rope, trained), "rope": rope,
         "norm_eps": fields.number(keys.eps, eps), "activation": _activation(fields, keys.activation, activation),
-        "tied": headless or is_tied and not {head, head.removeprefix("model.")} & set(tensors.names),
+        "tied": headless or is_tied and not brings_head,
         "headless": headless,
     }  # fmt: skip
     spec = ModelSpec(**read | switches)
