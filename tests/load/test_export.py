@@ -217,7 +217,10 @@ def decoded(folder: Path, form: str, stem: str) -> F32:
         weights = config["config_groups"]["group_0"]["weights"]
         bits, group = weights["num_bits"], weights["group_size"]
         codes = unpack(get["weight_packed"], bits).astype(np.float32)
-        zeros = unpack(np.ascontiguousarray(get["weight_zero_point"].T), bits).T.astype(np.float32)
+        zeros = np.full(get["weight_scale"].shape, 1 << (bits - 1), np.float32)
+        if not weights["symmetric"]:
+            packed = materialise_any(source, f"{stem}.weight_zero_point")
+            zeros = unpack(np.ascontiguousarray(packed.T), bits).T.astype(np.float32)
         assert get["weight_shape"].tolist() == list(codes.shape)
         scales = get["weight_scale"]
     elif form == "gptq":
@@ -243,7 +246,7 @@ def decoded(folder: Path, form: str, stem: str) -> F32:
 
 def names_of(form: str) -> tuple[str, ...]:
     if form == "compressed-tensors":
-        return ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+        return ("weight_packed", "weight_scale", "weight_shape")
     return ("qweight", "qzeros", "scales", "g_idx")[: 4 if form == "gptq" else 3]
 
 

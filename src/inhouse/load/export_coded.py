@@ -6,8 +6,9 @@ chosen here, group by group, with the range that gives the least squared error.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,12 +62,16 @@ def carried(form: str, name: str) -> Carried | None:
 
 @dataclass(frozen=True, slots=True)
 class CodedForm:
-    """One of the forms, with its bits and group; the group of all linears is one number, as the forms want it."""
+    """One of the forms, with its bits and group; the group of all linears is one number, as the forms want it.
+
+    `symmetric`: every zero point is the middle. GPTQ then says so (fast kernels want it); compressed-tensors has none.
+    """
 
     form: str
     bits: int
     group: int = 128
     scale: str = "F16"
+    symmetric: bool = False
 
     def refuses(self, target: Target) -> str:
         """Why a linear must stay a float; "" if it need not."""
@@ -115,6 +120,10 @@ class CodedForm:
         """Whether the codes go over as they are."""
         return carried(self.form, weights.shared_codes(target)) == (self.bits, self.group, self.scale)
 
+    def centred(self, target: Target, weights: Weights) -> bool:
+        """Whether the codes go over as they are and have no zero points of their own."""
+        return self._kept(target, weights) and not FORMATS[weights.shared_codes(target)].zeros
+
     def _codes(self, target: Target, weights: Weights) -> Rounded:
         rows = weights.codes(target)
         zeros = np.full(rows.scales.shape, FORMATS[weights.shared_codes(target)].zero, np.int16)
@@ -143,18 +152,20 @@ class CodedForm:
                 "qzeros": ("I32", (groups, out // 8), lambda r: pack_awq(r.zeros.T)),
                 "scales": ("F16", (groups, out), lambda r: r.scales.T),
             }
-        return {
+        plan: dict[str, tuple[str, tuple[int, ...], Callable[[Rounded], npt.NDArray[Any]]]] = {
             "weight_packed": ("I32", (out, width // per), lambda r: pack_words(r.codes, self.bits)),
             "weight_scale": (self.scale, (out, groups), lambda r: r.scales),
             "weight_zero_point": ("I32", (out // per, groups), lambda r: pack_words(r.zeros.T, self.bits).T),
             "weight_shape": ("I64", (2,), lambda r: np.array([out, width], np.int64)),
         }
+        return {name: row for name, row in plan.items() if not (self.symmetric and name == "weight_zero_point")}
 
     def config(self, floats: Sequence[str]) -> dict[str, Any]:
         """`quantization_config` of config.json; `floats`: modules that were left alone, the head among them."""
         if self.form == "gptq":
             return {
-                "quant_method": "gptq", "bits": self.bits, "group_size": self.group, "desc_act": False, "sym": False,
+                "quant_method": "gptq", "bits": self.bits, "group_size": self.group, "desc_act": False,
+                "sym": self.symmetric,
                 "true_sequential": False, "damp_percent": 0.01, "checkpoint_format": "gptq", "pack_dtype": "int32",
                 "lm_head": False, "dynamic": {f"-:^{re.escape(name)}$": {} for name in floats if name != "lm_head"},
             }  # fmt: skip
@@ -164,8 +175,9 @@ class CodedForm:
                 "version": "gemm", "modules_to_not_convert": list(floats),
             }  # fmt: skip
         scheme = {
-            "num_bits": self.bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": self.group,
-            "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax", "observer_kwargs": {},
+            "num_bits": self.bits, "type": "int", "symmetric": self.symmetric, "strategy": "group",
+            "group_size": self.group, "dynamic": False, "actorder": None, "block_structure": None, "observer": "minmax",
+            "observer_kwargs": {},
         }  # fmt: skip
         group = {"targets": ["Linear"], "weights": scheme, "input_activations": None, "output_activations": None}
         return {
@@ -175,15 +187,19 @@ class CodedForm:
 
 
 def coded_form(form: str, wish: str, linears: Sequence[Target], weights: Weights) -> CodedForm:
-    """The form for `--type`: the bits and group that keep the codes of all linears as they are, where there are such;
+    """The form for `--type`: the bits and group that keep the codes of most weights as they are, where there are such;
     else the bits asked for (int4) in the largest group that divides most widths."""
     if form not in CODED_WISHES or (wish and wish not in CODED_WISHES[form]):
         raise UsageError(f"{form} has no type {wish!r}")
-    shared = {weights.shared_codes(target) for target in linears}
-    kept = {carried(form, name) for name in shared}
-    found = kept.pop() if len(kept) == 1 else None
-    if found is not None and (not wish or wish == f"int{found.bits}"):
-        return CodedForm(form, *found)
+    sizes: Counter[Carried | None] = Counter()
+    for target in linears:
+        found = carried(form, weights.shared_codes(target))
+        if not CodedForm(form, *(found or Carried(4, min(GROUPS), "F16"))).refuses(target):
+            sizes[found] += target.matrix[0] * target.matrix[1]
+    most = max(sizes, key=lambda found: sizes[found], default=None)
+    if most is not None and 2 * sizes[most] > sizes.total() and (not wish or wish == f"int{most.bits}"):
+        chosen = CodedForm(form, *most)
+        return replace(chosen, symmetric=all(chosen.centred(t, weights) for t in linears if not chosen.refuses(t)))
     bits = 8 if wish == "int8" else 4
     fitting = {group: sum(target.matrix[1] % group == 0 for target in linears) for group in GROUPS}
     return CodedForm(form, bits, max(GROUPS, key=lambda group: (fitting[group], group)))
