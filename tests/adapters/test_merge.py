@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from inhouse.compress.lora_merge import merge_adapter
 from inhouse.core.errors import FormatError, UnsupportedError
@@ -46,3 +47,12 @@ def test_the_command_and_its_refusals(stories: Path, tmp_path: Path) -> None:
         merge_adapter(str(stories / "stories260K-Q4_0.gguf"), tmp_path / "a", "x", store=store)
     with Store() as store, pytest.raises(FormatError, match="nats"):
         merge_adapter(str(stories / "hf"), tmp_path / "a", "x", store=store, max_kld=-1.0)
+
+
+def test_encoder_decoders_are_refused_by_name(tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )  # fmt: skip
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with Store() as store, pytest.raises(UnsupportedError, match="the base is of the family t5"):
+        merge_adapter(str(tmp_path / "t5"), tmp_path / "a", "x", store=store)

@@ -25,6 +25,7 @@ from inhouse.load.describe import Described, describe
 from inhouse.load.importer import Imported, import_model
 from inhouse.load.locate import locate
 from inhouse.model.families.family import Derive
+from inhouse.model.spec import ModelSpec
 from inhouse.runtime.adapters import LowRank
 from inhouse.store.dtypes import PLAIN_BYTES
 from inhouse.store.safetensors import write_safetensors
@@ -96,6 +97,11 @@ def _read(described: Described, adapter: Path) -> LoadedAdapter:
         raise UnsupportedError(
             f"merging writes safetensors, the base is {described.source.format}",
             remedy="Merge into the model's Hugging Face folder, then export",
+        )
+    if not isinstance(described.spec, ModelSpec):
+        raise UnsupportedError(
+            f"merging proves itself by the logits of a decoder, the base is of the family {described.spec.family}",
+            remedy="Serve base and adapter unmerged",
         )
     derived = described.family.derive(described.spec, set(described.source))
     return read_adapter(adapter, described.family, described.spec, derived)

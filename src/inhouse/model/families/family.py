@@ -218,7 +218,7 @@ class Family:
         for canonical in weights if table else ():
             try:
                 place, source = self._place(table, canonical, (), bare=False)
-            except KeyError:
+            except (KeyError, UnsupportedError):
                 continue
             fused = place if isinstance(place, Fused) else Fused(place)
             derive = fused.derive(spec, canonical, source, weights)
