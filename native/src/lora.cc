@@ -31,10 +31,10 @@ Status Adapters::set(int32_t slot, const ih_adapter_pair* pairs, int64_t count, 
     const ih_adapter_pair& pair = pairs[i];
     if (pair.weight < 0 || static_cast<size_t>(pair.weight) >= weights.size()) return Status::usage("no such weight");
     const Weight& base = weights[pair.weight];
-    if (!is_tiles(pair.a) || !is_tiles(pair.b)) return Status::usage("an adapter's matrices must be f32 in tiles");
     if (pair.a.in != base.in || pair.b.out != base.out || pair.a.out != pair.b.in || pair.a.out > kMaxRank) {
       return Status::usage("an adapter's matrices do not fit weight " + std::to_string(pair.weight));
     }
+    if (!is_tiles(pair.a) || !is_tiles(pair.b)) return Status::usage("an adapter's matrices must be f32 in tiles");
     made[pair.weight] = {weight_of(pair.a), weight_of(pair.b)};
     largest_rank = std::max(largest_rank, pair.a.out);
     widest_ = std::max(widest_, base.in);
@@ -48,7 +48,8 @@ Status Adapters::set(int32_t slot, const ih_adapter_pair* pairs, int64_t count, 
 // The sequence that row r of an axis belongs to.
 int32_t Runner::sequence_of(Axis axis, int64_t r) const {
   if (axis == Axis::kSequences) return static_cast<int32_t>(r);
-  return step_.sequence_of[axis == Axis::kSampled ? step_.sampled_rows[r] : r];
+  if (axis == Axis::kSampled) return step_.sequence_of[step_.sampled_rows[r]];
+  return step_.sequence_of[axis == Axis::kRouted ? model_.routed_.token[r] : r];
 }
 
 // Adds what the adapters of the step's sequences say to the outputs of a linears op; rows of one slot go together.

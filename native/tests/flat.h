@@ -55,6 +55,8 @@ class Decoder {
     return f;
   }
   const std::vector<ih_weight>& weights() const { return weights_; }
+  // The weights that `linears` ops multiply with: what an adapter may stand beside.
+  const std::vector<int64_t>& linears() const { return linears_; }
 
  private:
   struct Free {
@@ -80,7 +82,8 @@ class Decoder {
     const int64_t scores = op(OpKind::kLinears, {x}, {matrix(kExperts, kWidth), -1}, {kExperts}, {});
     const int64_t routing =
         op(OpKind::kRoute, {scores}, {vector(kExperts)}, {2 * kTopK}, {kTopK, 1, 1, bits(1.5), 3, 2, 1, bits(0.0)});
-    const int64_t rows = op(OpKind::kDispatch, {x, routing}, {}, {kWidth}, {}, 3);
+    const int64_t sent = op(OpKind::kDispatch, {x, routing}, {}, {kWidth}, {}, 3);
+    const int64_t rows = op(OpKind::kLinears, {sent}, {matrix(kWidth, kWidth), -1}, {kWidth}, {}, 3);
     const int64_t inner =
         op(OpKind::kExpertLinears, {rows, routing}, experts({kFfn, kFfn}, kWidth), {kFfn, kFfn}, {kExperts}, 3);
     const int64_t gated = op(OpKind::kGlu, {inner, inner + 1}, {}, {kFfn}, {4, bits(1.0), bits(1.0)}, 3);
@@ -110,6 +113,7 @@ class Decoder {
   int64_t op(OpKind kind, std::vector<int64_t> inputs, std::vector<int64_t> weights, std::vector<int64_t> widths,
              std::vector<int64_t> attrs, int64_t axis = 0) {
     const int64_t first = static_cast<int64_t>(values_.size() / 4);
+    if (kind == OpKind::kLinears) linears_.insert(linears_.end(), weights.begin(), weights.begin() + widths.size());
     ops_.insert(ops_.end(),
                 {static_cast<int64_t>(kind), static_cast<int64_t>(inputs.size()), static_cast<int64_t>(weights.size()),
                  static_cast<int64_t>(widths.size()), static_cast<int64_t>(attrs.size())});
@@ -124,10 +128,21 @@ class Decoder {
     return first;
   }
 
-  std::vector<int64_t> values_, ops_, outputs_;
+  std::vector<int64_t> values_, ops_, outputs_, linears_;
   int64_t ops_count_ = 0;
   std::vector<ih_weight> weights_;
   std::vector<std::unique_ptr<void, Free>> memory_;
+};
+
+// A model on those weights, which it borrows.
+struct Model {
+  Model(const std::vector<int64_t>& flat, const std::vector<ih_weight>& weights, int threads, const char* isa = nullptr)
+      : handle(ih_model_create(flat.data(), static_cast<int64_t>(flat.size()), weights.data(),
+                               static_cast<int64_t>(weights.size()), isa, threads, 1, &status)) {}
+  ~Model() { ih_model_destroy(handle); }
+  Model(const Model&) = delete;
+  int32_t status = 0;
+  ih_model* handle;
 };
 
 // A step of one sequence: tokens at [first, first + rows), blocks in ascending order, all rows sampled.
@@ -159,7 +174,8 @@ class OneSequence {
             widths_.data(),
             zeros_.data(),
             zeros_.data(),
-            zeros_.data()};
+            zeros_.data(),
+            nullptr};
   }
 
  private:

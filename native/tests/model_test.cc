@@ -8,6 +8,7 @@
 
 using test::check;
 using test::Decoder;
+using test::Model;
 using test::OneSequence;
 
 namespace {
@@ -15,16 +16,6 @@ namespace {
 std::atomic<int64_t> allocations{0};
 
 constexpr int64_t kBlocks = 64;
-
-struct Model {
-  Model(const std::vector<int64_t>& flat, const std::vector<ih_weight>& weights, int threads, const char* isa = nullptr)
-      : handle(ih_model_create(flat.data(), static_cast<int64_t>(flat.size()), weights.data(),
-                               static_cast<int64_t>(weights.size()), isa, threads, 1, &status)) {}
-  ~Model() { ih_model_destroy(handle); }
-  Model(const Model&) = delete;
-  int32_t status = 0;
-  ih_model* handle;
-};
 
 // Logits of rows [0, cuts.back()), in steps that end at the cuts.
 std::vector<float> run(ih_model* model, const std::vector<int32_t>& cuts) {
