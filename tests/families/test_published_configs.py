@@ -38,12 +38,20 @@ KEYS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
          "attention_softmax_in_fp32": True, "scale_attention_softmax_in_fp32": True},
         {"scale_attn_weights": False},
     ),
+    "GPT2LMHeadModel": (GPT, {"n_special": 0, "predict_special_tokens": True}, {}),
+    "GPTBigCodeForCausalLM": (GPT, {"inference_runner": 0, "pad_key_length": True, "validate_runner_input": True}, {}),
+    "GPTNeoXForCausalLM": (BERT, {"attention_probs_dropout_prob": 0, "hidden_dropout_prob": 0}, {}),
+    "CohereForCausalLM": (SHAPE, {"use_parallel_embedding": False}, {"use_parallel_embedding": True}),
+    "StableLMEpochForCausalLM": (SHAPE, {"num_heads": 6, "rotary_scaling_factor": 1.0}, {"rotary_scaling_factor": 2.0}),
     "BertForTokenClassification": (BERT | {"id2label": {"0": "O", "1": "B"}}, {"_num_labels": 2}, {}),
     "ModernBertForMaskedLM": (BERT | {"norm_eps": 1e-5}, {"layer_norm_eps": 1e-5}, {}),
     "MBartForConditionalGeneration": (
         BART, {"normalize_before": True, "add_final_layer_norm": True, "normalize_embedding": True}, {},
     ),
-    "BartForConditionalGeneration": (BART, {"normalize_before": False}, {"normalize_before": True}),
+    "BartForConditionalGeneration": (
+        BART, {"normalize_before": False, "do_blenderbot_90_layernorm": False, "replacing_rate": 0},
+        {"normalize_before": True},
+    ),
 }  # fmt: skip
 
 
@@ -57,6 +65,12 @@ def test_published_keys_change_nothing(name: str) -> None:
     for key in harmful:
         with pytest.raises(UnsupportedError, match=key):
             resolve(config | {key: harmful[key]})
+
+
+def test_stablelm_by_the_keys_of_its_own_code() -> None:
+    config = SHAPE | {"architectures": ["StableLMEpochForCausalLM"]}
+    ours = resolve(config | {"norm_eps": 1e-3, "rope_pct": 0.5})[0]
+    assert ours == resolve(config | {"layer_norm_eps": 1e-3, "partial_rotary_factor": 0.5})[0] != resolve(config)[0]
 
 
 def test_yi_by_its_first_names(tmp_path: Path) -> None:

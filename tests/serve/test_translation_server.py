@@ -12,6 +12,7 @@ import transformers
 from openai import BadRequestError, OpenAI
 
 import inhouse
+from inhouse.core.errors import UnsupportedError
 from tests.cli.program import here
 from tests.families.seq2seq import Pair, save_tiny
 from tests.serve.launch import server
@@ -36,6 +37,22 @@ def theirs(pair: Pair, text: str, **options: Any) -> list[str]:
     options |= {"do_sample": False, "max_new_tokens": 12, "eos_token_id": 1, "pad_token_id": 0}
     out = pair.original.generate(torch.tensor([tokenizer(text).input_ids]), **options)
     return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in out]
+
+
+@pytest.mark.parametrize("command", [["eval", "--text", "{file}"], ["bench", "--no-cold", "--rounds", "1"]])
+def test_commands_of_decoders_say_so(t5: Pair, command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    ended = here(command[0], str(t5.folder), *(word.format(file=tmp_path / "text") for word in command[1:]))
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert "is of decoders; 't5-tiny' is an encoder-decoder" in ended.stderr
+
+
+def test_beams_say_how_to_be_rid_of_a_default_penalty(t5: Pair) -> None:
+    with inhouse.Engine.open(str(t5.folder), max_sequences=8) as engine:
+        with pytest.raises(UnsupportedError, match="repetition_penalty cannot .* give 1") as caught:
+            engine.generate(TEXT, num_beams=2, repetition_penalty=1.2)
+        assert caught.value.param == "repetition_penalty"
 
 
 def test_the_library(t5: Pair) -> None:

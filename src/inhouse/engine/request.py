@@ -47,6 +47,9 @@ def _whole(name: str, value: int, low: float, high: float) -> None:
     _between(name, value, low, high)
 
 
+_OFF = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}  # penalties that change nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Beams:
     """Beam search in place of draws. `early_stopping`: True: end with the first `width` finished outputs; False: when
@@ -130,7 +133,8 @@ class SamplingParams:
         }  # fmt: skip
         for name, given in asked.items():
             if given:
-                raise UnsupportedError(f"{name} cannot be honoured with beam search", param=name)
+                remedy = f"Where it is the model's default, give {_OFF[name]}" if name in _OFF else ""
+                raise UnsupportedError(f"{name} cannot be honoured with beam search", remedy=remedy, param=name)
 
     @property
     def width(self) -> int:

@@ -180,6 +180,12 @@ class Session:
             for event in events:
                 yield from assembler.feed([event])
 
+    def need_decoder(self, what: str) -> None:
+        """Raises UnsupportedError unless the model continues texts; `what` is what asks for it."""
+        self.vectors.need("generate")
+        if self.reads:
+            raise UnsupportedError(f"{what} is of decoders; {self.name!r} is an encoder-decoder", param="model")
+
     def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
         """Loads a LoRA adapter, a PEFT folder or GGUF file, under a name; requests may then ask for it. Answers that
         run meanwhile go on. Raises what reading it raises, ConflictError for a name that is taken."""

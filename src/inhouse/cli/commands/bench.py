@@ -46,6 +46,7 @@ def command(
     )  # fmt: skip
     report: dict[str, Any] = {"model": model, "cold_start_s": _cold_start(model, quantize) if cold else None}
     with Session.open(model, settings) as session:
+        session.need_decoder("this benchmark")
         engine = session.engine
         report |= {
             "executor": session.model.executor.name,

@@ -45,9 +45,11 @@ def command(
     bar = ProgressBar()
     with ExitStack() as stack:
         session = stack.enter_context(Session.open(model, use, bar))
+        session.need_decoder("perplexity")
         other = None
         if reference is not None:
             other = stack.enter_context(Session.open(reference, common.settings(**shared), bar))
+            other.need_decoder("perplexity")
         counter = ProgressBar(unit="tokens")
         result = evaluate(session, content, protocol, other, counter)
         counter.finish()

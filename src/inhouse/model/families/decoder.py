@@ -23,7 +23,7 @@ INERT_HF = (
     "_attn_implementation_autoset", "_flash_attn_2_enabled", "_experts_implementation", "_from_model_config",
     "_auto_class", "_original_object_hash", "_diffusers_version",
     "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map", "use_cache",
-    "*_token_id", "initializer_range", "*_dropout", "*_pdrop", "pretraining_tp", "output_attentions",
+    "*_token_id", "initializer_range", "*_dropout", "*_dropout_prob", "*_pdrop", "pretraining_tp", "output_attentions",
     "output_hidden_states", "return_dict", "return_dict_in_generate", "output_scores", "torchscript", "use_bfloat16",
     "task_specific_params", "id2label", "label2id", "problem_type", "finetuning_task", "prefix", "tokenizer_class",
     "unsloth_fixed", "unsloth_version", "unsloth_template", "max_length",

@@ -15,7 +15,8 @@ BIASES: dict[str, Any] = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 GPT_KEYS = Keys("n_embd", "n_layer", "n_head", "", "n_inner", "vocab_size", "n_positions", "layer_norm_epsilon",
                 "activation_function")  # fmt: skip
 INERT = ("summary_*", "reorder_and_upcast_attn", "n_ctx", "attention_softmax_in_fp32",
-         "scale_attention_softmax_in_fp32", "gradient_checkpointing", "bos_token", "eos_token")  # fmt: skip
+         "scale_attention_softmax_in_fp32", "gradient_checkpointing", "bos_token", "eos_token", "n_special",
+         "predict_special_tokens")  # fmt: skip
 
 
 def _gpt2(fields: Fields, tensors: Tensors, family: str = "gpt2", **switches: Any) -> ModelSpec:
@@ -29,10 +30,15 @@ def _gpt2(fields: Fields, tensors: Tensors, family: str = "gpt2", **switches: An
     )  # fmt: skip
 
 
+# What StarCoder's own server was told.
+_BIGCODE_SERVERS = ("inference_runner", "pad_key_length", "pre_allocate_kv_cache", "validate_runner_input")
+
+
 def _bigcode(fields: Fields, tensors: Tensors) -> ModelSpec:
     """arXiv 2305.06161: one key-value head."""
     one = fields.flag("multi_query", True)
-    fields.raw("num_key_value_heads")
+    for unread in (*_BIGCODE_SERVERS, "num_key_value_heads"):
+        fields.raw(unread)
     return _gpt2(fields, tensors, "gpt_bigcode", kv_heads=1 if one else fields.integer("n_head"))
 
 

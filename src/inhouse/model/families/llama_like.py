@@ -103,8 +103,8 @@ def _exaone4(fields: Fields, tensors: Tensors) -> ModelSpec:
 def _cohere(fields: Fields, tensors: Tensors, family: str = "cohere", **switches: Any) -> ModelSpec:
     """Command-R: attention and MLP side by side behind one layer norm without a bias."""
     fields.expect_all({
-        "use_qk_norm": False, "use_parallel_block": True, "use_gated_activation": True, "use_embedding_sharing": True,
-        "rotary_pct": 1,
+        "use_qk_norm": False, "use_parallel_embedding": False, "use_parallel_block": True, "use_gated_activation": True,
+        "use_embedding_sharing": True, "rotary_pct": 1,
     })  # fmt: skip
     return decoder.from_hf(
         fields, tensors, family, Keys(eps="layer_norm_eps"), context=8192, eps=1e-5, tied=True, norm="layer",
@@ -131,10 +131,14 @@ def _cohere_gguf(fields: Fields, tensors: Tensors) -> ModelSpec:
 
 def _stablelm(fields: Fields, tensors: Tensors) -> ModelSpec:
     """arXiv 2402.17834."""
-    fields.expect("qk_layernorm", (False,))
+    fields.expect_all({
+        "qk_layernorm": False, "num_heads": fields.integer("num_attention_heads"), "rotary_scaling_factor": 1,
+    })  # fmt: skip
     parallel = 1 if fields.flag("use_parallel_residual", False) else 0
+    eps = "norm_eps" if fields.has("norm_eps") else "layer_norm_eps"  # the first is of its own code, as is rope_pct
+    rope = {"partial": 0.25} | ({"partial_key": "rope_pct"} if fields.has("rope_pct") else {})
     return decoder.from_hf(
-        fields, tensors, "stablelm", Keys(eps="layer_norm_eps"), context=4096, eps=1e-5, rope={"partial": 0.25},
+        fields, tensors, "stablelm", Keys(eps=eps), context=4096, eps=1e-5, rope=rope,
         norm="layer", norm_bias=True, parallel_norms=parallel, qkv_bias=fields.flag("use_qkv_bias", False),
     )  # fmt: skip
 

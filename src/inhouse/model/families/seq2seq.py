@@ -18,12 +18,13 @@ _INERT = (
     *decoder.INERT_HF, "dropout", "dropout_rate", "*_layerdrop", "init_std", "initializer_factor", "num_hidden_layers",
     "n_positions", "output_past", "gradient_checkpointing", "static_position_embeddings", "normalize_embedding",
     "num_labels", "force_bos_token_to_be_generated", "save_step", "add_final_layer_norm", "add_bias_logits",
-    "extra_pos_embeddings", "_num_labels", "label_smoothing", "decoder_start_token_id",
+    "extra_pos_embeddings", "_num_labels", "label_smoothing", "replacing_rate", "decoder_start_token_id",
 )  # fmt: skip
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "is_encoder_decoder": (True,), "is_decoder": (False,), "add_cross_attention": (False,),
     "chunk_size_feed_forward": (0,), "pruned_heads": ({},), "tie_encoder_decoder": (False,),
     "cross_attention_hidden_size": (), "classif_dropout": (0.0, 0, 0.1),
+    "do_blenderbot_90_layernorm": (False,),
     "scale_embedding_by_sqrt": (),
 }  # fmt: skip
 
