@@ -88,6 +88,8 @@ def pairs(kits: Path) -> list[Pair]:
             Pair(model, "4.5", four, ov4, every),
             Pair(model, "4.5", four, llama(models / f"{model}-Q4_0.gguf", "Q4_0"), every),
             Pair(model, "4.5", four, ort, f"cold,{SPEED},rss"),
+            Pair(model, "4.5, KV int8", ours(folder, OUR_FOUR + ", KV int8", "--quantize", "q4", "--kv", "int8"), ov4,
+                 "decode2048,decode8192,prefill4096"),
             Pair(model, "8.5", eight, ov8, f"{SPEED}"),
             Pair(model, "8.5", eight, llama(models / f"{model}-Q8_0.gguf", "Q8_0"), f"{SPEED}"),
             Pair(model, "16", ours(folder, "bf16"), llama(models / f"{model}-BF16.gguf", "BF16"), SPEED),
@@ -248,6 +250,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default=".", help="regular expression over `model bits engine form`")
     parser.add_argument("--cells", default="", help="other cells than each pair's own")
+    parser.add_argument("--append", action="store_true", help="further rounds beside those that are kept")
     parser.add_argument("--http", action="store_true", help="the loads over HTTP instead")
     parser.add_argument("--trace", type=Path, help="an Azure LLM inference trace (.csv.gz), for --http")
     parser.add_argument("--rates", default="0.5,1,1.5", help="requests a second of the trace's replays")
@@ -266,20 +269,23 @@ def main() -> None:
     else:
         chosen = [pair for pair in pairs(kits) if re.search(given.only, pair.name)]
         names = {pair.name for pair in chosen}
-        report["pairs"] = [entry for entry in report.get("pairs", []) if entry["name"] not in names]
-        report["pairs"] += compare(chosen, given.rounds, given.cells)
+        before = {entry["name"]: entry for entry in report.get("pairs", [])}
+        kept = before if given.append else {name: e for name, e in before.items() if name not in names}
+        report["pairs"] = list((kept | compare(chosen, given.rounds, given.cells, kept)).values())
     scratch = given.out.with_suffix(".new")
     scratch.write_text(json.dumps(report, indent=1).replace(str(kits), "KITS") + "\n")
     scratch.replace(given.out)
 
 
-def compare(chosen: list[Pair], rounds: int, cells: str) -> list[dict[str, Any]]:
-    """Runs every pair, ours then the peer's, round after round."""
-    entries: dict[str, dict[str, Any]] = {}
-    for round_ in range(rounds):
+def compare(chosen: list[Pair], rounds: int, cells: str, kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Runs every pair, ours then the peer's, round after round; rounds are counted on from those that are kept."""
+    entries: dict[str, dict[str, Any]] = {pair.name: kept[pair.name] for pair in chosen if pair.name in kept}
+    done = [figure["round"] for entry in entries.values() for figure in entry["ours"]]
+    first = max(done, default=-1) + 1
+    for round_ in range(first, first + rounds):
         for pair in chosen:
             if missing := lacking(pair.ours) + lacking(pair.peer):
-                if round_ == 0:
+                if round_ == first:
                     print(f"skipped {pair.name}: no {', '.join(missing)}", flush=True)
                 continue
             entry = entries.setdefault(
@@ -292,7 +298,7 @@ def compare(chosen: list[Pair], rounds: int, cells: str) -> list[dict[str, Any]]
                 entry[key] += [figure | {"round": round_} for figure in figures]
                 shown = ", ".join(f"{f['cell']} {f['value']:.4g}" for f in figures)
                 print(f"round {round_} {pair.name} {side.engine}: {shown}", flush=True)
-    return list(entries.values())
+    return entries
 
 
 if __name__ == "__main__":
