@@ -23,7 +23,7 @@ def main() -> None:
     )
     count = 0
 
-    def add(prompt: list[int], new: int) -> genai.GenerationHandle:
+    def add(prompt: list[int], new: int) -> object:
         nonlocal count
         wish = genai.GenerationConfig()
         wish.max_new_tokens, wish.ignore_eos, wish.do_sample = new, True, False
