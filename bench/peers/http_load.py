@@ -72,7 +72,6 @@ def ask(url: urllib.parse.ParseResult, model: str, prompt: list[int], new: int) 
     connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=600)
     body = {
         "model": model, "prompt": prompt, "max_tokens": new, "temperature": 0, "stream": True, "ignore_eos": True,
-        "cache_prompt": False,
     }  # fmt: skip
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
