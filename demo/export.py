@@ -65,7 +65,7 @@ def config_json(spec: ModelSpec, end: int, pad: int) -> dict[str, Any]:
         "hidden_act": spec.activation,
         "max_position_embeddings": spec.context_length,
         "rms_norm_eps": spec.norm_eps,
-        "rope_theta": spec.rope.theta,
+        "rope_theta": spec.rope.theta if spec.rope else 10000.0,
         "rope_scaling": None,
         "attention_bias": False,
         "mlp_bias": False,

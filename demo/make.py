@@ -26,7 +26,7 @@ from demo.export import F32, export, load_weights
 from demo.grade import Score, grade_all, overlap
 from demo.questions import held_out_file, read_tsv
 from inhouse.core.errors import InhouseError, NotFoundError
-from inhouse.model.build import build
+from inhouse.model.build import build, parameters
 from inhouse.model.spec import ModelSpec, RopeSpec
 from inhouse.runtime.program import ProgramSet
 from inhouse.runtime.torch_executor import TorchExecutor
@@ -147,7 +147,7 @@ def grade(folder: Path, corpus: Corpus, trainer: Trainer, samples: int) -> dict[
     progress = trainer.progress
     last = progress.losses[-50:]
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name != "MODEL_CARD.md") / 1e6
-    run = Run(SPEC.parameters, size, samples, progress.tokens, progress.step, sum(last) / len(last))
+    run = Run(parameters(SPEC), size, samples, progress.tokens, progress.step, sum(last) / len(last))
     write_card(folder / "MODEL_CARD.md", run, scores, overlaps, corpus.poems)
     return scores
 

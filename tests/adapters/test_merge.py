@@ -50,9 +50,8 @@ def test_the_command_and_its_refusals(stories: Path, tmp_path: Path) -> None:
 
 
 def test_encoder_decoders_are_refused_by_name(tmp_path: Path) -> None:
-    config = T5Config(
-        vocab_size=32, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
-    )  # fmt: skip
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    config = T5Config.from_dict({"vocab_size": 32, "decoder_start_token_id": 0, **sizes})
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     with Store() as store, pytest.raises(UnsupportedError, match="the base is of the family t5"):
         merge_adapter(str(tmp_path / "t5"), tmp_path / "a", "x", store=store)

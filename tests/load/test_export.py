@@ -217,7 +217,7 @@ def decoded(folder: Path, form: str, stem: str) -> F32:
         weights = config["config_groups"]["group_0"]["weights"]
         bits, group = weights["num_bits"], weights["group_size"]
         codes = unpack(get["weight_packed"], bits).astype(np.float32)
-        zeros = np.full(get["weight_scale"].shape, 1 << (bits - 1), np.float32)
+        zeros: np.ndarray = np.full(get["weight_scale"].shape, 1 << (bits - 1), np.float32)
         if not weights["symmetric"]:
             packed = materialise_any(source, f"{stem}.weight_zero_point")
             zeros = unpack(np.ascontiguousarray(packed.T), bits).T.astype(np.float32)

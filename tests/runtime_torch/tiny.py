@@ -53,6 +53,7 @@ def tiny(family: str, **config: Any) -> Tiny:
     if settings.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     spec, row = resolve(settings.to_dict() | {"architectures": [f"{family}ForCausalLM"]}, list(state))
+    assert isinstance(spec, ModelSpec)
     weights = {name: derive.take(state[derive.source]) for name, derive in row.derive(spec, list(state)).items()}
     return Tiny(original, spec, build(spec), weights)
 
