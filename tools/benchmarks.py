@@ -211,17 +211,17 @@ def peers(report: Mapping[str, Any]) -> Iterator[str]:
     yield from ["### Every pair", ""]
     yield from every_peer(report.get("pairs", []))
     if report.get("http"):
-        yield from http(report["http"])
+        yield from http(report["http"], report.get("http_note", ""))
 
 
-def http(figures: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def http(figures: Sequence[Mapping[str, Any]], note: str) -> Iterator[str]:
     """Loads over HTTP: medians over rounds."""
     yield from [
         "### Over HTTP, qwen2.5-0.5b at 4 bits", "",
         "`http32`: 32 clients at once, 128-token prompts, 128 tokens each. `trace`: thirty requests of a public trace",
         "(Azure LLM inference 2023, conversations; prompts cut to 512, answers to 96 tokens) at that many a second;",
         "goodput counts requests with a first token within 2 s and a median of at most 100 ms between tokens. OpenVINO",
-        "replays the trace in process, without HTTP.", "",
+        "replays the trace in process, without HTTP. " + note, "",
         "| load | engine | goodput req/s | median first token s | median between tokens ms | output tok/s | rounds |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]  # fmt: skip

@@ -108,14 +108,15 @@ def simulate(folder: Path, target: Path, layers: Rounding, tables: Rounding) -> 
         save_file(tensors, target / file.name, {"format": "pt"})
 
 
-def bits(folder: Path, layers: float, tables: float) -> float:
-    """Bits a weight over all matrices."""
+def bits(folder: Path, layers: float, tables: float, block: int = 0) -> float:
+    """Bits a weight over all matrices; a layer's whose inputs are no multiple of `block` stay F16."""
     total = weighted = 0.0
     for file in folder.glob("*.safetensors"):
         for name, tensor in load_file(file).items():
             if tensor.ndim == 2:
                 total += tensor.numel()
-                weighted += tensor.numel() * (tables if is_table(name) else layers)
+                fits = not block or tensor.shape[1] % block == 0
+                weighted += tensor.numel() * (tables if is_table(name) else layers if fits else 16.0)
     return weighted / total
 
 
@@ -135,7 +136,15 @@ def rows(name: str, folder: Path, text: str, protocol: str) -> list[dict[str, An
             target = Path(scratch) / "rounded"
             simulate(folder, target, layers, tables)
             found = compare(target, reference, text, protocol, kv_dtype="f32")
-            out.append({"model": name, "format": form, "whose": whose, "bits": bits(folder, low, high), **found})
+            out.append(
+                {
+                    "model": name,
+                    "format": form,
+                    "whose": whose,
+                    "bits": bits(folder, low, high, 32 if whose == "llama.cpp" else 0),
+                    **found,
+                }
+            )
             shutil.rmtree(target)
             print(out[-1], flush=True)
         for form, (wish, kv_dtype) in OURS.items():

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -271,14 +272,31 @@ def main() -> None:
         names = {pair.name for pair in chosen}
         before = {entry["name"]: entry for entry in report.get("pairs", [])}
         kept = before if given.append else {name: e for name, e in before.items() if name not in names}
-        report["pairs"] = list((kept | compare(chosen, given.rounds, given.cells, kept)).values())
-    scratch = given.out.with_suffix(".new")
+
+        def keep(entries: dict[str, dict[str, Any]]) -> None:
+            report["pairs"] = list((kept | entries).values())
+            write(report, given.out, kits)
+
+        keep(compare(chosen, given.rounds, given.cells, kept, keep))
+    write(report, given.out, kits)
+
+
+def write(report: dict[str, Any], out: Path, kits: Path) -> None:
+    """Keeps what is measured so far, whole or not at all."""
+    scratch = out.with_suffix(".new")
     scratch.write_text(json.dumps(report, indent=1).replace(str(kits), "KITS") + "\n")
-    scratch.replace(given.out)
+    scratch.replace(out)
 
 
-def compare(chosen: list[Pair], rounds: int, cells: str, kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Runs every pair, ours then the peer's, round after round; rounds are counted on from those that are kept."""
+def compare(
+    chosen: list[Pair],
+    rounds: int,
+    cells: str,
+    kept: dict[str, dict[str, Any]],
+    keep: Callable[[dict[str, dict[str, Any]]], None],
+) -> dict[str, dict[str, Any]]:
+    """Runs every pair, ours then the peer's, round after round; rounds are counted on from those that are
+    kept. `keep` gets what there is after each pair, so that a kill loses one pair at most."""
     entries: dict[str, dict[str, Any]] = {pair.name: kept[pair.name] for pair in chosen if pair.name in kept}
     done = [figure["round"] for entry in entries.values() for figure in entry["ours"]]
     first = max(done, default=-1) + 1
@@ -298,6 +316,7 @@ def compare(chosen: list[Pair], rounds: int, cells: str, kept: dict[str, dict[st
                 entry[key] += [figure | {"round": round_} for figure in figures]
                 shown = ", ".join(f"{f['cell']} {f['value']:.4g}" for f in figures)
                 print(f"round {round_} {pair.name} {side.engine}: {shown}", flush=True)
+            keep(entries)
     return entries
 
 

@@ -37,6 +37,17 @@ def test_an_adapter_comes_and_goes(stories: Path, tmp_path: Path) -> None:
         assert client.get("/v1/models/kind").json()["parent"] == base
         assert complete(client, "kind") != plain
         assert complete(client, base) == plain
+        prints = [
+            client.post("/v1/completions", json={"model": name, "prompt": "a", "max_tokens": 1}).json()[
+                "system_fingerprint"
+            ]
+            for name in (base, "kind")
+        ]
+        assert prints[0] != prints[1], "other weights, another fingerprint"
+        for route, body in (("/v1/embeddings", {"input": "a"}), ("/v1/rerank", {"query": "a", "documents": ["b"]})):
+            refused = client.post(route, json={"model": "kind", **body})
+            assert refused.status_code == 400
+            assert "is an adapter" in refused.json()["error"]["message"], "not answered by the base in silence"
         again = client.post("/v1/load_lora_adapter", json={"lora_name": base, "lora_path": "a"})
         assert again.status_code == 409
         for path in ("../all/../../etc", "/etc", "b", "."):

@@ -22,12 +22,12 @@ from inhouse.core.tensors import TensorSource
 from inhouse.engine.session import Session
 from inhouse.load.adapter import LoadedAdapter, read_adapter
 from inhouse.load.describe import Described, describe
+from inhouse.load.export_targets import as_bytes, narrowed
 from inhouse.load.importer import Imported, import_model
 from inhouse.load.locate import locate
 from inhouse.model.families.family import Derive
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.adapters import LowRank
-from inhouse.store.dtypes import PLAIN_BYTES
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.source import materialise, side_files
 from inhouse.store.store import Store
@@ -68,11 +68,12 @@ def merge_adapter(
     located = locate(base)
     described = describe(located.path)
     try:
-        read = _read(described, adapter)
+        derived = _derived(described)
+        read = read_adapter(adapter, described.family, described.spec, derived)
         with tempfile.TemporaryDirectory(prefix="merge-", dir=store.home.tmp) as scratch:
             folder = Path(scratch) / "model"
             folder.mkdir()
-            changed = _write(described, read, folder, progress)
+            changed = _write(described, derived, read, folder, progress)
             kld, top1 = compare(base, adapter, folder)
             if not kld <= max_kld:
                 raise FormatError(
@@ -92,7 +93,8 @@ def merge_adapter(
     return Merged(imported, kld, top1, changed)
 
 
-def _read(described: Described, adapter: Path) -> LoadedAdapter:
+def _derived(described: Described) -> dict[str, Derive]:
+    """Where the base's weights lie; raises UnsupportedError for a base that nothing can be merged into."""
     if described.source.format != "safetensors" or not described.path.is_dir():
         raise UnsupportedError(
             f"merging writes safetensors, the base is {described.source.format}",
@@ -103,14 +105,14 @@ def _read(described: Described, adapter: Path) -> LoadedAdapter:
             f"merging proves itself by the logits of a decoder, the base is of the family {described.spec.family}",
             remedy="Serve base and adapter unmerged",
         )
-    derived = described.family.derive(described.spec, set(described.source))
-    return read_adapter(adapter, described.family, described.spec, derived)
+    return described.family.derive(described.spec, set(described.source))
 
 
-def _write(described: Described, read: LoadedAdapter, folder: Path, progress: Progress) -> int:
+def _write(
+    described: Described, derived: Mapping[str, Derive], read: LoadedAdapter, folder: Path, progress: Progress
+) -> int:
     """The merged folder, tensor by tensor; how many the adapter changed."""
     source = described.source
-    derived = described.family.derive(described.spec, set(source))
     by_source: dict[str, list[tuple[Derive, LowRank]]] = {}
     for name, low in read.adapter.items():
         by_source.setdefault(derived[name].source, []).append((derived[name], low))
@@ -140,43 +142,21 @@ def _merged(source: TensorSource, name: str, changes: Sequence[tuple[Derive, Low
     """The bytes of a tensor with the products added in float32, rounded once to its type."""
     whole = materialise(source, name).astype(np.float32)
     for derive, low in changes:
-        delta: F32 = low.b @ low.a
-        if derive.transpose:
-            steps = [step.index() for step in (derive.rows, derive.order) if step is not None]
-            columns = np.arange(whole.shape[1]) if not steps else steps[0] if len(steps) == 1 else steps[0][steps[1]]
-            whole[:, columns] += delta.T
-        else:
-            rows = derive.index()
-            whole[np.arange(len(whole)) if rows is None else rows] += delta
-    kind = source.info(name).dtype
-    if kind == "BF16":
-        narrow = _to_bf16(whole)
-    else:
-        with np.errstate(over="ignore"):
-            narrow = whole.astype(np.float16 if kind == "F16" else np.float32)
-        if not np.isfinite(narrow).all():
-            raise FormatError(f"tensor {name!r} would overflow {kind} when merged", param=name)
-    raw: npt.NDArray[np.uint8] = np.ascontiguousarray(narrow).reshape(-1).view(np.uint8)
-    assert raw.nbytes == whole.size * PLAIN_BYTES[kind]
-    return raw
-
-
-def _to_bf16(values: F32) -> npt.NDArray[np.uint16]:
-    """Round to nearest, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded: npt.NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return rounded
+        outputs = derive.outputs()
+        view = whole.T if derive.transpose else whole  # [out, in] either way
+        view[slice(None) if outputs is None else outputs] += low.b @ low.a
+    return as_bytes(narrowed(whole, source.info(name).dtype, name))
 
 
 def compare(base: str, adapter: Path, merged: Path) -> tuple[float, float]:
     """(mean KL(adapter + base || merged) in nats, share of equal likeliest tokens) over random tokens, with an f32
     cache and float activations on both sides."""
     settings = load_settings({"kv_dtype": "f32", "activations": "float", "max_sequences": 1, "prefix_cache": False})
-    texts = _texts(merged, settings.context)
     with Session.open(base, settings) as session:
         session.load_adapter("merged", adapter)
         slot = session.adapter_slot("merged")
-        texts = [[t % session.engine.vocab_size for t in text][: session.engine.context_length] for text in texts]
+        length = min(TOKENS, session.engine.context_length)
+        texts = np.random.default_rng(0).integers(0, session.engine.vocab_size, (SEQUENCES, length)).tolist()
         wanted = [_logits(session, text, slot) for text in texts]
     with Session.open(str(merged), settings) as session:
         found = [_logits(session, text, 0) for text in texts]
@@ -185,11 +165,6 @@ def compare(base: str, adapter: Path, merged: Path) -> tuple[float, float]:
         klds.append((np.exp(truth) * (truth - ours)).sum(axis=1))
         same.append(truth.argmax(axis=1) == ours.argmax(axis=1))
     return float(np.concatenate(klds).mean()), float(np.concatenate(same).mean())
-
-
-def _texts(merged: Path, context: int) -> list[list[int]]:
-    draw = np.random.default_rng(0)
-    return draw.integers(0, 1 << 30, (SEQUENCES, min(TOKENS, context or TOKENS))).tolist()  # type: ignore[no-any-return]
 
 
 def _logits(session: Session, ids: Sequence[int], slot: int) -> Rows:

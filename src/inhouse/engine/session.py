@@ -75,12 +75,14 @@ class Session:
         """Every name that means exactly this model."""
         return (self.model.name, f"{self.model.name}:{self.model.version}")
 
-    @property
-    def fingerprint(self) -> str:
-        """What must be equal for equal bytes: weights, executor with its instruction set, cache, activations."""
+    def fingerprint(self, adapter: str | None = None) -> str:
+        """What must be equal for equal bytes: weights, executor with its instruction set, cache, activations, and the
+        content of the adapter of that name, if there is one."""
         executor = self.model.executor
         rounding = "float" if self.model.programs is self.model.plain_programs else "int8"
-        return f"inhouse-{self.model.digest[:12]}-{executor.name.replace('/', '-')}-kv{executor.kv_dtype}-{rounding}"
+        plain = f"inhouse-{self.model.digest[:12]}-{executor.name.replace('/', '-')}-kv{executor.kv_dtype}-{rounding}"
+        loaded = self.engine.adapters.table().get(adapter or "")
+        return f"{plain}-lora{loaded.digest[:12]}" if loaded else plain
 
     def facts(self) -> dict[str, Any]:
         """What clients of `/v1/models` may want to know."""

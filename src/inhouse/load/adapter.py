@@ -140,10 +140,7 @@ def _rows(derive: Derive, module: str) -> npt.NDArray[np.int64] | None:
     """Outputs of the file's matrix that are the weight's rows, in order; None for all as they are."""
     if derive.heads or (derive.transpose and derive.part is not None) or len(derive.source_shape) > 2:
         raise UnsupportedError(f"an adapter cannot change {module}: its matrix is taken apart", param=module)
-    if not derive.transpose:
-        return derive.index()
-    steps = [step.index() for step in (derive.rows, derive.order) if step is not None]
-    return None if not steps else steps[0] if len(steps) == 1 else steps[0][steps[1]]
+    return derive.outputs()
 
 
 def _digest(adapter: Adapter) -> str:

@@ -159,7 +159,7 @@ def _reply(
     return Reply(
         id=requests[0].id,
         model=body.model or session.name,
-        fingerprint=session.fingerprint,
+        fingerprint=session.fingerprint(body.model),
         tokenizer=session.tokenizer,
         chat=chat,
         choices=len(requests) * (body.n or 1),

@@ -14,7 +14,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from inhouse.core.errors import InhouseError
+from inhouse.core.errors import InhouseError, UnsupportedError
 from inhouse.engine.request import F32, EmbedEvent, Failed, Input
 from inhouse.engine.session import Session
 from inhouse.serve.observe import VectorObserver
@@ -113,6 +113,11 @@ def _session(http: Request, model: str | None, kind: str) -> Session:
     """The session of that name; a model of another kind is refused, saying what it can do."""
     pool: Pool = http.app.state.pool
     session = pool.get(model)
+    if session.engine.adapters.slot(model):
+        raise UnsupportedError(
+            f"{model!r} is an adapter; vectors and ranks come from models alone",
+            remedy=f"Ask {session.name} itself", param="model",
+        )  # fmt: skip
     session.vectors.need(kind)
     return session
 

@@ -56,6 +56,15 @@ class Rows:
         return (first + np.arange(self.count, dtype=np.int64)).reshape(-1)
 
 
+def _composed(*taken: Rows | HeadOrder | None) -> npt.NDArray[np.int64] | None:
+    """The rows that are left when one is taken after the other; None if none takes anything."""
+    index: npt.NDArray[np.int64] | None = None
+    for step in taken:
+        if step is not None:
+            index = step.index() if index is None else index[step.index()]
+    return index
+
+
 @dataclass(frozen=True, slots=True)
 class Derive:
     """How one canonical weight comes from a tensor of the file: axes before the rows' become rows; `part` of
@@ -76,13 +85,11 @@ class Derive:
 
     def index(self) -> npt.NDArray[np.int64] | None:
         """Source rows in canonical order, of a weight that is not transposed; None for all of them as they are."""
-        steps = [step.index() for step in (self.part, self.rows, self.order) if step is not None]
-        if not steps:
-            return None
-        index = steps[0]
-        for step in steps[1:]:
-            index = index[step]
-        return index
+        return _composed(self.part, self.rows, self.order)
+
+    def outputs(self) -> npt.NDArray[np.int64] | None:
+        """Outputs of the file's matrix, wherever its axis lies, that are the weight's rows, in order; None for all."""
+        return _composed(self.rows, self.order) if self.transpose else self.index()
 
     def take(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The weight out of the whole source tensor; contiguous, a view where nothing moves."""
