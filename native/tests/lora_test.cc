@@ -2,6 +2,7 @@
 // different adapters the bits that each has alone, at every level and for any number of threads; a slot that is empty
 // changes no bit; what does not fit is refused. Buffers are exactly as large as asked for, for the sanitizers.
 #include <cstring>
+#include <new>
 
 #include "flat.h"
 
@@ -16,14 +17,29 @@ namespace {
 
 constexpr int32_t kSequences = 7, kRows = 75, kBlocksEach = 5;  // more rows than are worked on together
 
+// Weights must begin at a multiple of 64 bytes; what std::vector allocates does so only by luck.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <typename U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64})); }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t{64}); }
+  bool operator==(const Aligned&) const { return true; }
+};
+
 // An f32 matrix in tiles of sixteen rows.
 struct Matrix {
-  Matrix(int64_t out, int64_t in, uint32_t seed) : out(out), in(in), values(noise(seed, padded(), 0.3f)) {}
+  Matrix(int64_t out, int64_t in, uint32_t seed) : out(out), in(in) {
+    const std::vector<float> random = noise(seed, padded(), 0.3f);
+    values.assign(random.begin(), random.end());
+  }
   size_t padded() const { return packed_bytes(kFormats[0], out, in) / 4; }
   float at(int64_t o, int64_t k) const { return values[(o / 16 * in + k) * 16 + o % 16]; }
   ih_weight weight() const { return {0, 0, out, in, values.data(), static_cast<int64_t>(values.size() * 4)}; }
   int64_t out, in;
-  std::vector<float> values;
+  std::vector<float, Aligned<float>> values;
 };
 
 // One adapter on every second linear of the decoder, or on all; the embedding's table has none, as its rows are also
