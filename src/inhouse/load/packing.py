@@ -157,6 +157,20 @@ def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.flo
         yield _widened(rows[start : start + step], part.info.dtype)
 
 
+def floats(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:
+    """The weight as float32 of its canonical shape, its own copy: exactly the values that `make_weight` would decode to,
+    in the packed order of the columns. Raises FormatError as `make_weight` does."""
+    if part.format == "vector" or part.info.dtype not in PLAIN or part.coding is not None:
+        weight = make_weight(part, source)
+        return weight.dequantize() if isinstance(weight, Packed) else np.array(weight, np.float32)
+    rows = _taken(part, source)
+    out = np.empty(part.spec.shape, np.float32)
+    step = max(1, RUN_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, rows.shape[0], step):
+        out[start : start + step] = _widened(rows[start : start + step], part.info.dtype)
+    return out
+
+
 def nbytes(weight: Weight) -> int:
     """Bytes that a weight takes in memory."""
     return weight.data.nbytes if isinstance(weight, Packed) else weight.nbytes
