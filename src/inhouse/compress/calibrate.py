@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inhouse.compress.stats import LinearStats as LinearStats
 from inhouse.core.errors import NotFoundError, UsageError
 from inhouse.model.tokens.tokenizer import Tokenizer
 
@@ -212,7 +213,9 @@ def _made(rows: Sequence[Sequence[int]], texts: Sequence[Text], samples: int) ->
     digest = hashlib.sha256(np.ascontiguousarray(lengths.numpy()).tobytes() + tokens.numpy().tobytes()).hexdigest()
     records = tuple({"source": t.source, "sha256": t.sha256, "characters": len(t.text)} for t in texts)
     shares = scripts([text.text for text in texts])
-    return Calibration(tokens, lengths, digest, records, shares, tuple(_notes(int(lengths.sum()), rows, samples, shares)))
+    return Calibration(
+        tokens, lengths, digest, records, shares, tuple(_notes(int(lengths.sum()), rows, samples, shares))
+    )
 
 
 def _notes(count: int, rows: Sequence[Sequence[int]], samples: int, shares: Mapping[str, float]) -> Iterable[str]:

@@ -93,7 +93,9 @@ class Journal:
         path = self.data / str(blob["file"])
         if not path.is_file() or path.stat().st_size != blob["nbytes"] or _hash(path) != blob["sha256"]:
             raise FormatError(
-                f"{path.name} of the run is not what its journal says", remedy="Begin anew with --restart", param=path.name
+                f"{path.name} of the run is not what its journal says",
+                remedy="Begin anew with --restart",
+                param=path.name,
             )
 
     def sweep(self, keep: Iterable[str]) -> None:

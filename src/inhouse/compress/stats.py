@@ -55,7 +55,9 @@ class Accumulator:
         magnitudes = rows.abs()
         most = magnitudes.amax(0)
         if not bool(torch.isfinite(most).all()):
-            raise UsageError("an input of a linear is not finite", remedy="The model overflows on this calibration text")
+            raise UsageError(
+                "an input of a linear is not finite", remedy="The model overflows on this calibration text"
+            )
         self.count += len(rows)
         self._max = torch.maximum(self._max, most)
         self._sums += magnitudes.sum(0, dtype=torch.float64)

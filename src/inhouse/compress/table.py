@@ -1,0 +1,28 @@
+"""The table of methods: every technique under the name that recipes use. Add a row here and its page in `methods`."""
+
+import difflib
+from collections.abc import Mapping
+
+from inhouse.compress.method import Method
+from inhouse.compress.methods.rounding import RoundingOptions, rounding
+from inhouse.core.errors import UsageError
+
+METHODS: Mapping[str, Method] = {
+    row.name: row
+    for row in (
+        Method(
+            "round", "quantize", "matrix", rounding, RoundingOptions, paper="Frantar et al. 2022, arXiv 2210.17323",
+            rows_apart=True, summary="nearest code; the baseline",
+        ),
+    )
+}  # fmt: skip
+
+
+def method(name: str, family: str | None = None) -> Method:
+    """The row of that name (of that family). Raises UsageError with the nearest right one."""
+    rows = {row.name: row for row in METHODS.values() if family is None or row.family == family}
+    if name not in rows:
+        near = difflib.get_close_matches(name, rows, 1)
+        remedy = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(rows))}"
+        raise UsageError(f"there is no method {name!r}{f' for {family}' if family else ''}", remedy=remedy, param=name)
+    return rows[name]
