@@ -158,7 +158,7 @@ def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.flo
 
 
 def floats(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:
-    """The weight as float32 of its canonical shape, its own copy: exactly the values that `make_weight` would decode to,
+    """The weight as float32 of its canonical shape, its own copy: the very values that `make_weight` would decode to,
     in the packed order of the columns. Raises FormatError as `make_weight` does."""
     if part.format == "vector" or part.info.dtype not in PLAIN or part.coding is not None:
         weight = make_weight(part, source)

@@ -5,6 +5,7 @@ Source: the round-to-nearest baseline of GPTQ (Frantar et al. 2022, arXiv 2210.1
 """
 
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from torch import Tensor
@@ -24,7 +25,7 @@ class RoundingOptions:
 def rounding(weight: Tensor, stats: LinearStats | None, options: RoundingOptions, fmt: str) -> Form:
     """weight f32 [out, in] -> Form in a float format, or in one of those that `--quantize` makes."""
     array = np.ascontiguousarray(weight.numpy(), np.float32)
-    kinds: dict[str, Kind] = {packed: kind for kind, packed in QUANTIZED_FORMAT.items()}
+    kinds: dict[str, Kind] = {QUANTIZED_FORMAT[kind]: kind for kind in get_args(Kind)}
     if fmt in kinds:
         return Form(quantize([array], kinds[fmt], shape=(array.shape[0], array.shape[1])))
     if is_float(fmt):
