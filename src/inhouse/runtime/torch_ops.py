@@ -7,6 +7,7 @@ the type of the rows, so that autocast and bfloat16 weights lose nothing there.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,30 @@ class QuantRows:
     codes: Tensor
     scales: Tensor
     group: int
+    source: Tensor | None = None  # the floats, where a gradient is to reach them
 
     def dequantize(self) -> Tensor:
-        """float32 [rows, width]: what the integers stand for."""
+        """float32 [rows, width]: what the integers stand for. Gradients pass to the source as if nothing had been
+        rounded (the straight-through estimator, arXiv 1308.3432)."""
         spread = self.scales.repeat_interleave(self.group, dim=1)[:, : self.codes.shape[1]]
-        return self.codes.float() * spread
+        values = self.codes.float() * spread
+        return values if self.source is None else straight_through(self.source, values)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def straight_through(x: Tensor, values: Tensor) -> Tensor:
+    """`values`, bit for bit; the gradient goes to `x` unchanged."""
+    out: Tensor = _StraightThrough.apply(x, values.detach())  # type: ignore[no-untyped-call]
+    return out
 
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -67,6 +87,8 @@ def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
     `packed_quantize.quantize_rows_reference` defines them: codes = round-half-even(x * (127 / max|x|))."""
     width = x.shape[1]
     size = group or width
+    source = x if x.requires_grad and torch.is_grad_enabled() else None
+    x = x.detach()
     padded = F.pad(x.float(), (0, -width % size)).reshape(len(x), -(-width // size), size)
     most = padded.abs().amax(-1)
     finite = torch.isfinite(most)
@@ -74,7 +96,7 @@ def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
     safe = torch.where(usable, most, torch.ones_like(most))
     codes = torch.round(torch.where(usable[..., None], padded, 0.0) * (127.0 / safe)[..., None]).to(torch.int8)
     scales = torch.where(usable, most / 127.0, torch.zeros_like(most)).masked_fill(~finite, torch.nan)
-    return QuantRows(codes.flatten(1)[:, :width], scales, size)
+    return QuantRows(codes.flatten(1)[:, :width], scales, size, source)
 
 
 def linears(x: Tensor | QuantRows, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

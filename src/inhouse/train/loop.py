@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -181,32 +182,39 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint, whole or not at all."""
         state = {
-            "version": CHECKPOINT_VERSION,
-            "fingerprint": self._fingerprint,
             "weights": {name: weight.detach().cpu() for name, weight in self.weights.items()},
             "optimiser": self._optimiser.state_dict(),
             "progress": asdict(self.progress),
         }
-        with atomic_file(self.checkpoint) as file:
-            torch.save(state, file)
+        write_checkpoint(self.checkpoint, self._fingerprint, state)
 
     def _restore(self) -> None:
-        """Goes on from the checkpoint. Raises FormatError if it is damaged, ConflictError if it is another run's."""
-        try:
-            state = torch.load(self.checkpoint, map_location=self._device, weights_only=True)
-            version, fingerprint = state["version"], state["fingerprint"]
-        except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
-            raise FormatError(
-                f"{self.checkpoint.name} is damaged: {error}", remedy="Delete it and begin again"
-            ) from error
-        if version != CHECKPOINT_VERSION or fingerprint != self._fingerprint:
-            changed = [k for k in self._fingerprint if fingerprint.get(k) != self._fingerprint[k]] or ["version"]
-            raise ConflictError(
-                f"{self.checkpoint.name} belongs to another run: {' and '.join(changed)} differ",
-                remedy="Give another folder, or delete the checkpoint",
-            )
+        """Goes on from the checkpoint. Raises what `read_checkpoint` raises."""
+        state = read_checkpoint(self.checkpoint, self._fingerprint, self._device)
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(state["weights"][name])
         self._optimiser.load_state_dict(state["optimiser"])
         self.progress = Progress(**state["progress"])
+
+
+def write_checkpoint(path: Path, fingerprint: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    """Writes tensors and plain values with the fingerprint of the run they belong to, whole or not at all."""
+    with atomic_file(path) as file:
+        torch.save({"version": CHECKPOINT_VERSION, "fingerprint": dict(fingerprint), **state}, file)
+
+
+def read_checkpoint(path: Path, fingerprint: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """What `write_checkpoint` wrote. Raises FormatError if it is damaged, ConflictError if it is another run's."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        version, found = state["version"], state["fingerprint"]
+    except (OSError, RuntimeError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise FormatError(f"{path.name} is damaged: {error}", remedy="Delete it and begin again") from error
+    if version != CHECKPOINT_VERSION or found != fingerprint:
+        changed = [k for k in fingerprint if found.get(k) != fingerprint[k]] or ["version"]
+        raise ConflictError(
+            f"{path.name} belongs to another run: {' and '.join(changed)} differ",
+            remedy="Give another folder, or delete the checkpoint",
+        )
+    return state
