@@ -1,142 +1,116 @@
-"""Low-rank factors of a matrix: plain, activation-aware and whitened truncated SVD.
+"""Low rank: a matrix stored and run as two thin ones, y = b (a x), and the ranks of a whole model under one budget.
 
-    svd       W = U S V^T, cut to k (Eckart and Young 1936): least ||W - W'||_F
-    asvd      the SVD of W diag(mean|x|^alpha) (ASVD, Yuan et al. 2023, arXiv 2312.05821)
-    whitened  the SVD of W L with L L^T = E[x x^T] (SVD-LLM, Wang et al. 2024, arXiv 2403.07378): least
-              E||(W - W') x||^2, which then equals the energy of the singular values cut off
-
-All arithmetic is float64. Knows matrices and moments of their inputs; knows no models and no files.
+Truncated SVD (Eckart and Young 1936), ASVD (Yuan et al. 2023, arXiv 2312.05821), whitened SVD (SVD-LLM, Wang et al.
+2024, arXiv 2403.07378) as `compress.spectrum` has them. Ranks by budget: the knapsack of SVD-LLM v2 (arXiv 2503.12340)
+with the loss that was measured at one rank spread over the others by their theoretical error.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from inhouse.core.errors import FormatError, UnsupportedError, UsageError
+from inhouse.compress.allocate import Choice, allocate
+from inhouse.compress.pack_as import pack_as
+from inhouse.compress.spectrum import METHODS, Spectrum, cut, decompose, output_error, rank_choices
+from inhouse.core.errors import UsageError
+from inhouse.runtime.form import Form
 
-METHODS = ("svd", "asvd", "whitened")
-FLOOR = 1e-12  # eigenvalues of the second moment below this share of the largest are raised to it
+# Plain storage that a low-rank form of floats is held against, widest first.
+_PLAIN = ("f32", "bf16", "q8_0", "q6_0", "q4_0")
 
 
 @dataclass(frozen=True, slots=True)
-class Spectrum:
-    """A matrix taken apart, best direction first: W = left @ right when all r are kept."""
+class LowRank:
+    """Options of the matrix-wise method."""
 
-    left: Tensor  # [out, r] f64, orthogonal columns times singular values
-    right: Tensor  # [r, in] f64
-    tail: Tensor  # [r + 1] f64: squared error, in the method's own norm, where the first k are kept
+    method: str = "whitened"  # svd | asvd | whitened
+    ratio: float = 0.2  # share of the matrix's numbers to save
+    rank: int = 0  # instead of `ratio`
+    alpha: float = 0.5  # asvd: exponent of mean |x|
+    factors: str = "bf16"  # format of both factors
+    keep_if_better: bool = False  # keep the matrix unless the factors beat plain storage of no more bytes
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in] of the matrix."""
-        return self.left.shape[0], self.right.shape[1]
-
-
-def moment_root(gram: Tensor, floor: float = FLOOR) -> Tensor:
-    """The triangular root of a second moment: lower L, f64 [in, in], L L^T = E[x x^T].
-
-    Of the eigenvalues, those below `floor` times the largest are raised to that, so that an input that never moved, or
-    two that always move together, leave it invertible; the root is the QR of the eigenvectors scaled, which never
-    squares the condition as Cholesky of the product would. Raises FormatError for a moment that is not finite.
-    """
-    if not bool(torch.isfinite(gram).all()):
-        raise FormatError("the inputs' second moment is not finite", remedy="Calibrate with other text, or in float32")
-    values, vectors = torch.linalg.eigh((gram.double() + gram.double().T) / 2)
-    largest = float(values[-1].clamp(min=0.0))
-    values = values.clamp(min=largest * floor) if largest > 0 else torch.ones_like(values)
-    upper: Tensor = torch.linalg.qr((vectors * values.sqrt()).T).R
-    sign = torch.where(upper.diagonal() < 0, -1.0, 1.0).double()
-    return (upper * sign[:, None]).T
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"unknown method {self.method!r}", remedy=f"Use {', '.join(METHODS)}", param="method")
+        if not self.rank and not 0.0 < self.ratio < 1.0:
+            raise UsageError(f"ratio is {self.ratio}, must lie between 0 and 1", param="ratio")
 
 
-def decompose(
-    weight: Tensor,
-    method: str = "whitened",
-    *,
-    gram: Tensor | None = None,
-    mean_abs: Tensor | None = None,
-    alpha: float = 0.5,
-) -> Spectrum:
-    """Takes a matrix [out, in] apart.
-
-    Args:
-        method: of METHODS.
-        gram: [in, in], E[x x^T] or the sum of x x^T; `whitened` needs it.
-        mean_abs: [in], mean |x|; `asvd` needs it.
-
-    Raises UsageError for an unknown method or a moment that is missing or misshaped, FormatError for one not finite.
-    """
-    w = weight.double()
-    if method == "svd":
-        return _spectrum(w, None, None)
-    if method == "asvd":
-        scale = _given(mean_abs, (w.shape[1],), "mean |x|").double()
-        least = float(scale.max()) * FLOOR
-        scale = scale.clamp(min=least).pow(alpha) if least > 0 else torch.ones_like(scale)
-        return _spectrum(w * scale, None, scale)
-    if method != "whitened":
-        raise UsageError(f"unknown decomposition {method!r}", remedy=f"Use {', '.join(METHODS)}", param="method")
-    root = moment_root(_given(gram, (w.shape[1], w.shape[1]), "second moments"))
-    return _spectrum(w @ root, root, None)
-
-
-def _given(moment: Tensor | None, shape: tuple[int, ...], what: str) -> Tensor:
-    if moment is None or tuple(moment.shape) != shape:
-        found = None if moment is None else list(moment.shape)
-        raise UsageError(f"needs the inputs' {what} {list(shape)}, got {found}", remedy="Calibrate first")
-    return moment
-
-
-def _spectrum(scaled: Tensor, root: Tensor | None, scale: Tensor | None) -> Spectrum:
-    """The SVD of W R, with R taken off the right factor again: a lower triangle `root`, a diagonal `scale`, or none."""
-    u, s, vt = torch.linalg.svd(scaled, full_matrices=False)
-    if root is not None:
-        vt = torch.linalg.solve_triangular(root, vt, upper=False, left=False)
-    elif scale is not None:
-        vt = vt / scale
-    energy = s.square().flip(0).cumsum(0).flip(0)
-    return Spectrum(u * s, vt, torch.cat([energy, energy.new_zeros(1)]))
-
-
-def largest_saving_rank(shape: tuple[int, int]) -> int:
-    """The largest k for which k (out + in) < out * in: beyond it the factors are larger than the matrix."""
+def rank_for(shape: tuple[int, int], ratio: float) -> int:
+    """The largest rank whose factors save at least `ratio` of the matrix's numbers; 0 where there is none."""
     rows, columns = shape
-    return (rows * columns - 1) // (rows + columns)
+    return int((1.0 - ratio) * rows * columns / (rows + columns))
 
 
-def cut(spectrum: Spectrum, rank: int, *, allow_larger: bool = False) -> tuple[Tensor, Tensor]:
-    """Factors (a [k, in], b [out, k]), f32, of the best rank-k approximation b a; each direction's size is shared
-    evenly between them, so that either may be stored in a narrow type.
+def factorise(
+    weight: Tensor, options: LowRank, gram: Tensor | None = None, mean_abs: Tensor | None = None
+) -> Form | None:
+    """The low-rank form of a matrix [out, in]; None where `keep_if_better` and plain storage is better.
 
-    Raises UnsupportedError where the factors would be larger than the matrix (a side branch passes `allow_larger`), and
-    UsageError for a rank that the matrix does not have.
+    Raises UnsupportedError where the factors would be larger than the matrix, UsageError where the statistics that the
+    method needs are missing or the matrix has no rank that saves so much.
     """
-    rows, columns = spectrum.shape
-    if not 1 <= rank <= spectrum.right.shape[0]:
-        raise UsageError(f"a matrix [{rows}, {columns}] has no rank {rank}", param="rank")
-    if rank > largest_saving_rank((rows, columns)) and not allow_larger:
-        raise UnsupportedError(
-            f"factors of rank {rank} hold {rank * (rows + columns)} numbers, the matrix [{rows}, {columns}] holds "
-            f"{rows * columns}",
-            remedy=f"Use a rank of at most {largest_saving_rank((rows, columns))}, or leave the matrix as it is",
-            param="rank",
-        )
-    left, right = spectrum.left[:, :rank], spectrum.right[:rank]
-    sizes = left.norm(dim=0), right.norm(dim=1)
-    share = torch.where(sizes[0] > 0, (sizes[1] / sizes[0].clamp(min=1e-300)).sqrt(), torch.ones_like(sizes[0]))
-    share = torch.where(share > 0, share, torch.ones_like(share))
-    return (right / share[:, None]).float().contiguous(), (left * share).float().contiguous()
+    shape = (weight.shape[0], weight.shape[1])
+    rank = options.rank or rank_for(shape, options.ratio)
+    if rank < 1:
+        raise UsageError(f"no rank of a matrix {list(shape)} saves {options.ratio:.0%}", param="ratio")
+    taken = decompose(weight, options.method, gram=gram, mean_abs=mean_abs, alpha=options.alpha)
+    form = form_of(taken, rank, options.factors)
+    if options.keep_if_better and not better_than_plain(weight, form, gram):
+        return None
+    return form
 
 
-def output_error(weight: Tensor, other: Tensor, gram: Tensor | None = None) -> float:
-    """tr((W - W') G (W - W')^T) in f64: with G = E[x x^T] the mean squared error of the output, without it the squared
-    Frobenius norm."""
-    gap = weight.double() - other.double()
-    return float(gap.square().sum()) if gram is None else float(((gap @ gram.double()) * gap).sum())
+def form_of(taken: Spectrum, rank: int, factors: str = "bf16") -> Form:
+    """The best approximation of that rank, its factors stored in a format of `pack_as`."""
+    a, b = cut(taken, rank)
+    return Form(None, (pack_as(a, factors), pack_as(b, factors)))
 
 
-def rank_choices(spectrum: Spectrum, step: int = 1) -> list[int]:
-    """Ranks worth choosing from: multiples of `step` that save."""
-    most = min(largest_saving_rank(spectrum.shape), spectrum.right.shape[0])
-    return list(range(step, most + 1, step))
+def better_than_plain(weight: Tensor, form: Form, gram: Tensor | None = None) -> bool:
+    """Whether the form's output error is below that of every plain format with no more bytes (a form of a few bits is
+    held against plain storage of as few); true where no plain format is that small."""
+    ours = output_error(weight, torch.from_numpy(form.value()), gram)
+    for name in _PLAIN:
+        plain = Form(pack_as(weight, name))
+        if plain.nbytes <= form.nbytes:
+            return ours < output_error(weight, torch.from_numpy(plain.value()), gram)
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A matrix that may be cut, and how much its error matters."""
+
+    spectrum: Spectrum
+    weight: float = 1.0  # loss of the model for one unit of squared output error
+
+
+def measured_weight(spectrum: Spectrum, rank: int, loss: float) -> float:
+    """The `Candidate.weight` at which the error of that rank is the loss that was measured with this matrix alone cut
+    to it (never negative: noise may make a measured loss so)."""
+    tail = float(spectrum.tail[rank])
+    return max(loss, 0.0) / tail if tail > 0 else 0.0
+
+
+def ranks_by_budget(candidates: Mapping[str, Candidate], budget: int, step: int = 1) -> dict[str, int]:
+    """The rank of each matrix, 0 for those left whole, that keep at most `budget` numbers in all at the least loss.
+
+    Thin matrices (k and v of grouped-query attention) are judged by their own loss, so they are cut less, or not.
+    Raises UsageError for a budget below the smallest possible.
+    """
+    options = {
+        name: [
+            Choice("0", rows * columns, 0.0),
+            *(
+                Choice(str(rank), rank * (rows + columns), one.weight * float(one.spectrum.tail[rank]))
+                for rank in rank_choices(one.spectrum, step)
+            ),
+        ]
+        for name, one in candidates.items()
+        for rows, columns in [one.spectrum.shape]
+    }
+    return {name: int(choice.label) for name, choice in allocate(options, budget).items()}
