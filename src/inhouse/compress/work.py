@@ -153,6 +153,18 @@ class Work:
         """What `value` gave when the stage began."""
         return self._read(self._before[self._known(name)])
 
+    def gather(self, name: str, ids: npt.NDArray[np.int64]) -> Tensor:
+        """Rows `ids` (int64 [n]) of `value`, float32 [n, in], without the others where that can be."""
+        held = self._held[self._known(name)]
+        if held.form is not None:
+            form = read_form(self.journal.data / held.form["file"], held.form["parts"])
+            simple = form.main is not None and form.low_rank is None and form.columns is None
+            return torch.from_numpy(form.main.rows(ids) if simple and form.main is not None else form.value()[ids])
+        if held.value is None and held.base is not None and held.base not in self._plan.columns:
+            with self.described.guard():
+                return torch.from_numpy(floats(self._parts[held.base], self.described.source, ids))
+        return self._read(held)[torch.from_numpy(ids)]
+
     def form(self, name: str) -> Form | None:
         """Its stored form, views of a mapped file; None for one that is floats so far."""
         blob = self._held[self._known(name)].form

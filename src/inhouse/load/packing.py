@@ -157,14 +157,18 @@ def _float_runs(part: Part, source: TensorSource) -> Iterator[npt.NDArray[np.flo
         yield _widened(rows[start : start + step], part.info.dtype)
 
 
-def floats(part: Part, source: TensorSource) -> npt.NDArray[np.float32]:
-    """The weight as float32 of its canonical shape, its own copy: the very values that `make_weight` would decode to,
-    in the packed order of the columns. Raises FormatError as `make_weight` does."""
+def floats(part: Part, source: TensorSource, ids: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.float32]:
+    """The weight as float32 of its canonical shape, or of its rows `ids`, its own copy: the very values that
+    `make_weight` would decode to, in the packed order of the columns. Raises FormatError as `make_weight` does."""
     if part.format == "vector" or part.info.dtype not in PLAIN or part.coding is not None:
         weight = make_weight(part, source)
-        return weight.dequantize() if isinstance(weight, Packed) else np.array(weight, np.float32)
+        if isinstance(weight, Packed):
+            return weight.dequantize() if ids is None else weight.rows(ids)
+        return np.array(weight if ids is None else weight[ids], np.float32)
     rows = _taken(part, source)
-    out = np.empty(part.spec.shape, np.float32)
+    if ids is not None:
+        rows = rows[ids]
+    out = np.empty(rows.shape, np.float32)
     step = max(1, RUN_ELEMENTS // max(1, rows.shape[1]))
     for start in range(0, rows.shape[0], step):
         out[start : start + step] = _widened(rows[start : start + step], part.info.dtype)

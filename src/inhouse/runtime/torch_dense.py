@@ -42,7 +42,7 @@ def forward(
     """
     if tokens.dim() != 2:
         raise UsageError(f"tokens must be [batch, length], got {list(tokens.shape)}")
-    dense = _DenseRows(tokens, positions, segments, rows)
+    dense = DenseRows(tokens, positions, segments, rows)
     outputs = evaluate(program, weights, dense, observe)
     shaped = dict(outputs)
     for role, value in program.outputs.items():
@@ -51,7 +51,7 @@ def forward(
     return shaped
 
 
-class _DenseRows:
+class DenseRows:
     """Rows of B sequences of L tokens, flattened to B * L; implements `torch_program.Rows`."""
 
     def __init__(self, tokens: Tensor, positions: Tensor | None, segments: Tensor | None, rows: Tensor | None) -> None:

@@ -75,7 +75,7 @@ def _sparsemixer(logits: Tensor, jitter: float, scale: float) -> Tensor:
     return torch.cat([*(e.float() for e in experts), *(w * scale for w in weights)], dim=-1)
 
 
-def _routed(routing: Tensor) -> tuple[Tensor, Tensor]:
+def routed(routing: Tensor) -> tuple[Tensor, Tensor]:
     """routing [T, 2k] -> (order [R] of flat (token, choice) pairs by expert, then token; experts [R] in that order)."""
     top_k = routing.shape[1] // 2
     flat = routing[:, :top_k].long().flatten()
@@ -85,7 +85,7 @@ def _routed(routing: Tensor) -> tuple[Tensor, Tensor]:
 
 def dispatch(x: Tensor, routing: Tensor) -> Tensor:
     """x [T, width], routing [T, 2k] -> [R, width], a row for each (expert, token), by expert, then by token."""
-    order, _ = _routed(routing)
+    order, _ = routed(routing)
     return x[order // (routing.shape[1] // 2)]
 
 
@@ -95,7 +95,7 @@ def expert_linears(
     """x [R, in] of `dispatch`, routing [T, 2k], n * experts weights [out_i, in] and as many biases [out_i] or None, by
     i, then by expert -> n values [R, out_i]."""
     rows = x.dequantize() if isinstance(x, QuantRows) else x
-    _, chosen = _routed(routing)
+    _, chosen = routed(routing)
     parts = torch.split(rows, torch.bincount(chosen, minlength=experts).tolist())
     out = []
     for first in range(0, len(weights), experts):
@@ -107,7 +107,7 @@ def expert_linears(
 def combine(y: Tensor, routing: Tensor) -> Tensor:
     """y [R, width], routing [T, 2k] -> [T, width]: each token's experts, weighted, added in index order."""
     tokens, top_k = routing.shape[0], routing.shape[1] // 2
-    order, _ = _routed(routing)
+    order, _ = routed(routing)
     rows = torch.empty_like(order)
     rows[order] = torch.arange(order.numel(), device=order.device)  # where each (token, choice) pair went
     ascending = torch.argsort(routing[:, :top_k], dim=-1, stable=True)

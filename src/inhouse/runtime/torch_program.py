@@ -1,7 +1,7 @@
 """Evaluates a Program in torch, op by op. Where the rows come from (a step over paged state, or whole sequences) is
 behind `Rows`; this file only knows which function of `torch_ops` each kind of op is."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -46,10 +46,23 @@ def evaluate(
     A value is dropped after its last reader, so that inference holds one layer at a time. `observe` is called
     after each op with its inputs and outputs (calibration, statistics).
     """
-    last = {value.id: i for i, op in enumerate(program.ops) for value in op.inputs}
     kept = {value.id for value in program.outputs.values()}
-    values: dict[int, TorchValue] = {}
-    for i, op in enumerate(program.ops):
+    values = evaluate_ops(program.ops, {}, kept, weights, rows, observe)
+    return {role: _tensor(values[value.id]) for role, value in program.outputs.items()}
+
+
+def evaluate_ops(
+    ops: Sequence[Op],
+    given: Mapping[int, TorchValue],
+    kept: Collection[int],
+    weights: Mapping[str, Tensor],
+    rows: Rows,
+    observe: Observe | None = None,
+) -> dict[int, TorchValue]:
+    """Runs a run of a Program's ops over values made before it; value id -> tensor, of those in `kept`."""
+    last = {value.id: i for i, op in enumerate(ops) for value in op.inputs}
+    values: dict[int, TorchValue] = dict(given)
+    for i, op in enumerate(ops):
         inputs = [values[value.id] for value in op.inputs]
         outputs = _OPS[op.kind](op, inputs, [_weight(weights, op, name) for name in op.weights], rows)
         if observe is not None:
@@ -60,7 +73,7 @@ def evaluate(
         for value in op.inputs:
             if last[value.id] == i and value.id not in kept:
                 values.pop(value.id, None)
-    return {role: _tensor(values[value.id]) for role, value in program.outputs.items()}
+    return {key: tensor for key, tensor in values.items() if key in kept}
 
 
 def _weight(weights: Mapping[str, Tensor], op: Op, name: str) -> Tensor | None:
