@@ -92,7 +92,7 @@ IH_API ih_status ih_write_blocks(ih_model* model, int32_t group, const int32_t* 
 
 // ---- steps ---------------------------------------------------------------------------------------------------------
 
-// runtime/step.py says what each array means; they must have passed its check_step.
+// runtime/step.py says what each array means; they must have passed its check_step or ih_step_fits.
 typedef struct ih_step {
   int64_t rows, sequences, sampled;
   const int32_t* tokens;           // [rows]
@@ -107,6 +107,25 @@ typedef struct ih_step {
   const int32_t* encoder_lengths;  // [sequences]
   const int32_t* adapters;         // [sequences] slots of ih_set_adapter, 0: none; null: none anywhere
 } ih_step;
+
+// What one state group asks of the steps of a program: `runtime.step.StepRules`.
+typedef struct ih_step_group {
+  int32_t index;   // into tables
+  int32_t cross;   // read by encoder position
+  int64_t window;  // 0: all positions are read
+  int64_t blocks;  // allocated
+} ih_step_group;
+
+typedef struct ih_step_rules {
+  int64_t vocab_size, context_length;
+  int64_t types;  // rows of the table of token types; 0: none
+  int64_t group_count;
+  const ih_step_group* groups;  // [group_count]
+} ih_step_rules;
+
+// 1 if the step has passed all rules of check_step but those of the arrays' own types and lengths; else 0, and
+// check_step says which it breaks.
+IH_API int32_t ih_step_fits(const ih_step_rules* rules, const ih_step* step);
 
 // What an adapter adds to one weight: y += b (a x).
 typedef struct ih_adapter_pair {

@@ -84,7 +84,6 @@ def test_sliding_windows(config: dict[str, Any], changes: dict[str, Any], window
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"_attn_scale": 0.5}, "_attn_scale"),
         ({"unsloth_scale": 2.0}, "unsloth_scale"),
-        ({"max_sequence_length": 99}, "max_sequence_length"),
         ({"rope_scaling": {"rope_type": "default", "type": "linear", "factor": 2.0}}, "type"),
         ({"num_local_experts": 8}, "num_local_experts"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),

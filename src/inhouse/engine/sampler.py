@@ -35,6 +35,12 @@ class _Arrays:
 
     def add(self, sequence: Sequence, recipe: Recipe, choice: int, logit_row: int) -> None:
         begin, start = self.biased, self.recorded
+        top_k = min(max(sequence.request.params.top_k, 0), MOST)
+        if recipe.plain:
+            position = len(sequence.tokens)
+            none = (begin, begin, start, start, start)
+            self.rows.append((sequence.seed, position, *none, logit_row, choice, top_k, -1, *recipe.numbers))
+            return
         forced = forced_now(sequence)
         if forced is None:
             self._bias(recipe.bias_ids, recipe.bias_values)
@@ -51,7 +57,7 @@ class _Arrays:
             (
                 sequence.seed, len(sequence.tokens), begin, self.biased,
                 start, min(start + sequence.prompt_length, self.recorded), self.recorded,
-                logit_row, choice, min(max(sequence.request.params.top_k, 0), MOST),
+                logit_row, choice, top_k,
                 len(self.masks) - 1 if mask is not None else -1, *recipe.numbers,
             )
         )  # fmt: skip
@@ -101,8 +107,8 @@ def draw(sampler: Sampler, logits: F32, wanted: list[tuple[Sequence, Recipe, int
     tokens, status = sampler.sample(
         logits,
         np.array(arrays.rows, ROW),
-        np.concatenate([none, *arrays.bias_ids]),
-        np.concatenate([np.zeros(0, np.float32), *arrays.bias_values]),
+        np.concatenate(arrays.bias_ids) if arrays.bias_ids else none,
+        np.concatenate(arrays.bias_values) if arrays.bias_values else np.zeros(0, np.float32),
         np.concatenate(arrays.history) if arrays.history else none,
         np.stack(arrays.masks) if arrays.masks else np.zeros((0, -(-logits.shape[1] // 32)), np.uint32),
     )

@@ -138,9 +138,7 @@ class Scheduler:
     def _tokens(self) -> Plan:
         """Tokens of the running sequences, and of those that are admitted."""
         planner = Planner(self._config.step_tokens, max(self._config.logit_rows, self._config.max_running))
-        for sequence in [s for s in self.running if s.decoding]:
-            self._plan(planner, sequence)
-        for sequence in [s for s in self.running if not s.decoding]:
+        for sequence in sorted(self.running, key=lambda s: not s.decoding):  # stable: in order among themselves
             self._plan(planner, sequence)
         while self._admissible(planner):
             self._admit(planner, self.waiting[0])

@@ -12,17 +12,14 @@ from inhouse.runtime.adapters import Adapter, check_adapter, check_slots
 from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
 from inhouse.runtime.library import last_error
 from inhouse.runtime.native_flat import flatten
-from inhouse.runtime.native_library import CAdapterPair, COutput, CStep, CWeight, check, library
+from inhouse.runtime.native_library import CAdapterPair, COutput, CWeight, check, library
+from inhouse.runtime.native_steps import NativeSteps, pointer
 from inhouse.runtime.packed import FORMATS, Packed, pack_float
 from inhouse.runtime.program import ProgramSet
-from inhouse.runtime.step import I32, Step, check_step, step_rules
+from inhouse.runtime.step import I32, Step, step_rules
 
 _KV_NUMBERS = {"f32": 0, "f16": 1, "bf16": 2, "int8": 3}
 assert set(_KV_NUMBERS) == set(KV_DTYPES)
-
-
-def _pointer(array: npt.NDArray[np.generic]) -> int:
-    return array.ctypes.data
 
 
 def _c_weight(name: str, weight: Weight) -> CWeight:
@@ -34,7 +31,7 @@ def _c_weight(name: str, weight: Weight) -> CWeight:
             raise UsageError(f"weight {name!r} must be packed or a contiguous float32 vector", param=name)
         number, data = -1, weight.view(np.uint8)
         out, width = 1, weight.size
-    return CWeight(number, 0, out, width, _pointer(data), data.nbytes)
+    return CWeight(number, 0, out, width, pointer(data), data.nbytes)
 
 
 class NativeExecutor:
@@ -68,10 +65,11 @@ class NativeExecutor:
         self._lib = library()
         self._programs, self._kv_dtype = programs, kv_dtype
         self._kept = self._gather(programs, weights)
-        self._rules = {name: step_rules(programs, name) for name in programs.programs}
         self._numbers = {name: i for i, name in enumerate(programs.programs)}
         self._groups = {group.name: i for i, group in enumerate(programs.groups)}
-        self._blocks = dict.fromkeys(self._groups, 0)
+        self._steps = {
+            name: NativeSteps(self._lib, step_rules(programs, name), list(self._groups)) for name in programs.programs
+        }
         self._adapters: dict[int, list[Packed]] = {}  # slot -> what the library points into
         level = isa.encode() if isa else None
         name = self._lib.ih_isa_name(level)
@@ -79,7 +77,7 @@ class NativeExecutor:
             raise UnsupportedError(last_error(self._lib), remedy="Leave INHOUSE_ISA unset to take the best level")
         self._name = f"native/{name.decode()}"
         self._handle = self._create(level, threads or 0)
-        self.allocate(self._blocks)
+        self.allocate({})
 
     @staticmethod
     def _gather(programs: ProgramSet, weights: Mapping[str, Weight]) -> dict[str, Weight]:
@@ -102,7 +100,7 @@ class NativeExecutor:
         status = ctypes.c_int32()
         kv = _KV_NUMBERS[self._kv_dtype]
         handle = self._lib.ih_model_create(
-            _pointer(flat), flat.size, array, len(entries), isa, threads, kv, ctypes.byref(status)
+            pointer(flat), flat.size, array, len(entries), isa, threads, kv, ctypes.byref(status)
         )
         check(self._lib, status.value)
         return int(handle)
@@ -137,9 +135,11 @@ class NativeExecutor:
         """See Executor.allocate."""
         counts = {name: int(blocks.get(name, 0)) for name in self._groups}
         array = (ctypes.c_int64 * max(len(counts), 1))(*counts.values())
-        self._blocks = dict.fromkeys(self._groups, 0)
+        for steps in self._steps.values():
+            steps.allocated({})
         check(self._lib, self._lib.ih_state_allocate(self._open(), array))
-        self._blocks = counts
+        for steps in self._steps.values():
+            steps.allocated(counts)
 
     def reserve(self, rows: int, sampled: int, sequences: int) -> None:
         """See Executor.reserve; pages that no step has touched take no memory yet."""
@@ -148,28 +148,13 @@ class NativeExecutor:
     def run(self, program: str, step: Step) -> Mapping[str, F32]:
         """See Executor.run."""
         require(self._programs, program)
-        check_step(self._rules[program], step, self._blocks)
+        c_step = self._steps[program].make(step)
         check_slots(step.adapters, self._adapters)
         which = self._programs.programs[program]
-        c_step, kept = self._c_step(step)
         outputs = (COutput * max(len(which.outputs), 1))()
         status = self._lib.ih_run(self._open(), self._numbers[program], ctypes.byref(c_step), outputs)
-        del kept
         check(self._lib, status)
         return {role: _view(self, output) for role, output in zip(which.outputs, outputs, strict=False)}
-
-    def _c_step(self, step: Step) -> tuple[CStep, object]:
-        """The step's pointers, and what must live as long as they are used."""
-        count = max(len(self._groups), 1)
-        none = np.zeros((step.lengths.size, 0), np.int32)  # groups that the Program does not name
-        tables = [step.tables.get(name, none) for name in self._groups]
-        pointers = (ctypes.c_void_p * count)(*[_pointer(t) for t in tables])
-        widths = (ctypes.c_int64 * count)(*[t.shape[1] for t in tables])
-        arrays = (step.tokens, step.positions, step.sequences, step.lengths, step.sampled)
-        more = (step.types, step.prefixes, step.encoder_lengths, step.adapters)
-        sizes = (step.tokens.size, step.lengths.size, step.sampled.size)
-        c_step = CStep(*sizes, *map(_pointer, arrays), pointers, widths, *map(_pointer, more))
-        return c_step, (pointers, widths)
 
     def op_seconds(self, program: str) -> npt.NDArray[np.float64]:
         """Seconds that each op of the program took since the last call; the first call begins to measure.
@@ -178,7 +163,7 @@ class NativeExecutor:
         """
         require(self._programs, program)
         times = np.zeros(len(self._programs.programs[program].ops), np.int64)
-        check(self._lib, self._lib.ih_op_times(self._open(), self._numbers[program], _pointer(times), times.size))
+        check(self._lib, self._lib.ih_op_times(self._open(), self._numbers[program], pointer(times), times.size))
         return times.astype(np.float64) * 1e-9
 
     def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
@@ -202,7 +187,7 @@ class NativeExecutor:
         if source.shape != target.shape or source.ndim != 1:
             raise UsageError(f"{source.shape} source blocks for {target.shape} targets")
         number = self._group(group)
-        status = self._lib.ih_copy_blocks(self._open(), number, _pointer(source), _pointer(target), source.size)
+        status = self._lib.ih_copy_blocks(self._open(), number, pointer(source), pointer(target), source.size)
         check(self._lib, status)
 
     def read_blocks(self, group: str, blocks: I32) -> npt.NDArray[np.uint8]:
@@ -210,7 +195,7 @@ class NativeExecutor:
         number, blocks = self._group(group), np.ascontiguousarray(blocks, np.int32)
         size = self._lib.ih_block_bytes(self._open(), number)
         data = np.empty((blocks.size, size), np.uint8)
-        status = self._lib.ih_read_blocks(self._open(), number, _pointer(blocks), blocks.size, _pointer(data))
+        status = self._lib.ih_read_blocks(self._open(), number, pointer(blocks), blocks.size, pointer(data))
         check(self._lib, status)
         return data
 
@@ -221,7 +206,7 @@ class NativeExecutor:
         data = np.ascontiguousarray(data, np.uint8)
         if data.shape != (blocks.size, size):
             raise UsageError(f"blocks need data of shape {(blocks.size, size)}, got {data.shape}")
-        status = self._lib.ih_write_blocks(self._open(), number, _pointer(blocks), blocks.size, _pointer(data))
+        status = self._lib.ih_write_blocks(self._open(), number, pointer(blocks), blocks.size, pointer(data))
         check(self._lib, status)
 
     def close(self) -> None:

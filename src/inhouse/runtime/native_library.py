@@ -43,6 +43,24 @@ class CStep(ctypes.Structure):
     ]
 
 
+class CStepGroup(ctypes.Structure):
+    """`ih_step_group`."""
+
+    _fields_ = [("index", c_int32), ("cross", c_int32), ("window", c_int64), ("blocks", c_int64)]
+
+
+class CStepRules(ctypes.Structure):
+    """`ih_step_rules`."""
+
+    _fields_ = [
+        ("vocab_size", c_int64),
+        ("context_length", c_int64),
+        ("types", c_int64),
+        ("group_count", c_int64),
+        ("groups", POINTER(CStepGroup)),
+    ]
+
+
 class CAdapterPair(ctypes.Structure):
     """`ih_adapter_pair`."""
 
@@ -73,6 +91,7 @@ _SIGNATURES = {
     "ih_read_blocks": (c_int32, [c_void_p, c_int32, c_void_p, c_int64, c_void_p]),
     "ih_write_blocks": (c_int32, [c_void_p, c_int32, c_void_p, c_int64, c_void_p]),
     "ih_set_adapter": (c_int32, [c_void_p, c_int32, POINTER(CAdapterPair), c_int64]),
+    "ih_step_fits": (c_int32, [POINTER(CStepRules), POINTER(CStep)]),
     "ih_run": (c_int32, [c_void_p, c_int32, POINTER(CStep), POINTER(COutput)]),
     "ih_guard_add": (c_int64, [c_void_p, c_int64]),
     "ih_guard_damaged": (c_int32, [c_int64]),

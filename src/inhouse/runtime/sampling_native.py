@@ -32,13 +32,16 @@ class NativeSampler:
         if masks.size and masks.shape[1] != -(-vocab // 32):
             raise UsageError(f"masks have {masks.shape[1]} words for a vocabulary of {vocab}")
         sizes = np.array([count, vocab, len(logits), bias_ids.size, history.size, len(masks)], np.int64)
-        tokens, status = np.empty(count, np.int32), np.empty(count, np.int32)
+        made = np.empty((2, count), np.int32)  # tokens, status
         arrays = (
             sizes, _as(logits, np.float32), _as(rows, ROW), _as(bias_ids, np.int32), _as(bias_values, np.float32),
-            _as(history, np.int32), _as(masks, np.uint32), tokens, status,
+            _as(history, np.int32), _as(masks, np.uint32),
         )  # fmt: skip
-        check(self._library, self._sample(*(array.ctypes.data for array in arrays)))
-        return tokens, status
+        # an empty array needs no address, and to ask numpy for one takes microseconds
+        inputs = [array.ctypes.data if array.size else None for array in arrays]
+        address = made.ctypes.data
+        check(self._library, self._sample(*inputs, address, address + 4 * count))
+        return made[0], made[1]
 
     def logprobs(self, logits: F32, logit_rows: I32, targets: I32, top: int) -> tuple[F32, I32, I32, F32, I32]:
         count, vocab = len(logit_rows), logits.shape[1]
