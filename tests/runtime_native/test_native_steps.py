@@ -3,6 +3,7 @@ steps of which one number, type or length was changed."""
 
 import ctypes
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,7 +135,8 @@ def test_types_and_lengths_are_seen(name: str) -> None:
     step = sound_step(np.random.default_rng(9))
     array = getattr(step, name)
     for bad in (array.astype(np.int64), array[None], np.concatenate([array, array[:1], ints([0])])):
-        broken = replace(step, **{name: bad})
+        change: dict[str, Any] = {name: bad}
+        broken = replace(step, **change)
         wanted = fault(check_step, RULES, broken, BLOCKS)
         if wanted:  # one more sampled row is another step, not a wrong one
             assert fault(steps().make, broken) == wanted
