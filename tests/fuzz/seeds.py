@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from inhouse.runtime.form import Form
+from inhouse.runtime.packed import CodeRows, pack_codes, pack_float, pack_rows
 from inhouse.store.dtypes import GGML_TYPES
 from inhouse.store.gguf_write import write_gguf
 from inhouse.store.safetensors import write_safetensors
+from inhouse.store.stored_model import TABLE, WEIGHTS, write_stored
 from inhouse.store.writing import from_array, from_bytes
 
 CONFIG: dict[str, Any] = {
@@ -182,3 +185,26 @@ def torch_files() -> list[bytes]:
 
 def config_files() -> list[bytes]:
     return [json.dumps(config).encode() for config in CONFIGS]
+
+
+def stored_model() -> dict[str, bytes]:
+    """Table and tensors of a checkpoint of our own: codes of two formats, an order of columns, side branches."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 16, (4, 64), dtype=np.uint8)
+    scales = rng.uniform(0.01, 0.1, (4, 2)).astype(np.float16)
+    points = rng.integers(0, 16, (4, 2), dtype=np.uint8)
+    coded = pack_codes("u4_g32", codes, scales, zeros=points)
+    subs = rng.integers(0, 64, (4, 8)).astype(np.int8)
+    supers = rng.uniform(0.01, 0.1, (4, 1)).astype(np.float16)
+    wide = rng.integers(0, 32, (4, 256), dtype=np.uint8)
+    two_level = pack_rows("q5_k", (4, 256), [CodeRows(wide, supers, supers, subs, subs)])
+    a, b = (pack_float(rng.standard_normal(shape).astype(np.float32), "f16") for shape in ((2, 64), (4, 2)))
+    forms = [
+        ("x.weight", Form(coded, (a, b), rng.permutation(64).astype(np.int64))),
+        ("y.weight", Form(two_level)),
+        ("z.weight", Form(None, (a, b))),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "model"
+        write_stored(target, {}, forms, [("norm", np.ones(64, np.float32))], {"recipe": "none"}, {})
+        return {name: (target / name).read_bytes() for name in (TABLE, WEIGHTS)}

@@ -19,8 +19,10 @@ from inhouse.core.tensors import TensorSource
 from inhouse.model.build import build
 from inhouse.model.families.table import resolve
 from inhouse.store.gguf_values import Cursor, Strings
-from inhouse.store.safetensors import open_sharded
+from inhouse.store.safetensors import open_safetensors, open_sharded
 from inhouse.store.source import check_finite, open_source, read_json
+from inhouse.store.stored_model import TABLE, WEIGHTS
+from inhouse.store.stored_source import StoredSource
 
 from . import seeds
 from .mutate import damage, damage_json, set_number, with_length
@@ -48,6 +50,10 @@ def targets() -> dict[str, Target]:
         ),
         Target("gguf", seeds.gguf_files, _mutate_gguf, _accept_source),
         Target("torch", seeds.torch_files, _mutate_torch, _accept_source),
+        Target(
+            "inhouse.json", _stored_seed(TABLE), _mutate_stored_table, _accept_stored_table, _stored_beside(WEIGHTS)
+        ),
+        Target("inhouse", _stored_seed(WEIGHTS), _mutate_safetensors, _accept_stored_weights, _stored_beside(TABLE)),
         Target("config.json", seeds.config_files, _mutate_config, _accept_config),
     )
     return {row.name: row for row in rows}
@@ -194,6 +200,43 @@ def _accept_index(path: Path) -> None:
         _read_all(source)
     finally:
         source.close()
+
+
+def _stored_seed(name: str) -> Callable[[], list[bytes]]:
+    return lambda: [seeds.stored_model()[name]]
+
+
+def _stored_beside(name: str) -> Callable[[], dict[str, bytes]]:
+    return lambda: {name: seeds.stored_model()[name]}
+
+
+def _mutate_stored_table(base: Sequence[bytes], rng: Random) -> bytes:
+    return damage(base[0], rng, base) if rng.random() < 0.3 else damage_json(json.loads(base[0]), rng)
+
+
+def _accept_stored_table(path: Path) -> None:
+    _read_stored(path.with_name(WEIGHTS), path)
+
+
+def _accept_stored_weights(path: Path) -> None:
+    _read_stored(path, path.with_name(TABLE))
+
+
+def _read_stored(weights: Path, table: Path) -> None:
+    base = open_safetensors(weights)
+    try:
+        source = StoredSource(base, read_json(table))
+        for name in source:
+            info = source.info(name)
+            assert source.hints
+            source.check(name)
+            if len(info.shape) == 2:
+                values = source.packed(name).dequantize()
+                assert values.shape == info.shape
+        for name in source.ranks:
+            assert len(source.form(name).shape) == 2
+    finally:
+        base.close()
 
 
 def _accept_config(path: Path) -> None:

@@ -15,7 +15,7 @@ from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate
 from inhouse.load.packing import Part
-from inhouse.model.build import build, parameters
+from inhouse.model.build import parameters
 from inhouse.model.rewrite import order_columns, quantize_activations
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.plan.memory import share_groups
@@ -42,7 +42,7 @@ def open_headers(reference: str, quantize: str | None = None, context: int | Non
     located = locate(reference, Home.find())
     described = describe(located.path, context)
     try:
-        plain = build(described.spec)
+        plain = described.programs()
         plan = plan_binding(described.source, described.spec, described.family, plain, quantize)
         programs = quantize_activations(order_columns(plain, plan.columns), plan.formats)
         yield Opened(located, described, programs, plan, read_tokenizer(described))

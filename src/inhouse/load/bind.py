@@ -19,9 +19,10 @@ from inhouse.core.tensors import CodedSource, Coding, TensorSource
 from inhouse.load.packing import PLAIN, QUANTIZE, Part, make_weight, plan_part
 from inhouse.load.packing_coded import format_note
 from inhouse.model.build import Spec
-from inhouse.model.families.family import Derive, Family
+from inhouse.model.families.family import Derive, Family, none_left
 from inhouse.runtime.executor import Weight
 from inhouse.runtime.program import ProgramSet
+from inhouse.store.stored_source import StoredSource
 
 MAX_THREADS = 8  # packing is bound by memory long before
 
@@ -56,28 +57,47 @@ def plan_binding(
     """
     if wish is not None and wish not in QUANTIZE:
         raise UsageError(f"unknown quantisation {wish!r}", remedy="Use q8, q6 or q4.", param="quantize")
-    derived = family.derive(spec, set(source))
+    own = source if isinstance(source, StoredSource) else None
+    derived = family.derive(spec, set(source)) if own is None else _as_named(own, programs)
     lacking = [name for name in programs.weights if name not in derived]
     if lacking:
         raise UnsupportedError(f"the family {family.name} does not derive {', '.join(lacking[:5])}", param=lacking[0])
     coded = source if isinstance(source, CodedSource) else None
     parts = tuple(
-        plan_part(weight, derived[name], source.info(derived[name].source), wish or "", _coding(coded, derived[name]))
+        plan_part(
+            weight, derived[name], source.info(derived[name].source), wish or "", _coding(coded, derived[name]),
+            "" if own is None else own.coded(derived[name].source),
+        )
         for name, weight in programs.weights.items()
-    )
+    )  # fmt: skip
     notes = (*_notes(parts, wish), *_coded_notes(parts), *(coded.notes() if coded else ()))
-    return Plan(parts, notes, {} if coded is None else _columns(coded, parts))
+    return Plan(parts, notes, {} if coded is None and own is None else _columns(coded or own, parts))
+
+
+def _as_named(source: StoredSource, programs: ProgramSet) -> dict[str, Derive]:
+    """Canonical names stand for themselves; the `at` of an embedding's side branch is its `a`, transposed."""
+    derived: dict[str, Derive] = {}
+    for name, weight in programs.weights.items():
+        derived[name] = Derive(name, weight.shape, weight.shape)
+        if name.endswith(".at.weight") and name not in source:
+            stem = name.removesuffix(".at.weight")
+            derived[name] = Derive(f"{stem}.a.weight", weight.shape[::-1], weight.shape, transpose=True)
+    used = {derive.source for derive in derived.values()}
+    none_left([name for name in used if name not in source], "lacks", "Compress the model again, or fetch it whole")
+    none_left([name for name in source if name not in used], "has, beyond the model's own,", "Check config.json")
+    return derived
 
 
 def _coding(source: CodedSource | None, derive: Derive) -> Coding | None:
     return None if source is None else source.coding(derive.source)
 
 
-def _columns(source: CodedSource, parts: Sequence[Part]) -> dict[str, npt.NDArray[np.int64]]:
+def _columns(source: CodedSource | StoredSource | None, parts: Sequence[Part]) -> dict[str, npt.NDArray[np.int64]]:
     """Raises UnsupportedError where a table of rows keeps its columns in an order of their own."""
     found: dict[str, npt.NDArray[np.int64]] = {}
     for part in parts:
-        order = source.columns(part.info.name) if part.coding is not None else None
+        own = isinstance(source, StoredSource) and part.format != "vector" and not part.derive.transpose
+        order = source.columns(part.info.name) if source is not None and (own or part.coding is not None) else None
         if order is None:
             continue
         if part.spec.kind != "linear":

@@ -10,21 +10,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from inhouse.core.errors import FormatError, UsageError
+from inhouse.core.errors import FormatError, UnsupportedError, UsageError
 from inhouse.core.tensors import TensorSource
 from inhouse.load.generation import CONFIG_BYTES, from_folder, from_metadata
 from inhouse.load.sentence import Sentence, apply, joined, read_sentence
-from inhouse.model.build import Spec
+from inhouse.model.build import Spec, build
 from inhouse.model.families.family import Family
 from inhouse.model.families.table import resolve
+from inhouse.model.rewrite import low_rank
 from inhouse.model.tokens.load import from_gguf, load_tokenizer
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.guard import guarded
+from inhouse.runtime.program import ProgramSet
 from inhouse.store.mapping import MappedSource
 from inhouse.store.mapping import Mapping as FileMapping
 from inhouse.store.quantized.open import CONFIG_KEYS, open_quantized, quant_config
 from inhouse.store.quantized.source import QuantizedSource
 from inhouse.store.source import materialise, open_source, read_json
+from inhouse.store.stored_model import FORMAT
+from inhouse.store.stored_source import StoredSource
 
 CARD_BYTES = 1 << 20
 ROPE_FACTORS = "rope_freqs.weight"
@@ -54,8 +58,20 @@ class Described:
         for mapping in self._mappings():
             mapping.check_unchanged()
 
+    def programs(self) -> ProgramSet:
+        """The plain Programs, with the side branches that the checkpoint brings."""
+        plain = build(self.spec)
+        if not isinstance(self.source, StoredSource):
+            return plain
+        try:
+            return low_rank(plain, self.source.ranks, self.source.alone)
+        except UnsupportedError:
+            raise
+        except UsageError as error:
+            raise FormatError(error.message, param=error.param) from None
+
     def _mappings(self) -> Sequence[FileMapping]:
-        return self.source.mappings if isinstance(self.source, MappedSource | QuantizedSource) else ()
+        return self.source.mappings if isinstance(self.source, MappedSource | QuantizedSource | StoredSource) else ()
 
     @property
     def architecture(self) -> str:
@@ -90,10 +106,12 @@ def describe(path: Path, context: int | None = None) -> Described:
         else:
             config = read_json(folder / "config.json", CONFIG_BYTES)
             said = quant_config(config, folder, source)
-            if said is not None:
+            if isinstance(source, StoredSource):
+                _check_said(said)
+            elif said is not None:
                 source = open_quantized(source, said)
-                config = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
-            spec, family = resolve(config, set(source))
+            config = {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+            spec, family = resolve(config, source.hints if isinstance(source, StoredSource) else set(source))
             generation = from_folder(folder, config)
             sentence = read_sentence(folder) if path.is_dir() else None
             if sentence is not None:
@@ -103,6 +121,15 @@ def describe(path: Path, context: int | None = None) -> Described:
         source.close()
         raise
     return Described(path, source, config, limit_context(spec, context), family, generation, sentence)
+
+
+def _check_said(said: Mapping[str, Any] | None) -> None:
+    """Raises FormatError unless config.json says, too, that the checkpoint is of our own form."""
+    if said is None or said.get("quant_method") != FORMAT:
+        raise FormatError(
+            f"the weights are of the form {FORMAT!r}, config.json says {str((said or {}).get('quant_method'))[:40]!r}",
+            remedy="Take config.json and weights from one folder.",
+        )
 
 
 def limit_context(spec: Spec, context: int | None) -> Spec:

@@ -14,7 +14,7 @@ from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.keras import converted, is_keras
 from inhouse.load.locate import Located, locate_path, relative
-from inhouse.model.build import build, parameters
+from inhouse.model.build import parameters
 from inhouse.model.encoder import EncoderSpec
 from inhouse.model.seq2seq import Seq2SeqSpec
 from inhouse.model.tokens.chat import ChatTemplate
@@ -24,6 +24,7 @@ from inhouse.store.quantized.source import QuantizedSource
 from inhouse.store.refs import check_name
 from inhouse.store.source import check_finite
 from inhouse.store.store import Store
+from inhouse.store.stored_source import StoredSource
 from inhouse.store.version import NewVersion, Summary, Version
 
 _PROBE = "Hello, 世界! 123\n"
@@ -112,7 +113,7 @@ def verify_model(path: Path, progress: Progress = silent) -> Verified:
     located = locate_path(path)
     described = describe(located.path)
     try:
-        plan = plan_binding(described.source, described.spec, described.family, build(described.spec))
+        plan = plan_binding(described.source, described.spec, described.family, described.programs())
         tokenizer = read_tokenizer(described)
         notes = (*plan.notes, *_check_text(described, tokenizer))
         with described.guard():
@@ -155,7 +156,9 @@ def _check_values(described: Described, progress: Progress) -> None:
     total = sum(source.info(name).nbytes for name in source)
     done = 0
     for name in source:
-        if isinstance(source, QuantizedSource) and source.coding(name) is not None:
+        if isinstance(source, StoredSource):
+            source.check(name)
+        elif isinstance(source, QuantizedSource) and source.coding(name) is not None:
             source.check(name)
         else:
             check_finite(source, name)

@@ -18,7 +18,7 @@ from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.locate import Located, content_digest, locate
 from inhouse.load.packing import Part, nbytes
 from inhouse.load.sentence import Sentence
-from inhouse.model.build import Spec, build
+from inhouse.model.build import Spec
 from inhouse.model.encoder import EncoderSpec
 from inhouse.model.families.family import Derive, Family
 from inhouse.model.rewrite import order_columns, quantize_activations
@@ -121,7 +121,7 @@ def open_model(
         with ThreadPoolExecutor(1, "tokenizer") as pool:
             parsing = pool.submit(_timed_tokenizer, located, described, home if cache else None, report)
             with _Timer(report, "build"):
-                plain = build(described.spec)
+                plain = described.programs()
             with _Timer(report, "weights"):
                 bound = load_weights(
                     located, described, plain, quantize, home if cache else None, report, threads, progress

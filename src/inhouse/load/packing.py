@@ -20,6 +20,7 @@ from inhouse.runtime.executor import Weight
 from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, gguf_format, gguf_types, pack_float, pack_gguf, quantize
 from inhouse.runtime.program import WeightSpec
 from inhouse.store.source import materialise
+from inhouse.store.stored_source import StoredSource
 
 QUANTIZE = tuple(QUANTIZED_FORMAT)  # what float matrices can be packed as, by wish
 # File type -> (packed format, numpy type of its elements; bf16 as bit patterns).
@@ -41,11 +42,15 @@ class Part:
     format: str  # a key of FORMATS; "vector" for vectors
     quantize: str = ""  # "" | "q8" | "q6" | "q4"
     coding: Coding | None = None  # of a quantised linear of a CodedSource
+    stored: bool = False  # a matrix that the checkpoint keeps in this very format
 
 
-def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str, coding: Coding | None = None) -> Part:
+def plan_part(
+    spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str, coding: Coding | None = None, stored: str = ""
+) -> Part:
     """Decides the format of one weight; `wish` is "", "q8", "q6" or "q4", `coding` that of a quantised linear, which is
-    [out, in] whatever way the float tensor of its family lies.
+    [out, in] whatever way the float tensor of its family lies; `stored`: the packed format that a checkpoint of our own
+    keeps it in.
 
     Raises FormatError where the file's shape is not what the family says, UnsupportedError for a file type that has
     no packed form.
@@ -62,6 +67,11 @@ def plan_part(spec: WeightSpec, derive: Derive, info: TensorInfo, wish: str, cod
         if info.dtype not in (*PLAIN, "F64"):
             raise UnsupportedError(f"tensor {info.name!r} is {info.dtype}, a vector must be a float", param=info.name)
         return Part(spec, derive, info, "vector")
+    if stored:
+        if spec.kind == "table" or derive.transpose:
+            what = "a table that stays floats" if spec.kind == "table" else "read transposed"
+            raise UnsupportedError(f"tensor {info.name!r} is {stored} and is {what}", param=info.name)
+        return Part(spec, derive, info, stored, stored=True)
     if coding is not None:
         if turned:
             derive = replace(derive, transpose=False, source_shape=expected)
@@ -104,6 +114,9 @@ def make_weight(part: Part, source: TensorSource) -> Weight:
         shape = (part.spec.shape[0], part.spec.shape[1])
         return quantize(runs, part.quantize, shape=shape)  # type: ignore[arg-type]
     derive = part.derive
+    if part.stored:
+        assert isinstance(source, StoredSource)
+        return source.packed(part.info.name)
     if part.coding is not None:
         assert isinstance(source, CodedSource)
         index = derive.index()

@@ -1,12 +1,12 @@
 """Rewrites: functions from Program to Program. Values are renumbered as ops come and go; weights keep their names."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import UnsupportedError
+from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.ops import Builder
 from inhouse.runtime.packed import WHOLE_ROW, activation_group
 from inhouse.runtime.program import Op, Program, ProgramSet, Value, WeightSpec
@@ -96,6 +96,115 @@ def order_columns(programs: ProgramSet, columns: Mapping[str, npt.NDArray[np.int
     return replace(programs, programs=rewritten)
 
 
+def low_rank(programs: ProgramSet, ranks: Mapping[str, int], alone: Collection[str] = ()) -> ProgramSet:
+    """Puts a side branch beside weights: y = x W^T + (x a^T) b^T.
+
+    Args:
+        ranks: canonical name `X.weight` -> k. New weights are `X.a.weight` [k, in] and `X.b.weight` [out, k]; an
+            embedding's branch takes rows of b and multiplies them by `X.at.weight` [in, k], the transpose of a.
+        alone: those of `ranks` of which nothing but the branch is left: y = (x a^T) b^T, and `X.weight` is gone.
+
+    Linears of one op share one op for their a. Raises UsageError for a name that is no weight, UnsupportedError where
+    another op reads such a weight, or where experts of one matrix differ in rank.
+    """
+    if not ranks:
+        return programs
+    weights: dict[str, WeightSpec] = {}
+    read = {kind: _read_by(programs, kind) for kind in ("linears", "expert_linears", "embed")}
+    for name in ranks:
+        if name not in programs.weights or len(programs.weights[name].shape) != 2:
+            raise UsageError(f"{name!r} has a side branch and is no matrix of the model", param=name)
+    for name, spec in programs.weights.items():
+        if name not in alone:
+            weights[name] = spec
+        if name not in ranks:
+            continue
+        stem, k, (rows, columns) = name.removesuffix(".weight"), ranks[name], spec.shape
+        weights[f"{stem}.b.weight"] = WeightSpec(f"{stem}.b.weight", (rows, k), spec.kind)
+        if name in read["embed"]:
+            weights[f"{stem}.at.weight"] = WeightSpec(f"{stem}.at.weight", (columns, k), "linear")
+        if name in read["linears"] | read["expert_linears"]:
+            weights[f"{stem}.a.weight"] = WeightSpec(f"{stem}.a.weight", (k, columns), "linear")
+    known = known_weights(programs) | weights
+    rewritten = {
+        name: _LowRank(program, known, ranks, frozenset(alone)).run() for name, program in programs.programs.items()
+    }
+    return replace(programs, programs=rewritten, weights=weights)
+
+
+def _read_by(programs: ProgramSet, kind: str) -> set[str]:
+    """Weights that ops of a kind read."""
+    return {
+        name for program in programs.programs.values() for op in program.ops if op.kind == kind for name in op.weights
+    }
+
+
+class _LowRank(Rewriter):
+    def __init__(
+        self, program: Program, weights: Mapping[str, WeightSpec], ranks: Mapping[str, int], alone: Collection[str]
+    ) -> None:
+        super().__init__(program, weights)
+        self._ranks, self._alone = ranks, alone
+
+    def rewrite(self, op: Op) -> None:
+        if not any(name in self._ranks for name in op.weights):
+            return self.copy(op)
+        if op.kind == "embed":
+            return self._embed(op)
+        if op.kind not in ("linears", "expert_linears"):
+            raise UnsupportedError(f"a weight of op {op.kind} (layer {op.layer}) has a low-rank side branch")
+        return self._linears(op)
+
+    def _embed(self, op: Op) -> None:
+        """scale * (W + b a)[ids]: rows of b carry the scale, too."""
+        (name,) = op.weights
+        stem = name.removesuffix(".weight")
+        (rows,) = self.emit(replace(op, weights=(f"{stem}.b.weight",)))
+        side = self._builder.one("linears", rows, weights=[f"{stem}.at.weight", ""])
+        if name not in self._alone:
+            side = self._builder.one("add", self.emit(op)[0], side)
+        self.bind(op.outputs, (side,))
+
+    def _linears(self, op: Op) -> None:
+        """Matrices of the op, each one weight or as many as there are experts, and their biases."""
+        half, each = len(op.weights) // 2, int(op.attrs.get("experts", 1))
+        inputs = self.inputs(op)
+        names = [op.weights[at : at + each] for at in range(0, half, each)]
+        biases = [op.weights[half + at : half + at + each] for at in range(0, half, each)]
+        which = [i for i, group in enumerate(names) if self._has_branch(group)]
+        firsts = self._apply(op, inputs, [self._side(names[i], "a") for i in which], [("",) * each] * len(which))
+        plain = [i for i in range(len(names)) if names[i][0] not in self._alone]
+        made = dict(
+            zip(plain, self._apply(op, inputs, [names[i] for i in plain], [biases[i] for i in plain]), strict=True)
+        )
+        for i, first in zip(which, firsts, strict=True):
+            bias = ("",) * each if i in made else biases[i]
+            (side,) = self._apply(op, (first, *inputs[1:]), [self._side(names[i], "b")], [bias])
+            made[i] = self._builder.one("add", made[i], side) if i in made else side
+        self.bind(op.outputs, tuple(made[i] for i in range(len(names))))
+
+    def _apply(
+        self, op: Op, inputs: tuple[Value, ...], names: Sequence[tuple[str, ...]], biases: Sequence[tuple[str, ...]]
+    ) -> tuple[Value, ...]:
+        if not names:
+            return ()
+        weights = tuple(name for group in (*names, *biases) for name in group)
+        return self.emit(replace(op, inputs=inputs, weights=weights))
+
+    def _has_branch(self, group: tuple[str, ...]) -> bool:
+        found = {(self._ranks.get(name, 0), name in self._alone) for name in group}
+        if len(found) > 1:
+            raise UnsupportedError(
+                f"experts of one matrix ({group[0]} ..) have side branches of different rank",
+                remedy="Give all experts of a matrix the same rank.",
+            )
+        return found.pop()[0] > 0
+
+    @staticmethod
+    def _side(group: tuple[str, ...], which: str) -> tuple[str, ...]:
+        return tuple(f"{name.removesuffix('.weight')}.{which}.weight" for name in group)
+
+
 class _Order(Rewriter):
     def __init__(self, program: Program, weights: Mapping[str, WeightSpec], orders: Mapping[str, str]) -> None:
         super().__init__(program, weights)
@@ -151,7 +260,7 @@ class _Quantize(Rewriter):
         (x,) = self.inputs(op)
         by_group: dict[int, list[int]] = {}
         for i, name in enumerate(op.weights[:half]):
-            by_group.setdefault(self._groups.get(name, 0), []).append(i)
+            by_group.setdefault(self._group(name, x), []).append(i)
         for group, which in by_group.items():
             weights = tuple(op.weights[i] for i in which) + tuple(op.weights[half + i] for i in which)
             made = self.emit(replace(op, inputs=(self._rows(x, group),), weights=weights))
@@ -164,7 +273,7 @@ class _Quantize(Rewriter):
         x, routing = self.inputs(op)
         by_group: dict[int, list[int]] = {}
         for i in range(half // experts):
-            found = {self._groups.get(name, 0) for name in op.weights[i * experts : (i + 1) * experts]}
+            found = {self._group(name, x) for name in op.weights[i * experts : (i + 1) * experts]}
             by_group.setdefault(found.pop() if len(found) == 1 else 0, []).append(i)
         for group, which in by_group.items():
             names = [op.weights[start + i * experts + e] for start in (0, half) for i in which for e in range(experts)]
@@ -178,6 +287,11 @@ class _Quantize(Rewriter):
         if group == WHOLE_ROW or (group and x.width // int(op.attrs["heads"]) % group):
             group = 0
         self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, group),))))
+
+    def _group(self, name: str, x: Value) -> int:
+        """Elements that share a scale; a row shorter than that (a side branch of low rank) stays floats."""
+        group = self._groups.get(name, 0)
+        return 0 if group > x.width else group
 
     def _rows(self, x: Value, group: int) -> Value:
         """`x` itself for float weights, else its quantised rows, made once."""

@@ -130,18 +130,36 @@ def from_stored(name: str, shape: tuple[int, int], parts: Mapping[str, tuple[Sto
     fmt = format_of(name)
     if fmt.name in AS_PACKED:
         return _as_packed(fmt, shape, parts)
+    check_stored_parts(name, shape, {part: given for part, (given, _) in parts.items()})
+    plan = _plan(fmt, shape)
+    arrays: dict[str, Array] = {}
+    for part in plan.parts:
+        given, raw = parts[part]
+        if raw.nbytes != given.nbytes:
+            raise FormatError(f"the part {part} of a {name} matrix {shape} has {raw.nbytes} bytes, not {given.nbytes}")
+        arrays[part] = _read(part, given, raw, plan, _wide(fmt, part, shape))
+    _check(fmt, arrays)
+    return _packed(fmt, shape, arrays)
+
+
+def check_stored_parts(name: str, shape: tuple[int, int], parts: Mapping[str, StoredPart]) -> None:
+    """Raises FormatError where a part is missing, left over, or of another type or shape than a matrix [out, in] of
+    that format has; contents are not looked at."""
+    fmt = format_of(name)
+    if fmt.name in AS_PACKED:
+        only = parts.get("packed")
+        if set(parts) != {"packed"} or only is None or only.dtype != "U8" or len(only.shape) != 1:
+            raise FormatError(f"a stored {name} matrix has the part packed alone, got {sorted(parts)}")
+        return
     plan = _plan(fmt, shape)
     if set(parts) != set(plan.parts):
         raise FormatError(f"a stored {name} matrix has the parts {sorted(plan.parts)}, got {sorted(parts)}")
-    arrays: dict[str, Array] = {}
     for part, wanted in plan.parts.items():
-        given, raw = parts[part]
-        wide = _wide(fmt, part, shape)
-        if given not in ((wanted, wide) if part in plan.narrow else (wanted,)) or raw.nbytes != given.nbytes:
-            raise FormatError(f"the part {part} of a {name} matrix {shape} is {given.dtype} {list(given.shape)}")
-        arrays[part] = _read(part, given, raw, plan, wide)
-    _check(fmt, arrays)
-    return _packed(fmt, shape, arrays)
+        if parts[part] not in ((wanted, _wide(fmt, part, shape)) if part in plan.narrow else (wanted,)):
+            raise FormatError(
+                f"the part {part} of a {name} matrix {list(shape)} is {parts[part].dtype} {list(parts[part].shape)}, "
+                f"expected {wanted.dtype} {list(wanted.shape)}"
+            )
 
 
 def pack_bits(codes: U8, bits: int) -> U8:
@@ -302,12 +320,7 @@ def _as_given(fmt: Format, values: Array) -> Array:
 
 
 def _as_packed(fmt: Format, shape: tuple[int, int], parts: Mapping[str, tuple[StoredPart, U8]]) -> Packed:
-    from_file = parts.get("packed")
-    if set(parts) != {"packed"} or from_file is None or from_file[0].dtype != "U8":
-        raise FormatError(f"a stored {fmt.name} matrix has the part packed, got {sorted(parts)}")
-    raw = np.ascontiguousarray(from_file[1])
-    if raw.ctypes.data % 64:
-        aligned = aligned_empty(raw.nbytes)
-        aligned[:] = raw
-        raw = aligned
+    check_stored_parts(fmt.name, shape, {part: given for part, (given, _) in parts.items()})
+    raw = aligned_empty(parts["packed"][1].nbytes)
+    raw[:] = parts["packed"][1]
     return Packed(fmt.name, shape, raw)

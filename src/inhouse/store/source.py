@@ -12,6 +12,7 @@ from inhouse.core.tensors import TensorSource
 from inhouse.store import gguf, pickle, safetensors
 from inhouse.store.gguf import gguf_metadata as gguf_metadata
 from inhouse.store.mapping import Mapping
+from inhouse.store.stored_source import is_stored, open_stored
 from inhouse.store.strict_json import read_json as read_json
 from inhouse.store.strict_json import read_json_list as read_json_list
 from inhouse.store.values import check_finite as check_finite
@@ -20,6 +21,7 @@ from inhouse.store.values import materialise as materialise
 # Files beside the weights that are part of a model, in the order of the listing.
 _SIDE_NAMES = (
     "config.json",
+    "inhouse.json",
     "generation_config.json",
     "quantize_config.json",
     "quant_config.json",
@@ -75,7 +77,8 @@ def open_source(path: Path) -> TensorSource:
     if head.startswith(gguf.MAGIC):
         return gguf.open_gguf(weights)
     if _is_safetensors(head, weights):  # first: a header of 640 bytes begins like a pickle, 0x80 0x02
-        return safetensors.open_safetensors(weights)
+        found = safetensors.open_safetensors(weights)
+        return open_stored(found, weights.parent) if is_stored(found) else found
     if pickle.is_torch(head):
         return pickle.open_torch(weights)
     if head[8:9] == b"{":

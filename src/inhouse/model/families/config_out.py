@@ -109,7 +109,7 @@ def gguf_table(spec: ModelSpec, family: Family, names: Collection[str]) -> dict[
     stored = {key: np.float32(value).item() if isinstance(value, float) else value for key, value in table.items()}
     factors = rope_factors(rope, spec.context_length)
     written = replace(spec, norm_offset=spec.norm_offset - gguf_norm_offset(spec))
-    _same(written, stored, names, () if factors is None else factors.tolist(), f"GGUF's {arch}")
+    require_same(written, stored, names, () if factors is None else factors.tolist(), f"GGUF's {arch}")
     return table
 
 
@@ -178,7 +178,7 @@ def hf_config(spec: ModelSpec, family: Family, names: Collection[str]) -> dict[s
         config |= {"sliding_window": spec.windows[0]}
     if spec.rope is not None:
         config |= {"rope_theta": spec.rope.theta} | _hf_rope(spec.rope, spec.context_length)
-    _same(spec, config, names, (), "config.json")
+    require_same(spec, config, names, (), "config.json")
     return config
 
 
@@ -216,20 +216,20 @@ def _hf_rope(rope: RopeSpec, context: int) -> dict[str, Any]:
     raise UnsupportedError(f"config.json has no words for the rope scaling {rope.scaling!r} of this model")
 
 
-def _same(spec: ModelSpec, config: Mapping[str, Any], names: Collection[str], factors: Any, what: str) -> None:
+def require_same(spec: Spec, config: Mapping[str, Any], names: Collection[str], factors: Any, what: str) -> None:
     """Raises UnsupportedError unless the config, read again, means `spec`."""
     try:
         found, _ = resolve(config, set(names), factors)
     except FormatError as error:
         raise UnsupportedError(f"{what} cannot hold this model: {error.message}") from None
-    if not isinstance(found, ModelSpec):
+    if type(found) is not type(spec):
         raise UnsupportedError(f"{what} cannot hold this model")
     differ = [
         name
         for name in spec.__dataclass_fields__
         if name not in ("rope", "family") and not _alike(getattr(spec, name), getattr(found, name))
     ]
-    if not _same_rope(spec, found):
+    if isinstance(spec, ModelSpec) and isinstance(found, ModelSpec) and not _same_rope(spec, found):
         differ.append("rope")
     if differ:
         text = ", ".join(f"{name} ({getattr(spec, name)!r:.40})" for name in differ[:4])
