@@ -220,7 +220,7 @@ class Grid:
     def _searched(self, x: Tensor, w: Tensor | None, search: Search) -> Params:
         """Groups [out, groups, G] of a one-level format."""
         fmt = self.format
-        how = Candidates(search, self.convention, self._storable, fmt.scale == "e8m0")
+        how = Candidates(search, self.convention, self.storable, fmt.scale == "e8m0")
         if fmt.minimum:
             scale, offset = affine(x, w, (1 << fmt.bits) - 1, how)
             return Params(scale, offset=offset)
@@ -236,7 +236,7 @@ class Grid:
             return Params(scale, stored=CodeRows(np.empty((0, 0), np.uint8), _numpy(exponent).astype(np.uint8)))
         return Params(scale)
 
-    def _storable(self, scale: Tensor) -> Tensor:
+    def storable(self, scale: Tensor) -> Tensor:
         """Scales (or minimums) rounded to what the format keeps."""
         kind = self.format.scale
         if self.scale_mode == "pow2" or kind == "e8m0":

@@ -4,7 +4,9 @@ import difflib
 from collections.abc import Mapping
 
 from inhouse.compress.method import Method
+from inhouse.compress.methods.gptq import GptqOptions, gptq
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
+from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.core.errors import UsageError
 
 METHODS: Mapping[str, Method] = {
@@ -13,6 +15,14 @@ METHODS: Mapping[str, Method] = {
         Method(
             "round", "quantize", "matrix", rounding, RoundingOptions, paper="Frantar et al. 2022, arXiv 2210.17323",
             rows_apart=True, summary="nearest code; the baseline",
+        ),
+        Method(
+            "rtn", "quantize", "matrix", rtn, RtnOptions, needs="moments", paper="Frantar et al. 2022, arXiv 2210.17323",
+            rows_apart=True, summary="nearest code, scales by weighted least squares",
+        ),
+        Method(
+            "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True,
+            paper="Frantar et al. 2022, arXiv 2210.17323", summary="errors fed back column by column, static act-order",
         ),
     )
 }  # fmt: skip
