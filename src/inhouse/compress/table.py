@@ -17,8 +17,8 @@ METHODS: Mapping[str, Method] = {
             rows_apart=True, summary="nearest code; the baseline",
         ),
         Method(
-            "rtn", "quantize", "matrix", rtn, RtnOptions, needs="moments", paper="Frantar et al. 2022, arXiv 2210.17323",
-            rows_apart=True, summary="nearest code, scales by weighted least squares",
+            "rtn", "quantize", "matrix", rtn, RtnOptions, needs="moments", rows_apart=True,
+            paper="Frantar et al. 2022, arXiv 2210.17323", summary="nearest code, scales by weighted least squares",
         ),
         Method(
             "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True,
