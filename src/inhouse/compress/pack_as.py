@@ -1,26 +1,16 @@
-"""A float tensor as a Packed of a named format without data: floats narrowed, codes rounded to the nearest.
-
-Knows which formats can be made of floats alone; those that need more are built by the pages that choose their codes.
-"""
+"""A float tensor as a Packed of any format, without data: floats narrowed, codes by weighted least squares."""
 
 import numpy as np
 from torch import Tensor
 
-from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.packed import QUANTIZED_FORMAT, Packed, is_float, pack_float, quantize
-
-_KINDS = {name: kind for kind, name in QUANTIZED_FORMAT.items()}
-STORABLE = ("f32", "f16", "bf16", *_KINDS)
+from inhouse.compress.grids import Grid
+from inhouse.runtime.packed import Packed, is_float, pack_float
 
 
 def pack_as(tensor: Tensor, name: str) -> Packed:
-    """A matrix [out, in] in the format `name` of STORABLE; raises UnsupportedError for another, FormatError for a value
-    that the format cannot hold."""
-    array = np.ascontiguousarray(tensor.detach().float().cpu().numpy())
+    """A matrix [out, in] in the format `name`. Raises UnsupportedError for an unknown format or inputs that do not fit
+    it, FormatError for a value that it cannot hold."""
+    values = tensor.detach().float().cpu().contiguous()
     if is_float(name):
-        return pack_float(array, name)
-    if name not in _KINDS:
-        raise UnsupportedError(
-            f"format {name} is not made of floats alone", remedy=f"Use {', '.join(STORABLE)}", param="format"
-        )
-    return quantize(array, _KINDS[name])  # type: ignore[arg-type]
+        return pack_float(np.ascontiguousarray(values.numpy()), name)
+    return Grid(name, values.shape[1]).quantize(values)
