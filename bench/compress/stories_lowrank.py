@@ -22,21 +22,20 @@ import torch
 from bench.compress.results import record
 from bench.compress.scoring import score
 from bench.compress.teacher_text import as_dataset, model_folder, teacher_text, training_stories
-from inhouse.store.stored_model import write_stored
 from torch import Tensor
 
+from inhouse.compress.calibrate import Calibration
 from inhouse.compress.factored import Factors
 from inhouse.compress.fit import FitConfig, FitResult, Setup, fit
-from inhouse.compress.methods.lowrank import Candidate, measured_weight, rank_for, ranks_by_budget
+from inhouse.compress.methods.rank_budget import RankBudget
+from inhouse.compress.methods.rank_budget import share_out as budget
 from inhouse.compress.objective import Response
 from inhouse.compress.pack_as import pack_as
-from inhouse.compress.spectrum import Spectrum, cut, decompose
-from inhouse.compress.stats import Accumulator
+from inhouse.compress.spectrum import cut
 from inhouse.compress.teacher import LiveTeacher
 from inhouse.compress.work import Work
 from inhouse.runtime.form import Form
-from inhouse.runtime.program import Op
-from inhouse.runtime.torch_dense import forward
+from inhouse.store.stored_model import write_stored
 from inhouse.train.data import Dataset
 
 MOMENTS, JUDGES = 200, 16  # stories from number 100 on: for second moments, then for the loss of each cut
@@ -44,51 +43,20 @@ PROBE = 0.2  # the ratio at which each matrix is cut alone
 FORMAT = "bf16"
 
 
-def moments(work: Work, weights: Mapping[str, Tensor], documents: list[list[int]]) -> dict[str, Tensor]:
-    """E[x x^T] in front of each linear of the layers, one pass of the float model."""
-    found: dict[str, Accumulator] = {}
-
-    def look(op: Op, inputs: Any, outputs: Any) -> None:
-        if op.kind == "linears" and op.layer >= 0:
-            for name in op.weights[: len(op.weights) // 2]:
-                found.setdefault(name, Accumulator(inputs[0].shape[1], gram=True)).add(inputs[0])
-
-    with torch.no_grad():
-        for ids in documents:
-            forward(work.program, torch.tensor(ids)[None], weights, observe=look)
-    grams = {name: one.finish().gram for name, one in found.items()}
-    return {name: gram for name, gram in grams.items() if gram is not None}
-
-
-def divergence(work: Work, one: Mapping[str, Tensor], other: Mapping[str, Tensor], documents: list[list[int]]) -> float:
-    """Mean KL(one || other) over the documents' positions, nats."""
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for ids in documents:
-            tokens = torch.tensor(ids)[None]
-            p, q = (forward(work.program, tokens, w)["logits"][0].double().log_softmax(-1) for w in (one, other))
-            total, count = total + float((p.exp() * (p - q)).sum()), count + len(ids)
-    return total / count
-
-
-def share_out(work: Work, weights: Mapping[str, Tensor], ratio: float, stories: list[list[int]]) -> dict[str, Factors]:
+def share_out(work: Work, ratio: float, stories: list[list[int]]) -> dict[str, Factors]:
     """Factors of the matrices that are cut."""
-    grams = moments(work, weights, stories[:MOMENTS])
-    spectra = {name: decompose(weights[name], "whitened", gram=gram) for name, gram in grams.items()}
-    judges = stories[MOMENTS : MOMENTS + JUDGES]
-    candidates = {}
-    for name, taken in spectra.items():
-        rank = rank_for(taken.shape, PROBE)
-        loss = divergence(work, weights, {**weights, name: product(taken, rank)}, judges)
-        candidates[name] = Candidate(taken, measured_weight(taken, rank, loss))
-    whole = sum(weights[name].numel() for name in spectra)
-    ranks = ranks_by_budget(candidates, int((1.0 - ratio) * whole))
+    options = RankBudget(ratio=ratio, probe=PROBE)
+    spectra, ranks = budget(work, rows(stories[:MOMENTS]), rows(stories[MOMENTS : MOMENTS + JUDGES]), options)
     return {name: Factors(*cut(spectra[name], rank)) for name, rank in ranks.items() if rank}
 
 
-def product(taken: Spectrum, rank: int) -> Tensor:
-    a, b = cut(taken, rank)
-    return b @ a
+def rows(documents: list[list[int]]) -> Calibration:
+    """Documents as they are, one a row."""
+    lengths = torch.tensor([len(ids) for ids in documents])
+    tokens = torch.zeros(len(documents), int(lengths.max()), dtype=torch.int64)
+    for i, ids in enumerate(documents):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+    return Calibration(tokens, lengths, "", ())
 
 
 def heal(
@@ -156,7 +124,7 @@ def measure(work: Work, given: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     weights = {name: tensor.clone() for name, tensor in work.weights().items()}
     stories = training_stories(work.tokenizer)
-    hooks = share_out(work, weights, given.ratio, stories)
+    hooks = share_out(work, given.ratio, stories)
     cut_seconds = time.monotonic() - begun
     whole = sum(tensor.numel() for name, tensor in weights.items() if "layers" in name and tensor.dim() == 2)
     nbytes, numbers = write(work, weights, hooks, given.run / "unhealed")

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from inhouse.compress.methods.lora_extract import extract, write_peft
-from inhouse.compress.methods.lowrank import Candidate, LowRank, factorise, measured_weight, rank_for, ranks_by_budget
+from inhouse.compress.methods.lowrank import LowRank, factorise
 from inhouse.compress.methods.repair import Repair, repair
 from inhouse.compress.pack_as import pack_as
+from inhouse.compress.ranks import Candidate, measured_weight, rank_for, ranks_by_budget
 from inhouse.compress.spectrum import decompose, largest_saving_rank, output_error
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form

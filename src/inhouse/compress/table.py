@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from inhouse.compress.method import Method
 from inhouse.compress.methods.gptq import GptqOptions, gptq
+from inhouse.compress.methods.lowrank import LowRank, lowrank
+from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.core.errors import UsageError
@@ -23,6 +25,22 @@ METHODS: Mapping[str, Method] = {
         Method(
             "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True,
             paper="Frantar et al. 2022, arXiv 2210.17323", summary="errors fed back column by column, static act-order",
+        ),
+        Method(
+            "svd", "lowrank", "matrix", lowrank, LowRank, defaults={"method": "svd"},
+            paper="Eckart and Young 1936", summary="truncated SVD",
+        ),
+        Method(
+            "asvd", "lowrank", "matrix", lowrank, LowRank, needs="moments", defaults={"method": "asvd"},
+            paper="Yuan et al. 2023, arXiv 2312.05821", summary="SVD of columns scaled by their inputs' size",
+        ),
+        Method(
+            "svd-llm", "lowrank", "matrix", lowrank, LowRank, needs="gram", defaults={"method": "whitened"},
+            paper="Wang et al. 2024, arXiv 2403.07378", summary="whitened SVD: least output error of a rank",
+        ),
+        Method(
+            "rank-budget", "lowrank", "model", rank_budget, RankBudget, needs="gram",
+            paper="Wang et al. 2025, arXiv 2503.12340", summary="whitened SVD, ranks shared out by measured loss",
         ),
     )
 }  # fmt: skip

@@ -1,19 +1,18 @@
-"""Low rank: a matrix stored and run as two thin ones, y = b (a x), and the ranks of a whole model under one budget.
+"""Low rank: a matrix stored and run as two thin ones, y = b (a x).
 
 Truncated SVD (Eckart and Young 1936), ASVD (Yuan et al. 2023, arXiv 2312.05821), whitened SVD (SVD-LLM, Wang et al.
-2024, arXiv 2403.07378) as `compress.spectrum` has them. Ranks by budget: the knapsack of SVD-LLM v2 (arXiv 2503.12340)
-with the loss that was measured at one rank spread over the others by their theoretical error.
+2024, arXiv 2403.07378) as `compress.spectrum` has them; each matrix at one ratio (`rank_budget` shares ranks out).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from inhouse.compress.allocate import Choice, allocate
 from inhouse.compress.pack_as import pack_as
-from inhouse.compress.spectrum import METHODS, Spectrum, cut, decompose, output_error, rank_choices
+from inhouse.compress.ranks import rank_for
+from inhouse.compress.spectrum import METHODS, Spectrum, cut, decompose, output_error
+from inhouse.compress.stats import LinearStats
 from inhouse.core.errors import UsageError
 from inhouse.runtime.form import Form
 
@@ -39,10 +38,14 @@ class LowRank:
             raise UsageError(f"ratio is {self.ratio}, must lie between 0 and 1", param="ratio")
 
 
-def rank_for(shape: tuple[int, int], ratio: float) -> int:
-    """The largest rank whose factors save at least `ratio` of the matrix's numbers; 0 where there is none."""
-    rows, columns = shape
-    return int((1.0 - ratio) * rows * columns / (rows + columns))
+def lowrank(weight: Tensor, stats: LinearStats | None, options: LowRank, fmt: str = "") -> Form | Tensor:
+    """As the table of methods calls it: weight f32 [out, in] -> its Form, or the weight where it is better kept.
+    `fmt`, where it is given, is the format of the factors."""
+    if fmt:
+        options = replace(options, factors=fmt)
+    gram, mean_abs = (None, None) if stats is None else (stats.gram, stats.mean_abs)
+    form = factorise(weight, options, gram, mean_abs)
+    return weight if form is None else form
 
 
 def factorise(
@@ -79,38 +82,3 @@ def better_than_plain(weight: Tensor, form: Form, gram: Tensor | None = None) ->
         if plain.nbytes <= form.nbytes:
             return ours < output_error(weight, torch.from_numpy(plain.value()), gram)
     return True
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A matrix that may be cut, and how much its error matters."""
-
-    spectrum: Spectrum
-    weight: float = 1.0  # loss of the model for one unit of squared output error
-
-
-def measured_weight(spectrum: Spectrum, rank: int, loss: float) -> float:
-    """The `Candidate.weight` at which the error of that rank is the loss that was measured with this matrix alone cut
-    to it (never negative: noise may make a measured loss so)."""
-    tail = float(spectrum.tail[rank])
-    return max(loss, 0.0) / tail if tail > 0 else 0.0
-
-
-def ranks_by_budget(candidates: Mapping[str, Candidate], budget: int, step: int = 1) -> dict[str, int]:
-    """The rank of each matrix, 0 for those left whole, that keep at most `budget` numbers in all at the least loss.
-
-    Thin matrices (k and v of grouped-query attention) are judged by their own loss, so they are cut less, or not.
-    Raises UsageError for a budget below the smallest possible.
-    """
-    options = {
-        name: [
-            Choice("0", rows * columns, 0.0),
-            *(
-                Choice(str(rank), rank * (rows + columns), one.weight * float(one.spectrum.tail[rank]))
-                for rank in rank_choices(one.spectrum, step)
-            ),
-        ]
-        for name, one in candidates.items()
-        for rows, columns in [one.spectrum.shape]
-    }
-    return {name: int(choice.label) for name, choice in allocate(options, budget).items()}

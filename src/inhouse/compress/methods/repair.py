@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.spectrum import cut, decompose, output_error
+from inhouse.compress.stats import LinearStats
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
 
@@ -48,3 +49,23 @@ def repair(
     repaired = replace(form, low_rank=(pack_as(a, options.factors), pack_as(b, options.factors)))
     better = output_error(weight, torch.from_numpy(repaired.value()), gram)
     return repaired if better < output_error(weight, quantised, gram) else form
+
+
+def repaired(
+    weight: Tensor, stats: LinearStats | None, options: Repair, fmt: str = "", *, form: Form | None = None
+) -> tuple[Form, dict[str, str]]:
+    """As the table of methods calls it: the form of a matrix that was quantised, with its side branch. `fmt`, where it
+    is given, is the format of the factors. What cannot be repaired (floats, a matrix too small for that rank) stays as
+    it is, and the record says so. Raises UsageError for a matrix that no stage has quantised."""
+    if form is None:
+        raise UsageError("only a stored form can be repaired", remedy="Put `repair` after `quantize`", param="repair")
+    if fmt:
+        options = replace(options, factors=fmt)
+    gram, mean_abs = (None, None) if stats is None else (stats.gram, stats.mean_abs)
+    if gram is None:
+        options = replace(options, method="svd" if mean_abs is None else "asvd")
+    try:
+        found = repair(weight, form, options, gram, mean_abs)
+    except UnsupportedError as error:
+        return form, {"fallback": f"not repaired: {error.message}"}
+    return found, {} if found is not form else {"fallback": "not repaired: a side branch made it no better"}
