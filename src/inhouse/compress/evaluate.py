@@ -8,7 +8,7 @@ Every token of a piece but its first is scored. Perplexity is exp of the mean ne
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -109,11 +109,23 @@ def evaluate(
     """
     context = session.engine.context_length
     if reference is not None:
-        if reference.engine.vocab_size != session.engine.vocab_size:
-            sizes = f"{session.engine.vocab_size} and {reference.engine.vocab_size}"
-            raise UsageError(f"the vocabularies have {sizes} tokens", remedy="Compare models of one tokenizer")
         context = min(context, reference.engine.context_length)
-    texts = pieces(session.tokenizer, text, protocol, context)
+    return evaluate_pieces(session, pieces(session.tokenizer, text, protocol, context), protocol, reference, progress)
+
+
+def evaluate_pieces(
+    session: Session,
+    texts: Sequence[list[int]],
+    protocol: str,
+    reference: Session | None = None,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Scores token sequences as they are; `protocol` is what the result calls them.
+
+    Raises UsageError where the vocabularies differ."""
+    if reference is not None and reference.engine.vocab_size != session.engine.vocab_size:
+        sizes = f"{session.engine.vocab_size} and {reference.engine.vocab_size}"
+        raise UsageError(f"the vocabularies have {sizes} tokens", remedy="Compare models of one tokenizer")
     total, done = sum(len(piece) for piece in texts), 0
     ours, theirs, counted = 0.0, 0.0, 0
     divergences: list[npt.NDArray[np.float64]] = []

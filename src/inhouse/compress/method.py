@@ -1,6 +1,6 @@
 """What a row of the table of methods is. Knows no method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +19,16 @@ class Method:
 
     name: what a recipe calls it. family: the stage that it serves (`quantize`, `prune`, `lowrank`, `smooth`, ...).
     scope and what `run` is then called with:
-        matrix  run(weight f32 [out, in], stats: LinearStats | None, options, format: str) -> Form, f32 tensor or bool
-                mask; `format` is "" for methods that give no Form. `rows_apart`: rows do not influence one another, so
+        matrix  run(weight f32 [out, in], stats: LinearStats | None, options, format: str) -> Form, f32 tensor (new
+                weights; where some are exactly 0 and the family is `prune`, their mask too) or bool tensor (a mask);
+                or one of these and a dict that the unit's record takes (its "fallback" says what was not done as
+                asked). `format` is "" where the recipe names none. `rows_apart`: rows do not influence one another, so
                 that a large matrix may be given in runs of rows.
         block   run(work, layer: int, block: blocks.Block, options, format) -> dict of the unit's record; puts its
                 results into work and leaves `save` to the pipeline.
-        model   run(work, calibration: Calibration | None, options, report: dict, progress) -> None; as block.
+        model   run(work, calibration: Calibration | None, options, report: dict[, progress=]) -> None; as block. What
+                it puts into `report` is recorded and must be a function of the inputs alone (no times); under "texts" it
+                lists what else it learned from, as `Calibration.texts` does.
     options: a frozen dataclass with defaults. needs: what calibration must give. paper: authors, year, arXiv number.
     """
 
@@ -37,4 +41,8 @@ class Method:
     paper: str = ""
     rows_apart: bool = False
     summary: str = ""  # one line for the table of docs/compression.md
-    defaults: dict[str, Any] = field(default_factory=dict)  # options that this row fixes beside the dataclass's own
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # where this row begins from others than the dataclass
+    place: str = ""  # a key of recipe.ORDER, where it is not the family's own ("structured" of prune)
+    masks: bool = False  # matrix scope: `run` takes `mask` (bool [out, in] or None) as a keyword and keeps its zeros
+    takes_form: bool = False  # matrix scope: `run` takes `form` (the weight's Form or None) as a keyword
+    fallback: str = ""  # matrix scope: the method for weights without statistics (embeddings, experts without tokens)

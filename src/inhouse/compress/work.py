@@ -23,6 +23,7 @@ from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.locate import Located, content_digest, locate
 from inhouse.load.packing import Part, floats
 from inhouse.model.build import Spec, build
+from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.form import Form
 from inhouse.runtime.program import Program, ProgramSet
@@ -71,6 +72,7 @@ class Work:
         self._before: dict[str, Held] = dict(self._held)
         self._changed: dict[str, Held | None] = {}
         self._new_spec: Spec | None = None
+        self.kept_layers: list[int] | None = None  # numbers, in the opened model, of the layers that are left
         self._replay()
 
     @classmethod
@@ -234,6 +236,8 @@ class Work:
             if name not in old or source != name:
                 self._changed[name] = self._held[name]
         self._changed |= dict.fromkeys(set(old) - set(self._held), None)
+        if isinstance(spec, ModelSpec) and isinstance(self.spec, ModelSpec) and spec.layers != self.spec.layers:
+            self.kept_layers = _kept_layers(self.kept_layers or list(range(self.spec.layers)), spec.layers, moved)
         self.spec, self.programs, self._new_spec = spec, programs, spec
 
     def begin(self, stage: str) -> None:
@@ -255,7 +259,7 @@ class Work:
         changes = {name: held.to_dict() if held is not None else None for name, held in self._changed.items()}
         line: dict[str, Any] = {"unit": unit, "changes": changes, **record}
         if self._new_spec is not None:
-            line["spec"] = spec_json(self._new_spec)
+            line |= {"spec": spec_json(self._new_spec), "kept_layers": self.kept_layers}
         self.journal.append(line)
         self._changed, self._new_spec = {}, None
         self._collect()
@@ -305,7 +309,7 @@ class Work:
             if "stage" in line:
                 self._before = dict(self._held)
             if line.get("spec"):
-                spec = read_spec(line["spec"], spec)
+                spec, self.kept_layers = read_spec(line["spec"], spec), line["kept_layers"]
             for name, held in line.get("changes", {}).items():
                 if held is None:
                     self._held.pop(name, None)
@@ -331,6 +335,12 @@ class Work:
             self.journal.sweep(keep)
         else:
             self.journal.remove({path.name for path in self.journal.data.iterdir()} - keep)
+
+
+def _kept_layers(before: Sequence[int], layers: int, moved: Mapping[str, str]) -> list[int]:
+    """Numbers of the layers that `moved` (new name -> old name) leaves; layers that no name moves stay where they are."""
+    places = {int(new.split(".")[1]): int(old.split(".")[1]) for new, old in moved.items() if new.startswith("layers.")}
+    return [before[places.get(layer, layer)] for layer in range(layers)]
 
 
 def _source_notes(parts: Sequence[Part]) -> list[str]:

@@ -1,0 +1,385 @@
+"""Recipes: YAML, a dict or a short name, checked whole before any work begins.
+
+A recipe is a list of stages and what they share. Every key is known or refused with the nearest right one and the path
+to it; options of a stage are those of its method; the order of stages is checked, with the reason. Knows the table of
+methods; does not know models.
+
+    seed: 0
+    calibration: {texts: [corpus.txt], samples: 128, length: 256, mode: windows, mix: {}, seed: 0}
+    budget: {ram: 4GB, threads: 2}
+    stages:
+      - quantize: {method: gptq, format: q4_0, exclude: ["re:.*down"], overrides: {embed.weight: {format: q6_0}}}
+    gates: {final: good, text: held-out.txt, protocol: full}
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from inhouse.compress.calibrate import CalibrationOptions
+from inhouse.compress.method import Method
+from inhouse.compress.table import METHODS, method
+from inhouse.core.errors import UsageError
+from inhouse.runtime.packed_formats import FORMATS
+
+# Families in the order in which they may follow one another, and why what comes later cannot come earlier.
+ORDER: Mapping[str, tuple[int, str]] = {
+    "merge": (0, "models are merged before anything is taken away from them"),
+    "structured": (1, "whole parts are removed before what is left is trained or rounded"),
+    "distill": (2, "healing changes every weight, so zeros, factors and codes come after it"),
+    "finetune": (2, "healing changes every weight, so zeros, factors and codes come after it"),
+    "prune": (3, "zeros are chosen in whole matrices, before factors or codes are made of them"),
+    "lowrank": (4, "factors are made of floats, before codes"),
+    "smooth": (5, "scales and rotations are folded into floats, before codes"),
+    "awq": (5, "scales and rotations are folded into floats, before codes"),
+    "rotate": (5, "scales and rotations are folded into floats, before codes"),
+    "quantize": (6, "codes are made of the final floats"),
+    "repair": (7, "what rounding lost is known only after it"),
+    "qat": (7, "it begins from the codes' grid"),
+    "kv": (8, "the cache is calibrated on the model that will fill it"),
+    "attention": (9, "attention is cut on the model that will run"),
+    "export": (10, "files are made of the finished model"),
+}
+GATES: Mapping[str, float] = {"near-lossless": 0.01, "good": 0.05, "usable": 0.15}  # mean KL divergence, nats a token
+_STAGE_KEYS = ("method", "format", "include", "exclude", "overrides")
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Override:
+    """Another method, format or options for the weights that a pattern matches; the last that matches counts."""
+
+    pattern: str
+    method: str
+    format: str
+    options: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step. `options` is an instance of the method's dataclass."""
+
+    kind: str
+    method: str
+    options: Any
+    format: str = ""
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    overrides: tuple[Override, ...] = ()
+
+    def selects(self, name: str) -> bool:
+        """Whether the stage works on that weight."""
+        if any(matches(pattern, name) for pattern in self.exclude):
+            return False
+        return not self.include or any(matches(pattern, name) for pattern in self.include)
+
+    def choice(self, name: str) -> tuple[str, str, Any]:
+        """(method, format, options) for that weight."""
+        chosen = (self.method, self.format, self.options)
+        for override in self.overrides:
+            if matches(override.pattern, name):
+                chosen = (override.method, override.format, override.options)
+        return chosen
+
+    def methods(self) -> list[Method]:
+        """Rows that the stage may use."""
+        return [METHODS[name] for name in dict.fromkeys([self.method, *(one.method for one in self.overrides)])]
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What to calibrate on: group -> files; no files: text that the model writes itself."""
+
+    files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    options: CalibrationOptions = CalibrationOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What the finished model must hold: mean KL divergence from its parent, on a text or on what the parent writes."""
+
+    max_kld: float | None = None  # None: measured, not judged
+    text: str | None = None
+    protocol: str = "full"
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A checked recipe."""
+
+    stages: tuple[Stage, ...]
+    calibration: Texts = Texts()
+    gate: Gate = Gate()
+    ram: int | None = None  # bytes; None: not limited
+    threads: int | None = None
+    seed: int = 0
+
+    def canonical(self) -> dict[str, Any]:
+        """Everything that decides the result, defaults written out; budgets are not part of it."""
+        whole = dataclasses.asdict(self)
+        for key in ("ram", "threads"):
+            del whole[key]
+        return typing.cast(dict[str, Any], json.loads(json.dumps(whole, default=list)))
+
+    @property
+    def hash(self) -> str:
+        """sha256 of the canonical form."""
+        return hashlib.sha256(json.dumps(self.canonical(), sort_keys=True).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """`quantize gptq q4_0, repair eora`."""
+        parts = (
+            " ".join(filter(None, (s.kind, s.method if s.method != s.kind else "", s.format))) for s in self.stages
+        )
+        return ", ".join(parts)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """`re:...` is a regular expression for the whole name; anything else is the name, or a part of it between dots."""
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return f".{pattern}." in f".{name}."
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """A YAML file as a mapping. Raises UsageError."""
+    import yaml  # lazily: whoever names a short recipe needs no YAML
+
+    try:
+        document = yaml.safe_load(path.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"cannot read the recipe {path}: {error}", param="recipe") from None
+    if not isinstance(document, dict):
+        raise UsageError(f"{path} is no recipe: its top level is not a mapping", param="recipe")
+    return document
+
+
+def parse_recipe(document: Mapping[str, Any]) -> Recipe:
+    """Checks a recipe. Raises UsageError naming the path of what is wrong, and the nearest right word."""
+    _known(document, ("seed", "calibration", "budget", "stages", "gates"), "")
+    stages = document.get("stages")
+    if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
+        raise _wrong("stages", "must be a list of at least one stage")
+    parsed = tuple(_stage(entry, f"stages[{i}]") for i, entry in enumerate(stages))
+    _check_order(parsed)
+    budget = _mapping(document.get("budget", {}), "budget")
+    _known(budget, ("ram", "threads"), "budget")
+    threads = budget.get("threads")
+    if threads is not None:
+        threads = _value(threads, int, "budget.threads")
+        if threads < 1:
+            raise _wrong("budget.threads", "must be 1 or more")
+    return Recipe(
+        parsed, _texts(document.get("calibration", {})), _gate(document.get("gates", {})),
+        None if budget.get("ram") is None else parse_size(budget["ram"], "budget.ram"), threads,
+        _value(document.get("seed", 0), int, "seed"),
+    )  # fmt: skip
+
+
+def parse_size(text: Any, where: str = "ram") -> int:
+    """`3GB`, `800MiB` or a number of bytes. K, M, G, T are powers of 1000, with an i of 1024. Raises UsageError."""
+    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
+        return text
+    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
+    if found is None:
+        raise UsageError(f"{where}: {text!r} is no size", remedy="Write 3GB, 800MiB or a number of bytes", param=where)
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+
+
+def _stage(entry: Any, where: str) -> Stage:
+    if not isinstance(entry, Mapping) or len(entry) != 1:
+        raise _wrong(where, "must be one stage, such as `quantize: {method: gptq, format: q4_0}`")
+    ((kind, options),) = entry.items()
+    families = sorted({row.family for row in METHODS.values()})
+    _known([kind], families, where)
+    where = f"{where}.{kind}"
+    given = _mapping({} if options is None else options, where)
+    chosen = _method(given, kind, where)
+    own = {key: value for key, value in given.items() if key not in _STAGE_KEYS}
+    made = read_options(chosen, own, where)
+    fmt = _format(given.get("format", ""), where)
+    overrides = _mapping(given.get("overrides", {}), f"{where}.overrides")
+    return Stage(
+        kind, chosen.name, made, fmt, _patterns(given, "include", where), _patterns(given, "exclude", where),
+        tuple(_override(str(p), o, kind, (chosen, fmt, own), f"{where}.overrides.{p}") for p, o in overrides.items()),
+    )  # fmt: skip
+
+
+def _method(given: Mapping[str, Any], family: str, where: str) -> Method:
+    rows = [row for row in METHODS.values() if row.family == family]
+    name = given.get("method", rows[0].name if len(rows) == 1 else None)
+    if name is None:
+        raise _wrong(f"{where}.method", f"is needed: one of {', '.join(sorted(row.name for row in rows))}")
+    try:
+        return method(str(name), family)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", remedy=error.remedy, param=f"{where}.method") from None
+
+
+def _override(
+    pattern: str, options: Any, kind: str, base: tuple[Method, str, Mapping[str, Any]], where: str
+) -> Override:
+    given = _mapping(options, where)
+    _pattern(pattern, where)
+    row = _method(given, kind, where) if "method" in given else base[0]
+    inherited = base[2] if row is base[0] else {}
+    own = {**inherited, **{key: value for key, value in given.items() if key not in ("method", "format")}}
+    fmt = _format(given["format"], where) if "format" in given else base[1]
+    return Override(pattern, row.name, fmt, read_options(row, own, where))
+
+
+def read_options(row: Method, given: Mapping[str, Any], where: str = "options") -> Any:
+    """An instance of the method's options from plain values. Raises UsageError."""
+    known = {f.name: f for f in fields(row.options)}
+    _known(given, [*known, *_STAGE_KEYS], where)
+    hints = typing.get_type_hints(row.options)
+    values = {key: _value(value, hints[key], f"{where}.{key}") for key, value in given.items()}
+    lacking = [
+        f.name for f in known.values()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        and f.name not in values and f.name not in row.defaults
+    ]  # fmt: skip
+    if lacking:
+        raise _wrong(f"{where}.{lacking[0]}", f"is needed by {row.name}")
+    try:
+        return row.options(**{**row.defaults, **values})
+    except UsageError as error:
+        raise UsageError(f"{where}: {error.message}", remedy=error.remedy, param=where) from None
+
+
+def _value(value: Any, kind: Any, where: str) -> Any:
+    """A plain value as a type of a dataclass field. Raises UsageError."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin is typing.Literal:
+        if value not in inner:
+            near = difflib.get_close_matches(str(value), [str(one) for one in inner], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise _wrong(where, f"is {value!r}, allowed {', '.join(map(str, inner))}{hint}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in inner:
+            return None
+        for one in inner:
+            try:
+                return _value(value, one, where)
+            except UsageError:
+                continue
+        raise _wrong(where, f"is {value!r}, expected {kind}")
+    if origin in (tuple, list, Sequence) or origin is typing.get_origin(Sequence[int]):
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise _wrong(where, f"is {value!r}, expected a list")
+        return tuple(_value(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value))
+    if origin is dict or origin is typing.get_origin(Mapping[str, int]):
+        return {str(k): _value(v, inner[1], f"{where}.{k}") for k, v in _mapping(value, where).items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        given = _mapping(value, where)
+        _known(given, [f.name for f in fields(kind)], where)
+        hints = typing.get_type_hints(kind)
+        return kind(**{key: _value(one, hints[key], f"{where}.{key}") for key, one in given.items()})
+    if not isinstance(kind, type) or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise _wrong(where, f"is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _format(value: Any, where: str) -> str:
+    if value in ("", None) or value in FORMATS:
+        return str(value or "")
+    near = difflib.get_close_matches(str(value), FORMATS, 1)
+    hint = f"Did you mean {near[0]}?" if near else f"There are {', '.join(FORMATS)}"
+    raise UsageError(f"{where}.format: there is no format {value!r}", remedy=hint, param=f"{where}.format")
+
+
+def _patterns(given: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    value = given.get(key, ())
+    items = (value,) if isinstance(value, str) else tuple(_value(value, tuple[str, ...], f"{where}.{key}"))
+    for pattern in items:
+        _pattern(pattern, f"{where}.{key}")
+    return items
+
+
+def _pattern(pattern: str, where: str) -> None:
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise _wrong(where, f"{pattern!r} is no regular expression: {error}") from None
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    highest, before = -1, ""
+    for i, stage in enumerate(stages):
+        place = METHODS[stage.method].place or stage.kind
+        rank, reason = ORDER[place]
+        if rank < highest:
+            raise UsageError(
+                f"stages[{i}]: {stage.kind} cannot come after {before}: {reason}",
+                remedy="Put the stages in the order merge, structured pruning, distill or finetune, pruning, lowrank, "
+                "smooth or rotate, quantize, repair or qat, kv, attention, export", param=f"stages[{i}]",
+            )  # fmt: skip
+        highest, before = rank, stage.kind
+
+
+def _texts(value: Any) -> Texts:
+    given = _mapping(value, "calibration")
+    names = [f.name for f in fields(CalibrationOptions)]
+    _known(given, ["texts", *names], "calibration")
+    texts = given.get("texts", [])
+    groups = texts if isinstance(texts, Mapping) else {"": [texts] if isinstance(texts, str) else texts}
+    files = {str(g): tuple(_value(f, tuple[str, ...], f"calibration.texts.{g}")) for g, f in groups.items() if f}
+    hints = typing.get_type_hints(CalibrationOptions)
+    own = {key: _value(given[key], hints[key], f"calibration.{key}") for key in names if key in given}
+    return Texts(files, CalibrationOptions(**own))
+
+
+def _gate(value: Any) -> Gate:
+    given = _mapping(value, "gates")
+    _known(given, ("final", "max_kld", "text", "protocol"), "gates")
+    limit = given.get("max_kld")
+    if "final" in given:
+        if limit is not None:
+            raise _wrong("gates", "takes final or max_kld, not both")
+        _known([given["final"]], [*GATES, "none"], "gates.final")
+        limit = GATES.get(given["final"])
+    limit = None if limit is None else _value(limit, float, "gates.max_kld")
+    text = given.get("text")
+    return Gate(limit, None if text is None else str(text), str(given.get("protocol", "full")))
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _wrong(where, f"is {value!r}, expected a mapping")
+    return value
+
+
+def _known(given: Collection[Any], known: Collection[str], where: str) -> None:
+    for key in _unknown(given, known):
+        near = difflib.get_close_matches(str(key), known, 1, cutoff=0.5)
+        path = f"{where}.{key}" if where else str(key)
+        remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}"
+        raise UsageError(f"{path}: there is no such key", remedy=remedy, param=path)
+
+
+def _unknown(given: Collection[Any], known: Collection[str]) -> Iterator[Any]:
+    yield from (key for key in given if key not in known)
+
+
+def _wrong(where: str, what: str) -> UsageError:
+    return UsageError(f"{where} {what}", remedy="See docs/compression.md", param=where)
