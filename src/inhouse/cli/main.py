@@ -43,6 +43,12 @@ COMMANDS: tuple[Command, ...] = (
         "inhouse merge kind --base qwen --adapter ./kind",
         "merge",
     ),
+    Command(
+        "compress",
+        "a smaller version of a model, measured and gated",
+        "inhouse compress qwen qwen-small --to q4",
+        "compress",
+    ),
     Command("bench", "speed on this machine, beside its limits", "inhouse bench demo", "bench"),
 )
 

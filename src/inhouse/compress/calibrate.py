@@ -164,6 +164,14 @@ def calibrate(
     return _made(rows, list(used.values()), options.samples)
 
 
+def rows_of(rows: Sequence[Sequence[int]], note: str) -> Calibration:
+    """A calibration of token rows that were made elsewhere; `note` says where. Raises UsageError for none."""
+    if not rows:
+        raise UsageError("there are no calibration tokens", param="calibration")
+    made = _made(rows, [], len(rows))
+    return Calibration(made.tokens, made.lengths, made.hash, (), {}, (*made.notes, note))
+
+
 def _shares(groups: Mapping[str, Sequence[Text]], options: CalibrationOptions) -> dict[str, int]:
     """Rows of each group."""
     unknown = sorted(set(options.mix) - set(groups))

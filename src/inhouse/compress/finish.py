@@ -1,6 +1,6 @@
-"""The end of a run: the checkpoint written from the list of expected tensors, proven, judged, and brought into the store.
+"""The end of a run: the checkpoint written from the list of expected tensors, and the proof that it is the model.
 
-Knows the stored form and the store; knows no methods. Nothing in the checkpoint depends on when or how often a run was
+Knows the stored form; knows no methods. Nothing in the checkpoint depends on when or how often a run was
 interrupted: times and memory are the run folder's, not the manifest's.
 """
 
@@ -93,7 +93,12 @@ def write(work: Work, folder: Path, manifest: Mapping[str, Any]) -> tuple[Stored
 
 
 def proof(
-    work: Work, folder: Path, calibration: Calibration | None, run: bool, threads_folder: Path, progress: Progress = silent
+    work: Work,
+    folder: Path,
+    calibration: Calibration | None,
+    run: bool,
+    threads_folder: Path,
+    progress: Progress = silent,
 ) -> Proof:
     """Opens the checkpoint again: every tensor equal to the last bit, and, with `run`, logits as those in memory."""
     writer = Writer(work)

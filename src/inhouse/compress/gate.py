@@ -12,6 +12,7 @@ from inhouse.compress.calibrate import read_texts
 from inhouse.compress.evaluate import Evaluation, evaluate_pieces, pieces
 from inhouse.compress.generated import sample_documents
 from inhouse.compress.recipe import Gate, Recipe
+from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import load_settings
 from inhouse.engine.session import Session
@@ -46,7 +47,9 @@ class GateReport:
         return {True: "passed", False: "failed", None: "measured"}[self.passed]
 
 
-def gate(parent: str, child: str, recipe: Recipe, threads: int | None = None, progress: Progress = silent) -> GateReport:
+def gate(
+    parent: str, child: str, recipe: Recipe, threads: int | None = None, progress: Progress = silent
+) -> GateReport:
     """Measures `child` against `parent` (references or folders of decoders) and applies the recipe's limit."""
     settings = load_settings({"threads": threads, "max_sequences": 16})
     with Session.open(parent, settings) as reference:
@@ -67,10 +70,10 @@ def _texts(wish: Gate, reference: Session, context: int) -> tuple[list[list[int]
 
 
 def _judged(wish: Gate, found: Evaluation, text: str) -> GateReport:
-    assert found.kld_mean is not None and found.kld_p99 is not None and found.top1 is not None
-    assert found.reference_perplexity is not None
-    passed = None if wish.max_kld is None else found.kld_mean <= wish.max_kld
+    kld, p99, top1, before = found.kld_mean, found.kld_p99, found.top1, found.reference_perplexity
+    if kld is None or p99 is None or top1 is None or before is None:
+        raise UsageError("a gate needs a reference")
+    passed = None if wish.max_kld is None else kld <= wish.max_kld
     return GateReport(
-        passed, wish.max_kld, found.kld_mean, found.kld_p99, found.top1, found.perplexity,
-        found.reference_perplexity, found.tokens, found.protocol, text,
-    )  # fmt: skip
+        passed, wish.max_kld, kld, p99, top1, found.perplexity, before, found.tokens, found.protocol, text
+    )

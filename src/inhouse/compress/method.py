@@ -27,8 +27,8 @@ class Method:
         block   run(work, layer: int, block: blocks.Block, options, format) -> dict of the unit's record; puts its
                 results into work and leaves `save` to the pipeline.
         model   run(work, calibration: Calibration | None, options, report: dict[, progress=]) -> None; as block. What
-                it puts into `report` is recorded and must be a function of the inputs alone (no times); under "texts" it
-                lists what else it learned from, as `Calibration.texts` does.
+                it puts into `report` is recorded and must be a function of the inputs alone (no times); under "texts"
+                it lists what else it learned from, as `Calibration.texts` does.
     options: a frozen dataclass with defaults. needs: what calibration must give. paper: authors, year, arXiv number.
     """
 
@@ -37,7 +37,7 @@ class Method:
     scope: str
     run: Callable[..., Any]
     options: type = NoOptions
-    needs: str = "nothing"
+    needs: str | Callable[[Any], str] = "nothing"  # or of the options
     paper: str = ""
     rows_apart: bool = False
     summary: str = ""  # one line for the table of docs/compression.md
@@ -46,3 +46,7 @@ class Method:
     masks: bool = False  # matrix scope: `run` takes `mask` (bool [out, in] or None) as a keyword and keeps its zeros
     takes_form: bool = False  # matrix scope: `run` takes `form` (the weight's Form or None) as a keyword
     fallback: str = ""  # matrix scope: the method for weights without statistics (embeddings, experts without tokens)
+
+    def need(self, options: Any) -> str:
+        """One of NEEDS: what the method asks of calibration with these options."""
+        return self.needs(options) if callable(self.needs) else self.needs

@@ -89,6 +89,14 @@ class Stage:
                 chosen = (override.method, override.format, override.options)
         return chosen
 
+    def needs(self, name: str | None = None) -> set[str]:
+        """What the stage asks of calibration, for one weight or for any."""
+        if name is not None:
+            chosen, _, options = self.choice(name)
+            return {METHODS[chosen].need(options)}
+        pairs = [(self.method, self.options), *((one.method, one.options) for one in self.overrides)]
+        return {METHODS[method].need(options) for method, options in pairs}
+
     def methods(self) -> list[Method]:
         """Rows that the stage may use."""
         return [METHODS[name] for name in dict.fromkeys([self.method, *(one.method for one in self.overrides)])]

@@ -87,6 +87,10 @@ class RunFolder:
             if entry.name not in (RUN, RESULT, LOCK):
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
+    def restart_results(self) -> None:
+        """Forgets what an earlier, finished run of this name left."""
+        (self.path / RESULT).unlink(missing_ok=True)
+
     def restart(self) -> None:
         """Forgets the run."""
         (self.path / RESULT).unlink(missing_ok=True)

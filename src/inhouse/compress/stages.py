@@ -71,7 +71,7 @@ class StageRun:
         left = [name for name in names if f"{self.id}/{name}" not in self.work.units()]
         self.total = sum(math.prod(self.work.shape(name)) for name in left)
         self._tell(0)
-        wanted = [name for name in names if self._row(name).needs != "nothing"]
+        wanted = [name for name in names if self.stage.needs(name) != {"nothing"}]
         tapped: set[str] = set()
         if wanted:
             if self.calibration is None:
@@ -89,7 +89,7 @@ class StageRun:
                         self._one(name, stats)
                         tapped.add(name)
 
-            runner.run(visit, lambda name: name in names and self._row(name).needs == "gram")
+            runner.run(visit, lambda name: name in names and self.stage.needs(name) == {"gram"})
         for name in names:
             if name not in tapped:
                 self._one(name, None)
@@ -99,9 +99,6 @@ class StageRun:
         self.done += more
         if self.total:
             self.progress(f"{self.stage.kind} {self.stage.method}", self.done, self.total)
-
-    def _row(self, name: str) -> Method:
-        return METHODS[self.stage.choice(name)[0]]
 
     def _one(self, name: str, stats: LinearStats | None) -> None:
         unit = f"{self.id}/{name}"
@@ -117,10 +114,11 @@ class StageRun:
         chosen, fmt, options = self.stage.choice(name)
         row = METHODS[chosen]
         record: dict[str, Any] = {}
-        if row.needs != "nothing" and (stats is None or not stats.count):
-            why = "no calibration token reached it" if stats is not None else "no linear reads it"
+        if row.need(options) != "nothing" and (stats is None or not stats.count):
+            why = "no calibration token reached it" if stats is not None else "its inputs are token ids"
+            record["fallback"] = f"{name}: {why}; {row.fallback or row.name} without statistics"
+            stats = None
             if row.fallback:
-                record["fallback"] = f"{name}: {why}; {row.fallback} instead of {chosen}"
                 row = METHODS[row.fallback]
                 options = row.options(**row.defaults)
         if fmt:
@@ -203,7 +201,7 @@ class StageRun:
             return
         row = METHODS[self.stage.method]
         report: dict[str, Any] = {}
-        if row.needs != "nothing" and self.calibration is None:
+        if row.need(self.stage.options) != "nothing" and self.calibration is None:
             raise UsageError(f"{self.id} needs calibration texts", param="calibration")
         began = time.perf_counter()
         more = {"progress": self.progress} if "progress" in inspect.signature(row.run).parameters else {}

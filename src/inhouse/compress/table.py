@@ -19,11 +19,12 @@ METHODS: Mapping[str, Method] = {
             rows_apart=True, summary="nearest code; the baseline",
         ),
         Method(
-            "rtn", "quantize", "matrix", rtn, RtnOptions, needs="moments", rows_apart=True,
+            "rtn", "quantize", "matrix", rtn, RtnOptions, rows_apart=True,
+            needs=lambda options: "moments" if options.importance else "nothing",
             paper="Frantar et al. 2022, arXiv 2210.17323", summary="nearest code, scales by weighted least squares",
         ),
         Method(
-            "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True,
+            "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True, fallback="rtn",
             paper="Frantar et al. 2022, arXiv 2210.17323", summary="errors fed back column by column, static act-order",
         ),
         Method(

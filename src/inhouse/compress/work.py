@@ -28,6 +28,7 @@ from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.form import Form
 from inhouse.runtime.program import Program, ProgramSet
 from inhouse.store.home import Home
+from inhouse.store.stored_source import StoredSource
 
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 
@@ -64,8 +65,9 @@ class Work:
         self.tokenizer: Tokenizer = read_tokenizer(
             described, home.tokenizers if home is not None else None, located.identity if home is not None else None
         )
-        self._plan: Plan = plan_binding(described.source, described.spec, described.family, self.programs)
+        self._plan: Plan = plan_binding(described.source, described.spec, described.family, described.programs())
         self._parts: dict[str, Part] = {part.spec.name: part for part in self._plan.parts}
+        self._shapes = {name: weight.shape for name, weight in self.programs.weights.items()}
         self.notes = list(self._plan.notes) + _source_notes(self._plan.parts)
         self.journal = Journal(folder)
         self._held: dict[str, Held] = {name: Held(base=name) for name in self.programs.weights}
@@ -133,7 +135,8 @@ class Work:
         held = self._held[name]
         if held.value is not None or held.base is None:
             return "f32"
-        return {"F16": "f16", "BF16": "bf16"}.get(self._parts[held.base].info.dtype, "f32")
+        part = self._parts.get(held.base)
+        return {"F16": "f16", "BF16": "bf16"}.get(part.info.dtype, "f32") if part is not None else "f32"
 
     def is_changed(self, name: str) -> bool:
         """Whether any stage has put something for it."""
@@ -162,7 +165,8 @@ class Work:
             form = read_form(self.journal.data / held.form["file"], held.form["parts"])
             simple = form.main is not None and form.low_rank is None and form.columns is None
             return torch.from_numpy(form.main.rows(ids) if simple and form.main is not None else form.value()[ids])
-        if held.value is None and held.base is not None and held.base not in self._plan.columns:
+        side = isinstance(self.described.source, StoredSource)
+        if held.value is None and held.base is not None and held.base not in self._plan.columns and not side:
             with self.described.guard():
                 return torch.from_numpy(floats(self._parts[held.base], self.described.source, ids))
         return self._read(held)[torch.from_numpy(ids)]
@@ -274,7 +278,7 @@ class Work:
 
     def _check_shape(self, name: str) -> None:
         held, shape = self._held[name], self.shape(name)
-        base = self._parts[held.base].spec.shape if held.base is not None else None
+        base = self._shapes[held.base] if held.base is not None else None
         if base != shape and (held.value is None or held.value["shape"] != list(shape)):
             raise UsageError(f"nothing of the new shape {shape} was put for {name}", param=name)
 
@@ -292,10 +296,13 @@ class Work:
         return torch.from_numpy(self._base(held.base))
 
     def _base(self, name: str) -> npt.NDArray[np.float32]:
-        """From the opened model, columns in the model's own order."""
-        part = self._parts[name]
+        """From the opened model, columns in the model's own order, side branches added."""
+        source = self.described.source
         with self.described.guard():
-            value = floats(part, self.described.source)
+            if isinstance(source, StoredSource) and len(self._shapes[name]) == 2:
+                return source.form(name).value()
+            part = self._parts[name]
+            value = floats(part, source)
         order = self._plan.columns.get(name)
         if order is None:
             return value
@@ -338,7 +345,7 @@ class Work:
 
 
 def _kept_layers(before: Sequence[int], layers: int, moved: Mapping[str, str]) -> list[int]:
-    """Numbers of the layers that `moved` (new name -> old name) leaves; layers that no name moves stay where they are."""
+    """Numbers of the layers that `moved` (new name -> old name) leaves; layers that no name moves stay."""
     places = {int(new.split(".")[1]): int(old.split(".")[1]) for new, old in moved.items() if new.startswith("layers.")}
     return [before[places.get(layer, layer)] for layer in range(layers)]
 

@@ -1,0 +1,121 @@
+"""`inhouse compress`: a smaller version of a model, by a recipe, measured and gated."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from inhouse.cli.commands import common
+from inhouse.cli.output import ProgressBar, human_bytes, human_seconds, print_json, print_note, print_table
+from inhouse.core.errors import UsageError
+
+app = common.app()
+
+
+@app.command(epilog="Example: inhouse compress qwen qwen-small --to q4 --calibration texts/*.txt --ram 4GB")
+def command(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="name, name:version, folder or .gguf")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NEW", help="name of the new model in the store")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="YAML recipe (see docs/compression.md)")] = None,
+    to: Annotated[str | None, typer.Option(help="recipe by name: q8, q6, q5, q4, q3, q2, fp8, nf4, ...")] = None,
+    calibration: Annotated[list[str] | None, typer.Option(help="text to calibrate on (files, globs; repeat)")] = None,
+    ram: Annotated[str | None, typer.Option(help="memory that may be used, such as 4GB")] = None,
+    threads: common.Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="only go on with an unfinished run")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="forget an unfinished run and begin anew")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would do and take")] = False,
+    runs: Annotated[bool, typer.Option("--runs", help="list run folders")] = False,
+    clean: Annotated[str | None, typer.Option(metavar="NEW", help="remove the run folder of that name")] = None,
+    json: common.Json = False,
+) -> None:
+    """Makes a compressed version of a model. A run that was stopped goes on when the same command is given again."""
+    if runs or clean is not None:
+        _runs(clean, json)
+        return
+    if model is None or (name is None and not dry_run):
+        raise UsageError("name the model and the new model", remedy="inhouse compress MODEL NEW --to q4", param="NEW")
+    if (recipe is None) == (to is None):
+        raise UsageError("give a recipe by --recipe FILE or by --to NAME, one of them", param="recipe")
+    if resume and restart:
+        raise UsageError("--resume and --restart exclude each other", param="resume")
+    chosen = _recipe(recipe, to, calibration or [], ram, threads)
+    from inhouse.compress import pipeline
+
+    if dry_run:
+        _dry(pipeline.dry_run(model, chosen), json)
+        return
+    assert name is not None
+    bar = ProgressBar(unit="weights")
+    try:
+        done = pipeline.compress(
+            model, name, chosen, resume=True if resume else False if restart else None, progress=bar
+        )
+    except KeyboardInterrupt:
+        bar.finish()
+        print_note("stopped; what is finished is kept, the same command goes on")
+        raise
+    finally:
+        bar.finish()
+    _show(done, json)
+    if done.failed:
+        raise typer.Exit(1)
+
+
+def _recipe(path: Path | None, to: str | None, texts: list[str], ram: str | None, threads: int | None) -> Any:
+    from inhouse.compress.recipe import load_recipe, parse_recipe
+    from inhouse.compress.shorts import short_recipe
+
+    document = load_recipe(path) if path is not None else short_recipe(str(to))
+    if texts:
+        document["calibration"] = {**(document.get("calibration") or {}), "texts": texts}
+    given = {"ram": ram, "threads": threads}
+    budget = {**(document.get("budget") or {}), **{key: value for key, value in given.items() if value is not None}}
+    return parse_recipe({**document, "budget": budget})
+
+
+def _show(done: Any, json: bool) -> None:
+    if json:
+        print_json(done.to_dict())
+        return
+    result = done.result
+    for note in [*result["notes"], *result["fallbacks"]]:
+        print_note(note)
+    was = "" if done.fresh else "was there already: "
+    print(
+        f"{was}{done.ref}  {human_bytes(result['bytes'])}, {result['bits_per_weight']:.2f} bits a weight, "
+        f"{human_seconds(result['seconds'])}, memory peaked at {human_bytes(result['peak_memory'])}"
+    )
+    found = result["gate"]
+    if found is not None:
+        limit = "" if found["max_kld"] is None else f" (limit {found['max_kld']:g})"
+        word = {True: "gate passed", False: "gate FAILED", None: "measured"}[found["passed"]]
+        print(
+            f"{word}: KL {found['kld_mean']:.5f} nats a token{limit}, same top-1 {found['top1']:.2%}, perplexity "
+            f"{found['perplexity']:.4f} (before {found['reference_perplexity']:.4f}), on {found['text']}"
+        )
+
+
+def _dry(plan: dict[str, Any], json: bool) -> None:
+    if json:
+        print_json(plan)
+        return
+    about = "" if plan["exact"] else "about "
+    print(f"{plan['recipe']}: {about}{human_bytes(plan['bytes'])}, {plan['bits_per_weight']:.2f} bits a weight")
+    print(f"memory needed: about {human_bytes(plan['ram_needed'])}; disk: about {human_bytes(plan['disk_needed'])}")
+    for fmt, count in plan["formats"].items():
+        print(f"  {fmt:<12} {count} weights")
+
+
+def _runs(clean: str | None, json: bool) -> None:
+    from inhouse.compress.runs import clean_run, list_runs
+    from inhouse.store.home import Home
+
+    home = Home.find()
+    if clean is not None:
+        print(f"removed {human_bytes(clean_run(home, clean))}")
+        return
+    found = [run.to_dict() for run in list_runs(home)]
+    if json:
+        print_json(found)
+    else:
+        print_table(found, ["name", "state", "model", "recipe", "units", "nbytes", "began"])
