@@ -1,0 +1,174 @@
+"""Structured pruning: scores of FFN channels, heads, hidden channels and layers, and what the rest makes up for.
+
+Minitron (Muralidharan et al. 2024, arXiv 2407.14679): activation-based scores, uniform widths, one round. ShortGPT (Men
+et al. 2024, arXiv 2403.03853): layers by block influence. What remains of `down` and `o` is fitted by least squares to
+the outputs before the cut (as ZipLM, arXiv 2302.04089, does for groups). Pure: scores and indices; cutting is
+`compress.slicing`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from inhouse.compress.slicing import Cut, Index, kept_width, spread_heads
+from inhouse.core.errors import UsageError
+from inhouse.model.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class StructuredOptions:
+    """What goes. Shares are of the width now; `multiple` 0: see `slicing.kept_width`."""
+
+    ffn: float = 0.0  # share of the FFN channels
+    kv_groups: int = 0  # key-value heads, each with all its query heads
+    heads_per_group: int = 0  # query heads taken from each key-value group that stays
+    layers: int = 0
+    hidden: float = 0.0  # share of the hidden channels
+    multiple: int = 0
+    contiguous: bool = False  # layers that go are neighbours
+    compensate: bool = True  # fit what stays of `down` and `o`
+    damping: float = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """How much each part matters; f64. By layer of the model at hand."""
+
+    ffn: Mapping[int, Tensor]  # [ffn]
+    heads: Mapping[int, Tensor]  # [heads]
+    hidden: Tensor  # [hidden]
+    influence: Tensor  # [layers]
+
+
+def channel_scores(weight: Tensor, mean_square: Tensor) -> Tensor:
+    """Energy that each input adds to the outputs of a linear [out, in]: E[x_j^2] * |w_j|^2, f64 [in]."""
+    return mean_square.double() * weight.double().square().sum(0)
+
+
+def head_scores(weight: Tensor, gram: Tensor, heads: int) -> Tensor:
+    """Energy that each head adds to the outputs of `o` [hidden, heads * dim]: tr(W_h G_hh W_h^T), f64 [heads]."""
+    w, g = weight.double(), gram.double()
+    dim = weight.shape[1] // heads
+    runs = [slice(h * dim, (h + 1) * dim) for h in range(heads)]
+    return torch.stack([((w[:, run] @ g[run, run]) * w[:, run]).sum() for run in runs])
+
+
+def block_influence(before: Tensor, after: Tensor) -> float:
+    """1 - mean cosine between a layer's input and output [tokens, hidden], f64 inside; exactly 0 where they are equal.
+    (ShortGPT, section 3.2)"""
+    if torch.equal(before, after):
+        return 0.0
+    a, b = before.double(), after.double()
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-300)
+    return float(1.0 - cosine.mean())
+
+
+def plan_cut(spec: ModelSpec, scores: Scores, options: StructuredOptions) -> tuple[Cut, list[str]]:
+    """What stays, and one sentence about each width. Ties fall in favour of the earlier part.
+
+    Raises UsageError where more is to go than there is.
+    """
+    notes: list[str] = []
+    layers = _layers(spec, scores.influence, options)
+    ffn = hidden = None
+    if options.ffn:
+        count, why = kept_width(spec.ffn, options.ffn, options.multiple)
+        notes.append(f"FFN {spec.ffn} -> {count}: {why}")
+        ffn = {i: _highest(scores.ffn[i], count) for i in scores.ffn}
+    heads, kv_heads = _heads(spec, scores.heads, options)
+    if options.hidden:
+        count, why = kept_width(spec.hidden, options.hidden, options.multiple)
+        notes.append(f"hidden {spec.hidden} -> {count}: {why}")
+        hidden = _highest(scores.hidden, count)
+    if layers is not None:
+        gone = [i for i in range(spec.layers) if i not in layers]
+        told = ", ".join(f"{i} ({float(scores.influence[i]):.4g})" for i in gone)
+        notes.append(f"layers {spec.layers} -> {len(layers)}: by block influence {told}")
+    if heads is not None:
+        notes.append(f"heads {spec.heads} -> {len(heads[0])}, key-value heads {spec.kv_heads} -> {len(kv_heads[0])}")
+    return Cut(layers, hidden, ffn, heads, kv_heads), notes
+
+
+def _highest(scores: Tensor, count: int) -> Index:
+    order = torch.argsort(scores, descending=True, stable=True)[:count]
+    return tuple(sorted(int(i) for i in order))
+
+
+def _layers(spec: ModelSpec, influence: Tensor, options: StructuredOptions) -> Index | None:
+    if not options.layers:
+        return None
+    if not 0 < options.layers < spec.layers:
+        raise UsageError(f"{options.layers} of {spec.layers} layers are to go", param="layers")
+    if not options.contiguous:
+        return _highest(influence, spec.layers - options.layers)
+    sums = [float(influence[i : i + options.layers].sum()) for i in range(spec.layers - options.layers + 1)]
+    first = sums.index(min(sums))
+    return tuple(i for i in range(spec.layers) if not first <= i < first + options.layers)
+
+
+def _heads(
+    spec: ModelSpec, scores: Mapping[int, Tensor], options: StructuredOptions
+) -> tuple[dict[int, Index] | None, dict[int, Index]]:
+    """Query heads and key-value heads that stay, by layer; None where all do."""
+    if not options.kv_groups and not options.heads_per_group:
+        return None, {}
+    group = spec.heads // spec.kv_heads
+    if not (0 <= options.kv_groups < spec.kv_heads and 0 <= options.heads_per_group < group):
+        raise UsageError(
+            f"{options.kv_groups} of {spec.kv_heads} key-value heads and {options.heads_per_group} of {group} query "
+            f"heads of each are to go", remedy="Leave one at least", param="heads",
+        )  # fmt: skip
+    heads: dict[int, Index] = {}
+    kv_heads: dict[int, Index] = {}
+    for layer, score in scores.items():
+        by_group = score.reshape(spec.kv_heads, group)
+        kv_heads[layer] = _highest(by_group.sum(1), spec.kv_heads - options.kv_groups)
+        heads[layer] = tuple(
+            kv * group + head
+            for kv in kv_heads[layer]
+            for head in _highest(by_group[kv], group - options.heads_per_group)
+        )
+    return heads, kv_heads
+
+
+def compensated(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: float) -> Tensor:
+    """What stays of a linear's columns, fitted to the outputs of all: argmin over V of E|W x - V x_K|^2.
+
+    Args:
+        weight: f32 [out, in]. gram: [in, in] of its inputs.
+        kept: columns that stay. damping: of the mean diagonal; it pulls towards the columns as they are.
+
+    Returns f32 [out, kept]; exactly the columns themselves where the others' inputs are all 0.
+    """
+    index = torch.tensor(list(kept), dtype=torch.int64)
+    gone = torch.ones(weight.shape[1], dtype=torch.bool)
+    gone[index] = False
+    w, g = weight.double(), gram.double()
+    rest = g[gone][:, index]  # [gone, kept]
+    plain = w[:, index]
+    if not bool(rest.any()):
+        return weight[:, index].clone()
+    inner = g[index][:, index].clone()
+    inner.diagonal().add_(damping * float(inner.diagonal().mean()) + 1e-30)
+    solved = torch.linalg.solve(inner, rest.T)  # [kept, gone]
+    return (plain + w[:, gone] @ solved.T).float()
+
+
+def norm_factor(mean_square: Tensor, kept: Sequence[int]) -> float:
+    """What the weight of an RMS norm is multiplied by when hidden channels go, so that what stays is scaled as before:
+    sqrt(mean square of what stays / mean square of all), f64; exact together with `eps * hidden / kept` where the
+    channels that go are 0.
+
+    Args:
+        mean_square: [hidden] of the norm's input over the calibration tokens.
+    """
+    index = torch.tensor(list(kept), dtype=torch.int64)
+    square = mean_square.double()
+    return float((square[index].mean() / square.mean().clamp_min(1e-300)).sqrt())
+
+
+def head_columns(heads: Sequence[int], head_dim: int) -> Index:
+    """Columns of `o` that belong to these heads."""
+    return spread_heads(heads, head_dim)
