@@ -33,7 +33,13 @@ class Pattern:
 
 
 def parse_pattern(text: str | float) -> Pattern:
-    """`0.5`, `50%` or `2:4` (two of four are kept). Raises UsageError for anything else, 0 and 1 included."""
+    """`0.5`, `50%` or `2:4` (two of four are kept). Raises UsageError for anything else, 0 and 1 included.
+
+    YAML 1.1 reads an unquoted 2:4 as a number of base 60, 124; whole numbers above 60 are read back as
+    what was meant.
+    """
+    if isinstance(text, int) and text > 60:
+        text = f"{text // 60}:{text % 60}"
     told = str(text).strip()
     groups = re.fullmatch(r"(\d{1,3}):(\d{1,3})", told)
     if groups:

@@ -2,14 +2,23 @@
 
 A neuron (FFN channel) whose output hardly varies over the calibration text is a bias in disguise (Srinivas and Babu
 2015, arXiv 1507.06149, merge equal neurons; FLAP, arXiv 2312.11983, folds means into biases). Here nothing is removed
-that cannot be folded: without a next bias, constants are merged into one carrier, which stays. What was folded is left
-as zeros, so that a structured cut finds it with score 0 and removes it without a trace.
+that cannot be folded: without a next bias, constants are merged into one carrier, which stays. Every layer loses the
+same number, since one config.json has one width; what more was folded is left as zeros.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from inhouse.compress.activations import observe
+from inhouse.compress.calibrate import Calibration
+from inhouse.compress.slicing import Cut, Index, cut_spec, cut_weight
+from inhouse.compress.work import Work
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.progress import Progress, silent
+from inhouse.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +27,7 @@ class NeuronOptions:
 
     tolerance: float = 1e-4
     duplicates: bool = True
+    multiple: int = 1  # the width that stays is a multiple of it (256 keeps K-quants possible)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +46,7 @@ def constant_neurons(mean: Tensor, mean_square: Tensor, tolerance: float) -> Ten
     return variance <= tolerance**2 * square
 
 
-def fold_constants(
-    weight: Tensor, bias: Tensor | None, mean: Tensor, mean_square: Tensor, tolerance: float
-) -> Folded:
+def fold_constants(weight: Tensor, bias: Tensor | None, mean: Tensor, mean_square: Tensor, tolerance: float) -> Folded:
     """Takes near-constant inputs out of a matrix.
 
     Args:
@@ -106,3 +114,79 @@ def _factor(one: Tensor, other: Tensor, scaled: bool) -> float | None:
     factor = float(other[at].double() / one[at].double())
     limit = 2.0**-22 * float(other.abs().max())
     return factor if float((other.double() - factor * one.double()).abs().max()) <= limit else None
+
+
+def neurons(
+    work: Work,
+    calibration: Calibration | None,
+    options: NeuronOptions,
+    report: dict[str, Any],
+    progress: Progress = silent,
+) -> None:
+    """Folds constant and duplicate neurons of every MLP, and removes as many from each as the poorest layer has.
+
+    `report` gets `folded` (by layer), `removed` (of each layer) and `ffn`. Raises UnsupportedError for what is no
+    decoder or has experts, UsageError where there are no texts.
+    """
+    spec = work.spec
+    if not isinstance(spec, ModelSpec) or spec.moe is not None:
+        raise UnsupportedError(f"{spec.family} has no plain MLP in every layer; neurons are folded in decoders' MLPs")
+    if calibration is None:
+        raise UsageError("constant neurons are found on texts", remedy="Give calibration texts", param="calibration")
+    seen = observe(work.program, work.weights(), calibration.tokens, lengths=calibration.lengths, progress=progress)
+    silent_ones: dict[int, Index] = {}
+    for i in range(spec.layers):
+        moments = seen.inputs[f"layers.{i}.mlp.down.weight"]
+        silent_ones[i] = _fold_layer(work, spec, i, moments.mean, moments.mean_square, options)
+    least = min(len(index) for index in silent_ones.values())
+    width = -(-(spec.ffn - least) // options.multiple) * options.multiple
+    if width < spec.ffn:
+        _remove(work, spec, {i: index[: spec.ffn - width] for i, index in silent_ones.items()})
+    folded = {str(i): len(index) for i, index in silent_ones.items()}
+    report |= {"folded": folded, "removed": spec.ffn - min(width, spec.ffn), "ffn": min(width, spec.ffn)}
+
+
+def _fold_layer(
+    work: Work, spec: ModelSpec, layer: int, mean: Tensor, mean_square: Tensor, options: NeuronOptions
+) -> Index:
+    """Folds what one MLP has and puts the result; its neurons that do nothing any more, ascending."""
+    mlp = f"layers.{layer}.mlp"
+    down, up = work.value(f"{mlp}.down.weight"), _with_bias(work, f"{mlp}.up")
+    gate = _with_bias(work, f"{mlp}.gate") if spec.gated else None
+    gone: set[int] = {int(i) for i in torch.nonzero(~down.any(0)).flatten()}
+    if options.duplicates:
+        merged = merge_duplicates(gate, up, down)
+        down, gone = merged.weight, gone | set(merged.silent)
+    if gone:  # they are silent from here on, and no carrier
+        mean, mean_square = mean.clone(), mean_square.clone()
+        mean[sorted(gone)] = mean_square[sorted(gone)] = 0.0
+    bias = work.value(f"{mlp}.down.bias") if spec.mlp_bias else None
+    folded = fold_constants(down, bias, mean, mean_square, options.tolerance)
+    gone |= set(folded.silent)
+    if not torch.equal(folded.weight, work.value(f"{mlp}.down.weight")):
+        work.put(f"{mlp}.down.weight", folded.weight)
+    if bias is not None and folded.bias is not None and not torch.equal(folded.bias, bias):
+        work.put(f"{mlp}.down.bias", folded.bias)
+    return tuple(sorted(gone))
+
+
+def _with_bias(work: Work, name: str) -> Tensor:
+    weight = work.value(f"{name}.weight")
+    if f"{name}.bias" not in work.names():
+        return weight
+    return torch.cat([weight, work.value(f"{name}.bias")[:, None]], 1)
+
+
+def _remove(work: Work, spec: ModelSpec, gone: dict[int, Index]) -> None:
+    """Cuts these neurons out of every MLP."""
+    kept = {i: tuple(k for k in range(spec.ffn) if k not in set(index)) for i, index in gone.items()}
+    cut = Cut(ffn=kept)
+    work.replace_spec(cut_spec(spec, cut))
+    for i in range(spec.layers):
+        for part in ("gate", "up", "down"):
+            for name in (f"layers.{i}.mlp.{part}.weight", f"layers.{i}.mlp.{part}.bias"):
+                if name in work.names():
+                    value = work.value(name)
+                    cut_value = cut_weight(name, value, spec, cut)
+                    if cut_value.shape != value.shape:
+                        work.put(name, cut_value)

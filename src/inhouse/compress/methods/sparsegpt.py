@@ -11,8 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from inhouse.compress.sparsity import Pattern, held, keep_groups, keep_matrix, masked, refit
-from inhouse.core.errors import UsageError
+from inhouse.compress.grids import Grid
+from inhouse.compress.pack_as import pack_as
+from inhouse.compress.sparsity import Pattern, held, keep, masked, parse_pattern, refit
+from inhouse.compress.stats import LinearStats
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.runtime.form import Form
+from inhouse.runtime.packed import is_float
 
 Round = Callable[[Tensor, int], Tensor]
 """(weights of one column [out], its index) -> the values that the grid has for them [out]; 0 must stay 0."""
@@ -20,13 +25,19 @@ Round = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class SparseGptOptions:
-    """`refit_steps`: conjugate-gradient steps that fit all kept weights to the mask afterwards (0: none; not with a
-    grid). The sweep alone cannot change columns that it has passed."""
+    """sparsity: a share (0.5, 50%) or N:M (2:4). block: columns whose mask is chosen at once. damping: of the mean
+    diagonal of H. by_row: each row of a block gives the same share; the published code takes it over all rows of the
+    block, which starves rows of small weights in narrow models. refit: conjugate-gradient steps that fit all kept
+    weights to the mask afterwards (0: none; not with a grid): the sweep alone cannot change columns it has passed."""
 
-    pattern: Pattern = Pattern()
-    block: int = 128  # columns whose mask is chosen at once
-    damping: float = 0.01  # of the mean diagonal of H
-    refit_steps: int = 0
+    sparsity: str | float = 0.5
+    block: int = 128
+    damping: float = 0.01
+    by_row: bool = False
+    refit: int = 0
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.sparsity)
 
 
 def inverse_factor(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -67,29 +78,29 @@ def sparsegpt(
     w = weight.double().clone()
     w[:, dead] = 0.0
     mask = torch.zeros((rows, width), dtype=torch.bool)
-    step = _block(options)
+    pattern = parse_pattern(options.sparsity)
+    step = max(1, options.block)
+    if pattern.grouped:  # whole groups
+        step = max(pattern.m, step // pattern.m * pattern.m)
     for start in range(0, width, step):
         end = min(start + step, width)
-        if not options.pattern.grouped:
-            mask[:, start:end] = _choose(w, upper, options.pattern, prior, start, end)
-        _sweep(w, upper, mask, (start, end), options.pattern, prior, grid)
+        if not pattern.grouped:
+            mask[:, start:end] = _choose(w, upper, prior, (start, end), pattern, options.by_row)
+        _sweep(w, upper, mask, (start, end), pattern, prior, grid)
     pruned = masked(w.float(), mask)
-    if options.refit_steps and grid is None:
-        pruned = refit(weight, mask, gram, steps=options.refit_steps)
+    if options.refit and grid is None:
+        pruned = refit(weight, mask, gram, steps=options.refit)
     return pruned, mask
 
 
-def _block(options: SparseGptOptions) -> int:
-    """Columns chosen at once: whole groups of an N:M pattern."""
-    unit = options.pattern.m or 1
-    return max(unit, options.block // unit * unit)
-
-
-def _choose(w: Tensor, upper: Tensor, pattern: Pattern, prior: Tensor | None, start: int, end: int) -> Tensor:
-    """Mask of the columns start..end, from the weights as they are now."""
+def _choose(
+    w: Tensor, upper: Tensor, prior: Tensor | None, columns: tuple[int, int], pattern: Pattern, by_row: bool
+) -> Tensor:
+    """Mask of some columns, from the weights as they are now."""
+    start, end = columns
     before = None if prior is None else prior[:, start:end]
     scores = held((w[:, start:end] / upper.diagonal()[start:end]).square(), before)
-    mask = keep_groups(scores, pattern.n, pattern.m) if pattern.grouped else keep_matrix(scores, pattern.sparsity)
+    mask = keep(scores, pattern, by_row=by_row)
     return mask if before is None else mask & before
 
 
@@ -109,7 +120,7 @@ def _sweep(
     for j in range(start, end):
         if pattern.grouped and (j - start) % pattern.m == 0:
             last = min(j + pattern.m, end)
-            mask[:, j:last] = _choose(w, upper, pattern, prior, j, last)
+            mask[:, j:last] = _choose(w, upper, prior, (j, last), pattern, True)
         column = w[:, j]
         kept = column if grid is None else grid(column.float(), j).double()
         left = torch.where(mask[:, j], kept, 0.0)
@@ -118,3 +129,28 @@ def _sweep(
         w[:, j + 1 : end] -= error[:, None] * upper[j, j + 1 : end]
         errors[:, j - start] = error
     w[:, end:] -= errors @ upper[start:end, end:]
+
+
+def sparse_gpt(weight: Tensor, stats: LinearStats | None, options: SparseGptOptions, fmt: str = "") -> Tensor | Form:
+    """The pruned weights, f32 [out, in]; with a code format the Form of what was pruned and rounded in one sweep, its
+    scales fitted to what pruning alone leaves. Weights that are 0 already stay so.
+
+    Raises UsageError without a Gram matrix, UnsupportedError for a format whose groups need not hold 0.
+    """
+    if stats is None or stats.gram is None:
+        raise UsageError("sparsegpt needs statistics of the inputs", remedy="Give calibration texts")
+    prior = weight != 0
+    pruned, _ = sparsegpt(weight, stats.gram, options, prior=prior)
+    if not fmt or is_float(fmt):
+        return pruned if not fmt else Form(pack_as(pruned, fmt))
+    grid = Grid(fmt, weight.shape[1])
+    if not grid.keeps_zero:
+        raise UnsupportedError(f"zeros do not stay zeros in {fmt}", remedy="Use a format with a zero point or none")
+    params = grid.fit(pruned, stats.mean_square)
+    index = grid.index()
+
+    def column(values: Tensor, j: int) -> Tensor:
+        return grid.nearest(values[:, None], params, index[j : j + 1])[:, 0]
+
+    rounded, _ = sparsegpt(weight, stats.gram, options, prior=prior, grid=column)
+    return Form(grid.pack(grid.round(rounded, params, index), params))

@@ -2,18 +2,23 @@
 
 Minitron (Muralidharan et al. 2024, arXiv 2407.14679): activation-based scores, uniform widths, one round. ShortGPT (Men
 et al. 2024, arXiv 2403.03853): layers by block influence. What remains of `down` and `o` is fitted by least squares to
-the outputs before the cut (as ZipLM, arXiv 2302.04089, does for groups). Pure: scores and indices; cutting is
-`compress.slicing`.
+the outputs before the cut (as ZipLM, arXiv 2302.04089, does for groups), and the norms are scaled to what stays.
+Scores and indices here; which axis of which weight is what is told by `compress.slicing`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from inhouse.compress.slicing import Cut, Index, kept_width, spread_heads
-from inhouse.core.errors import UsageError
+from inhouse.compress.activations import Seen, observe
+from inhouse.compress.calibrate import Calibration
+from inhouse.compress.slicing import Cut, Index, cut_spec, cut_weight, kept_width, layer_of, renamed, spread_heads
+from inhouse.compress.work import Work
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.progress import Progress, silent
 from inhouse.model.spec import ModelSpec
 
 
@@ -55,16 +60,6 @@ def head_scores(weight: Tensor, gram: Tensor, heads: int) -> Tensor:
     return torch.stack([((w[:, run] @ g[run, run]) * w[:, run]).sum() for run in runs])
 
 
-def block_influence(before: Tensor, after: Tensor) -> float:
-    """1 - mean cosine between a layer's input and output [tokens, hidden], f64 inside; exactly 0 where they are equal.
-    (ShortGPT, section 3.2)"""
-    if torch.equal(before, after):
-        return 0.0
-    a, b = before.double(), after.double()
-    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(1e-300)
-    return float(1.0 - cosine.mean())
-
-
 def plan_cut(spec: ModelSpec, scores: Scores, options: StructuredOptions) -> tuple[Cut, list[str]]:
     """What stays, and one sentence about each width. Ties fall in favour of the earlier part.
 
@@ -88,7 +83,96 @@ def plan_cut(spec: ModelSpec, scores: Scores, options: StructuredOptions) -> tup
         notes.append(f"layers {spec.layers} -> {len(layers)}: by block influence {told}")
     if heads is not None:
         notes.append(f"heads {spec.heads} -> {len(heads[0])}, key-value heads {spec.kv_heads} -> {len(kv_heads[0])}")
-    return Cut(layers, hidden, ffn, heads, kv_heads), notes
+    return Cut(layers, hidden, ffn, heads, kv_heads or None), notes
+
+
+def scores_of(work: Work, seen: Seen) -> Scores:
+    """Scores of every part of a model, from what flowed through it. The influence of a part is that of its outputs:
+    FFN channels and heads by the energy they add to the residual stream, hidden channels by their mean square in front
+    of the linears that read them."""
+    spec = work.spec
+    assert isinstance(spec, ModelSpec)
+    ffn: dict[int, Tensor] = {}
+    heads: dict[int, Tensor] = {}
+    hidden = torch.zeros(spec.hidden, dtype=torch.float64)
+    for i in range(spec.layers):
+        for reader in ("attn.q", "mlp.up"):
+            found = seen.inputs.get(f"layers.{i}.{reader}.weight")
+            if found is not None:
+                hidden += found.mean_square
+        down, o = f"layers.{i}.mlp.down.weight", f"layers.{i}.attn.o.weight"
+        if down in seen.inputs:
+            ffn[i] = channel_scores(work.value(down), seen.inputs[down].mean_square)
+        if o in seen.inputs and not spec.mla:
+            heads[i] = head_scores(work.value(o), seen.inputs[o].mean_gram, spec.heads)
+    return Scores(ffn, heads, hidden, seen.influence(spec.layers))
+
+
+def structured(
+    work: Work,
+    calibration: Calibration | None,
+    options: StructuredOptions,
+    report: dict[str, Any],
+    progress: Progress = silent,
+) -> None:
+    """Scores the model on the calibration texts, removes what the options say, and puts what stays into `work`.
+
+    `report` gets `parameters` before and after, `widths`, and `notes`. Raises UnsupportedError for what is no decoder,
+    UsageError where there are no texts or more is to go than there is.
+    """
+    spec = work.spec
+    if not isinstance(spec, ModelSpec):
+        raise UnsupportedError(f"{spec.family} is no decoder; structured pruning cuts decoders")
+    if calibration is None:
+        raise UsageError("structured pruning needs texts to score the parts on", param="calibration")
+    grams = [f"layers.{i}.{part}.weight" for i in range(spec.layers) for part in ("mlp.down", "attn.o")]
+    seen = observe(
+        work.program, work.weights(), calibration.tokens, lengths=calibration.lengths, grams=grams, progress=progress
+    )
+    cut, notes = plan_cut(spec, scores_of(work, seen), options)
+    before = sum(work.value(name).numel() for name in work.names())
+    apply_cut(work, cut, seen, options)
+    after = sum(work.value(name).numel() for name in work.names())
+    changed = work.spec
+    assert isinstance(changed, ModelSpec)
+    widths = {key: getattr(changed, key) for key in ("layers", "hidden", "ffn", "heads", "kv_heads")}
+    report |= {"parameters": [before, after], "widths": widths, "notes": notes}
+
+
+def apply_cut(work: Work, cut: Cut, seen: Seen, options: StructuredOptions) -> None:
+    """Puts what stays of every weight, fitted to what went."""
+    spec = work.spec
+    assert isinstance(spec, ModelSpec)
+    changed = cut_spec(spec, cut)
+    if cut.hidden is not None and spec.norm == "rms":
+        changed = replace(changed, norm_eps=spec.norm_eps * spec.hidden / len(cut.hidden))
+    origin = {new: old for old in work.names() if (new := renamed(old, cut.layers)) is not None}
+    masks = {new: mask for new, old in origin.items() if (mask := work.mask(old)) is not None}
+    work.replace_spec(changed, origin)
+    for new, old in origin.items():
+        whole = work.value(new)
+        value = cut_weight(old, _fitted(old, whole, spec, cut, seen, options), spec, cut)
+        if value.shape != whole.shape or not torch.equal(value, whole):
+            work.put(new, value)
+        if new in masks:
+            work.put_mask(new, cut_weight(old, masks[new], spec, cut))
+
+
+def _fitted(name: str, whole: Tensor, spec: ModelSpec, cut: Cut, seen: Seen, options: StructuredOptions) -> Tensor:
+    """The weight before its axes are cut, with what stays making up for what goes."""
+    layer, kept = layer_of(name), None
+    if name.endswith("mlp.down.weight") and cut.ffn is not None:
+        kept = cut.ffn[layer]
+    elif name.endswith("attn.o.weight") and cut.heads is not None:
+        kept = spread_heads(cut.heads[layer], spec.head_dim)
+    if kept is not None and options.compensate:
+        whole = whole.clone()
+        whole[:, torch.tensor(kept)] = compensated(whole, seen.inputs[name].mean_gram, kept, options.damping)
+    is_norm = whole.dim() == 1 and len(whole) == spec.hidden and name.endswith("norm") and name in seen.inputs
+    if cut.hidden is not None and spec.norm == "rms" and is_norm:
+        factor = norm_factor(seen.inputs[name].mean_square, cut.hidden)
+        whole = (whole + spec.norm_offset).mul_(factor).sub_(spec.norm_offset)
+    return whole
 
 
 def _highest(scores: Tensor, count: int) -> Index:
@@ -153,7 +237,8 @@ def compensated(weight: Tensor, gram: Tensor, kept: Sequence[int], damping: floa
     inner = g[index][:, index].clone()
     inner.diagonal().add_(damping * float(inner.diagonal().mean()) + 1e-30)
     solved = torch.linalg.solve(inner, rest.T)  # [kept, gone]
-    return (plain + w[:, gone] @ solved.T).float()
+    fitted: Tensor = plain + w[:, gone] @ solved.T
+    return fitted.float()
 
 
 def norm_factor(mean_square: Tensor, kept: Sequence[int]) -> float:
@@ -167,8 +252,3 @@ def norm_factor(mean_square: Tensor, kept: Sequence[int]) -> float:
     index = torch.tensor(list(kept), dtype=torch.int64)
     square = mean_square.double()
     return float((square[index].mean() / square.mean().clamp_min(1e-300)).sqrt())
-
-
-def head_columns(heads: Sequence[int], head_dim: int) -> Index:
-    """Columns of `o` that belong to these heads."""
-    return spread_heads(heads, head_dim)

@@ -1,22 +1,29 @@
 """Wanda: weights times the norm of their inputs, compared within each output row (Sun et al. 2023, arXiv 2306.11695).
 
-The weights that stay do not change. One number for each input is all that it asks of the data.
+The weights that stay do not change, unless `refit` asks for the least-squares fit to the mask. One number for each
+input is all that the mask asks of the data; the fit asks for the Gram matrix.
 """
 
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from inhouse.compress.sparsity import Pattern, held, keep
+from inhouse.compress.sparsity import held, keep, masked, parse_pattern, refit
+from inhouse.compress.stats import LinearStats
 from inhouse.core.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
 class WandaOptions:
-    """`by_row`: as the paper has it; else over the whole matrix."""
+    """sparsity: a share (0.5, 50%) or N:M (2:4). by_row: as the paper has it; else over the whole matrix.
+    refit: conjugate-gradient steps that fit the kept weights to the outputs of all (0: none, as in the paper)."""
 
-    pattern: Pattern = Pattern()
+    sparsity: str | float = 0.5
     by_row: bool = True
+    refit: int = 0
+
+    def __post_init__(self) -> None:
+        parse_pattern(self.sparsity)
 
 
 def wanda_scores(weight: Tensor, mean_square: Tensor) -> Tensor:
@@ -34,5 +41,19 @@ def wanda_mask(weight: Tensor, mean_square: Tensor, options: WandaOptions, prior
         mean_square: [in], mean of x_j^2 over the calibration tokens.
         prior: an earlier mask; what it dropped stays dropped.
     """
-    mask = keep(held(wanda_scores(weight, mean_square), prior), options.pattern, by_row=options.by_row)
+    scores = held(wanda_scores(weight, mean_square), prior)
+    mask = keep(scores, parse_pattern(options.sparsity), by_row=options.by_row)
     return mask if prior is None else mask & prior
+
+
+def wanda(weight: Tensor, stats: LinearStats | None, options: WandaOptions, fmt: str = "") -> Tensor:
+    """The mask, bool [out, in], or with `refit` the weights f32 [out, in]; weights that are 0 already stay so.
+
+    Raises UsageError without the statistics that it needs.
+    """
+    if stats is None or (options.refit and stats.gram is None):
+        raise UsageError("wanda needs statistics of the inputs", remedy="Give calibration texts", param="calibration")
+    mask = wanda_mask(weight, stats.mean_square, options, weight != 0)
+    if not options.refit or stats.gram is None:
+        return mask
+    return refit(masked(weight, weight != 0), mask, stats.gram, steps=options.refit)
