@@ -7,8 +7,13 @@ from inhouse.compress.method import Method
 from inhouse.compress.methods.gptq import GptqOptions, gptq
 from inhouse.compress.methods.lowrank import LowRank, lowrank
 from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
+from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
+from inhouse.compress.methods.neurons import NeuronOptions, neurons
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
+from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
+from inhouse.compress.methods.structured import StructuredOptions, structured
+from inhouse.compress.methods.wanda import WandaOptions, wanda
 from inhouse.core.errors import UsageError
 
 METHODS: Mapping[str, Method] = {
@@ -42,6 +47,26 @@ METHODS: Mapping[str, Method] = {
         Method(
             "rank-budget", "lowrank", "model", rank_budget, RankBudget, needs="gram",
             paper="Wang et al. 2025, arXiv 2503.12340", summary="whitened SVD, ranks shared out by measured loss",
+            "magnitude", "prune", "matrix", magnitude, MagnitudeOptions, paper="Han et al. 2015, arXiv 1506.02626",
+            summary="the smallest weights become 0; a share or N:M; needs no text",
+        ),
+        Method(
+            "wanda", "prune", "matrix", wanda, WandaOptions, needs="gram", paper="Sun et al. 2023, arXiv 2306.11695",
+            summary="weight times norm of its input, by row; a share or N:M; may fit what stays (refit)",
+        ),
+        Method(
+            "sparsegpt", "prune", "matrix", sparse_gpt, SparseGptOptions, needs="gram",
+            paper="Frantar and Alistarh 2023, arXiv 2301.00774",
+            summary="optimal brain surgeon by columns; a share or N:M; with a format it rounds in the same sweep",
+        ),
+        Method(
+            "neurons", "structured", "model", neurons, NeuronOptions, needs="moments",
+            paper="Srinivas and Babu 2015, arXiv 1507.06149", summary="constant and duplicate FFN channels are folded",
+        ),
+        Method(
+            "structured", "structured", "model", structured, StructuredOptions, needs="gram",
+            paper="Muralidharan et al. 2024, arXiv 2407.14679; Men et al. 2024, arXiv 2403.03853",
+            summary="FFN channels, heads with their key-value groups, layers, width; what stays is fitted",
         ),
     )
 }  # fmt: skip

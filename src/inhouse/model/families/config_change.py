@@ -22,6 +22,7 @@ _KEYS: Mapping[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "padded_vocab_size"),
     "context_length": ("max_position_embeddings", "n_positions", "seq_length"),
     "head_dim": ("head_dim",),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "layernorm_epsilon"),
 }
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "no_rope_layers")  # one item a layer
 
@@ -65,6 +66,8 @@ def _changed(config: dict[str, Any], spec: Spec, kept_layers: Collection[int] | 
         present = [key for key in keys if key in out]
         if name == "context_length" and (not present or out.get("rope_scaling") or out.get("rope_parameters")):
             continue  # what was trained on, not what is allowed now
+        if name == "norm_eps" and not present:
+            continue
         if name == "head_dim" and not present and spec.hidden == getattr(spec, "heads", 0) * value:
             continue
         for key in present or keys[:1]:
@@ -72,8 +75,19 @@ def _changed(config: dict[str, Any], spec: Spec, kept_layers: Collection[int] | 
     layers = getattr(spec, "layers", 0)
     for key in _LAYER_LISTS:
         if isinstance(out.get(key), list) and len(out[key]) != layers:
-            which = sorted(kept_layers) if kept_layers is not None else range(layers)
-            out[key] = [out[key][i] for i in which if i < len(out[key])]
+            out[key] = _layer_list(key, out[key], spec, kept_layers)
     if hasattr(spec, "tied") and out.get("tie_word_embeddings") != spec.tied:
         out["tie_word_embeddings"] = spec.tied
     return out
+
+
+def _layer_list(key: str, before: list[Any], spec: Spec, kept_layers: Collection[int] | None) -> list[Any]:
+    """The items of the layers that are left; without their numbers, what the spec says of them where it does."""
+    layers = getattr(spec, "layers", 0)
+    if kept_layers is None and isinstance(spec, ModelSpec):
+        if key == "layer_types" and set(before) <= {"full_attention", "sliding_attention"}:
+            return ["sliding_attention" if spec.window(i) else "full_attention" for i in range(layers)]
+        if key == "no_rope_layers":
+            return [int(spec.rope_of(i) is not None) for i in range(layers)]
+    which = sorted(kept_layers) if kept_layers is not None else range(layers)
+    return [before[i] for i in which if i < len(before)]
