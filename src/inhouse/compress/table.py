@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from inhouse.compress.method import Method
 from inhouse.compress.methods.gptq import GptqOptions, gptq
 from inhouse.compress.methods.lowrank import LowRank, lowrank
-from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
+from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
@@ -47,6 +47,8 @@ METHODS: Mapping[str, Method] = {
         Method(
             "rank-budget", "lowrank", "model", rank_budget, RankBudget, needs="gram",
             paper="Wang et al. 2025, arXiv 2503.12340", summary="whitened SVD, ranks shared out by measured loss",
+        ),
+        Method(
             "magnitude", "prune", "matrix", magnitude, MagnitudeOptions, paper="Han et al. 2015, arXiv 1506.02626",
             summary="the smallest weights become 0; a share or N:M; needs no text",
         ),
