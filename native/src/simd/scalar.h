@@ -6,6 +6,8 @@
 
 #define IH_ISA scalar
 #define IH_INLINE inline __attribute__((always_inline))
+// Called, not inlined: this level is for any CPU, not for speed, and inlining these loops everywhere takes minutes.
+#define IH_CALLED inline __attribute__((noinline))
 
 namespace inhouse::IH_ISA {
 namespace {
@@ -52,16 +54,16 @@ IH_INLINE V set1(float x) {
 IH_INLINE V load(const float* p) {
   return each([=](int i) { return p[i]; });
 }
-IH_INLINE void store(float* p, V v) {
+IH_CALLED void store(float* p, V v) {
   for (int i = 0; i < 16; ++i) p[i] = v.v[i];
 }
 IH_INLINE M first_n(int64_t n) {
   return each_bool([=](int i) { return i < n; });
 }
-IH_INLINE V load_n(const float* p, int64_t n) {  // rest zero
+IH_CALLED V load_n(const float* p, int64_t n) {  // rest zero
   return each([=](int i) { return i < n ? p[i] : 0.0f; });
 }
-IH_INLINE void store_n(float* p, int64_t n, V v) {
+IH_CALLED void store_n(float* p, int64_t n, V v) {
   for (int64_t i = 0; i < n; ++i) p[i] = v.v[i];
 }
 IH_INLINE V iota() {
@@ -71,78 +73,78 @@ IH_INLINE V iota() {
 IH_INLINE V add(V a, V b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }
-IH_INLINE V sub(V a, V b) {
+IH_CALLED V sub(V a, V b) {
   return each([&](int i) { return a.v[i] - b.v[i]; });
 }
-IH_INLINE V mul(V a, V b) {
+IH_CALLED V mul(V a, V b) {
   return each([&](int i) { return a.v[i] * b.v[i]; });
 }
-IH_INLINE V div(V a, V b) {
+IH_CALLED V div(V a, V b) {
   return each([&](int i) { return a.v[i] / b.v[i]; });
 }
 IH_INLINE V fma(V a, V b, V c) {
   return each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
 }
-IH_INLINE V sqrt(V a) {
+IH_CALLED V sqrt(V a) {
   return each([&](int i) { return __builtin_sqrtf(a.v[i]); });
 }
-IH_INLINE V min(V a, V b) {  // b where either is NaN
+IH_CALLED V min(V a, V b) {  // b where either is NaN
   return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
 }
-IH_INLINE V max(V a, V b) {  // b where either is NaN
+IH_CALLED V max(V a, V b) {  // b where either is NaN
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-IH_INLINE V abs(V a) {
+IH_CALLED V abs(V a) {
   return each([&](int i) { return __builtin_fabsf(a.v[i]); });
 }
 // Adding and taking away 1.5 * 2^23 rounds |x| < 2^22 to nearest even.
-IH_INLINE V round_even(V a) {
+IH_CALLED V round_even(V a) {
   return each([&](int i) {
     const float magic = 12582912.0f;
     return __builtin_fabsf(a.v[i]) < 4194304.0f ? (a.v[i] + magic) - magic : a.v[i];
   });
 }
-IH_INLINE M less(V a, V b) {
+IH_CALLED M less(V a, V b) {
   return each_bool([&](int i) { return a.v[i] < b.v[i]; });
 }
-IH_INLINE M less_equal(V a, V b) {
+IH_CALLED M less_equal(V a, V b) {
   return each_bool([&](int i) { return a.v[i] <= b.v[i]; });
 }
-IH_INLINE M both(M a, M b) {
+IH_CALLED M both(M a, M b) {
   return each_bool([&](int i) { return a.v[i] && b.v[i]; });
 }
-IH_INLINE V select(M m, V a, V b) {  // m ? a : b
+IH_CALLED V select(M m, V a, V b) {  // m ? a : b
   return each([&](int i) { return m.v[i] ? a.v[i] : b.v[i]; });
 }
-IH_INLINE V copy_sign(V magnitude, V sign) {
+IH_CALLED V copy_sign(V magnitude, V sign) {
   return each([&](int i) { return __builtin_copysignf(magnitude.v[i], sign.v[i]); });
 }
 
-IH_INLINE VI to_int(V a) {  // nearest even, for |a| < 2^22
+IH_CALLED VI to_int(V a) {  // nearest even, for |a| < 2^22
   const V r = round_even(a);
   return each_int([&](int i) { return static_cast<int32_t>(r.v[i]); });
 }
-IH_INLINE V to_float(VI a) {
+IH_CALLED V to_float(VI a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }
-IH_INLINE V from_bits(VI a) {
+IH_CALLED V from_bits(VI a) {
   return each([&](int i) { return bits_float(static_cast<uint32_t>(a.v[i])); });
 }
-IH_INLINE VI set1_int(int32_t x) {
+IH_CALLED VI set1_int(int32_t x) {
   return each_int([=](int) { return x; });
 }
-IH_INLINE VI add_int(VI a, VI b) {
+IH_CALLED VI add_int(VI a, VI b) {
   return each_int([&](int i) { return a.v[i] + b.v[i]; });
 }
-IH_INLINE VI sub_int(VI a, VI b) {
+IH_CALLED VI sub_int(VI a, VI b) {
   return each_int([&](int i) { return a.v[i] - b.v[i]; });
 }
 template <int N>
-IH_INLINE VI shift_left(VI a) {
+IH_CALLED VI shift_left(VI a) {
   return each_int([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N); });
 }
 template <int N>
-IH_INLINE VI shift_right_signed(VI a) {
+IH_CALLED VI shift_right_signed(VI a) {
   return each_int([&](int i) { return a.v[i] >> N; });
 }
 
@@ -178,17 +180,17 @@ IH_INLINE uint16_t narrow_f16(float x) {
   const uint32_t odd = (rest >> 13) & 1u;
   return static_cast<uint16_t>(sign | ((rest + 0xfffu + odd - 0x38000000u) >> 13));
 }
-IH_INLINE V load_f16(const uint16_t* p) {
+IH_CALLED V load_f16(const uint16_t* p) {
   return each([=](int i) { return widen_f16(p[i]); });
 }
-IH_INLINE V load_bf16(const uint16_t* p) {
+IH_CALLED V load_bf16(const uint16_t* p) {
   return each([=](int i) { return bits_float(static_cast<uint32_t>(p[i]) << 16); });
 }
-IH_INLINE void store_f16(uint16_t* p, V v) {
+IH_CALLED void store_f16(uint16_t* p, V v) {
   for (int i = 0; i < 16; ++i) p[i] = narrow_f16(v.v[i]);
 }
 // Nearest even; a NaN stays a (quiet) NaN.
-IH_INLINE void store_bf16(uint16_t* p, V v) {
+IH_CALLED void store_bf16(uint16_t* p, V v) {
   for (int i = 0; i < 16; ++i) {
     const uint32_t bits = float_bits(v.v[i]);
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;

@@ -1,9 +1,6 @@
 // Byte vocabulary in plain C++: B is 64 bytes, [16 rows][4 inputs]. Included after simd/scalar.h.
 #pragma once
 
-// Called, not inlined: this level is for any CPU, not for speed, and inlining these loops everywhere takes minutes.
-#define IH_CALLED inline __attribute__((noinline))
-
 namespace inhouse::IH_ISA {
 namespace {
 
@@ -63,30 +60,30 @@ IH_CALLED VI byte_of(B codes) {
 IH_CALLED B lookup_bytes(const uint8_t* table, B codes) {
   return each_byte([&](int i) { return table[codes.v[i]]; });
 }
-IH_INLINE V lookup_floats(const float* table, VI codes) {
+IH_CALLED V lookup_floats(const float* table, VI codes) {
   return each([&](int i) { return table[codes.v[i]]; });
 }
-IH_INLINE VI load_u8(const uint8_t* p) {
+IH_CALLED VI load_u8(const uint8_t* p) {
   return each_int([=](int i) { return p[i]; });
 }
-IH_INLINE V load_i8(const int8_t* p) {
+IH_CALLED V load_i8(const int8_t* p) {
   return each([=](int i) { return static_cast<float>(p[i]); });
 }
-IH_INLINE void store_i8(int8_t* p, VI v) {
+IH_CALLED void store_i8(int8_t* p, VI v) {
   for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(v.v[i]);
 }
-IH_INLINE VI magnitude_bits(V v) {
+IH_CALLED VI magnitude_bits(V v) {
   return each_int([&](int i) { return static_cast<int32_t>(float_bits(v.v[i]) & 0x7fffffffu); });
 }
-IH_INLINE VI max_int(VI a, VI b) {
+IH_CALLED VI max_int(VI a, VI b) {
   return each_int([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
-IH_INLINE int32_t reduce_max_int(VI a) {
+IH_CALLED int32_t reduce_max_int(VI a) {
   int32_t m = a.v[0];
   for (int i = 1; i < 16; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
 }
-IH_INLINE int32_t reduce_add_int(VI a) {
+IH_CALLED int32_t reduce_add_int(VI a) {
   int32_t s = 0;
   for (int i = 0; i < 16; ++i) s += a.v[i];
   return s;
