@@ -9,7 +9,10 @@ enum Scalar : uint8_t { kF32, kF16, kBF16, kE8M0 };  // kE8M0: a byte e that mea
 
 // What a code means: itself, a byte of kCodeTables, or a float (of kFloatTables, or of one byte); then activations are
 // floats, too.
-enum Table : uint8_t { kPlain, kIQ4, kE2M1, kNF4, kFP4, kE4M3, kE5M2 };
+enum Table : uint8_t { kPlain, kIQ4, kE2M1, kLog4, kNF4, kFP4, kE4M3, kE5M2 };
+
+// How the codes are kept: all of them; or of sparse and vector-coded matrices, which runtime/packed_expand.py describes.
+enum Coding : uint8_t { kDense, kMask, kPairs, kVectors, kColumns };
 
 struct Format {
   const char* name;
@@ -21,14 +24,19 @@ struct Format {
   Table table = kPlain;
   bool zeros = false;   // each group has a zero point, int8, taken off the code
   bool family = false;  // bodies made for one of these serve all that differ in `group` and `scale` alone
+  Coding coding = kDense;
+  int base = 0;   // of a coding: the dense format that holds the same values
+  int books = 0;  // of kVectors: codebooks whose entries add up
 };
 
 // Sub-scales are int8; where d is one f32 a row they are unsigned e4m3 bytes.
 constexpr bool float_subs(const Format& f) { return f.two_level && f.scale == kF32; }
 // Formats whose weights meet int8 activations; others are multiplied with floats.
-constexpr bool takes_int8(const Format& f) { return f.low > 0 && f.table < kNF4; }
+constexpr bool takes_int8(const Format& f) { return f.low > 0 && f.table < kNF4 && f.coding != kColumns; }
+// Formats whose codes are numbers of a byte table.
+constexpr bool looks_up_bytes(const Format& f) { return f.table != kPlain && f.table < kNF4; }
 // Codes of 8 bits once looked up: the wide dot product.
-constexpr bool is_wide(const Format& f) { return f.low == 8 || f.table == kIQ4; }
+constexpr bool is_wide(const Format& f) { return f.low == 8 || f.table == kIQ4 || f.table == kLog4; }
 // What quantize_tile makes: groups of 32 with one f16 scale and codes around zero, of 8, 6 or 4 bits.
 constexpr bool can_quantize(const Format& f) {
   const int bits = f.low + f.high;
@@ -37,10 +45,11 @@ constexpr bool can_quantize(const Format& f) {
 }
 constexpr int scalar_bytes(Scalar s) { return s == kF32 ? 4 : s == kE8M0 ? 1 : 2; }
 
-// [table - kIQ4]: the meaning of each code with `zero` added. IQ4_NL's levels; twice the values of e2m1.
-alignas(64) constexpr uint8_t kCodeTables[2][16] = {
+// [table - kIQ4]: the meaning of each code with `zero` added. IQ4_NL's levels; twice the values of e2m1; powers of two.
+alignas(64) constexpr uint8_t kCodeTables[3][16] = {
     {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241},
     {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0},
+    {128, 129, 130, 132, 136, 144, 160, 192, 128, 127, 126, 124, 120, 112, 96, 64},
 };
 // [table - kNF4]: the levels of bitsandbytes' NF4 (Dettmers et al. 2023, arXiv 2305.14314) and FP4.
 alignas(64) constexpr float kFloatTables[2][16] = {
@@ -60,6 +69,14 @@ alignas(64) constexpr float kFloatTables[2][16] = {
 #define IH_FAMILY(NAME, LOW, HIGH, ZERO, ZEROS)                                                           \
   IH_SCALES(NAME "_g32", LOW, HIGH, ZERO, 32, ZEROS), IH_SCALES(NAME "_g64", LOW, HIGH, ZERO, 64, ZEROS), \
       IH_SCALES(NAME "_g128", LOW, HIGH, ZERO, 128, ZEROS), IH_SCALES(NAME "_row", LOW, HIGH, ZERO, 0, ZEROS)
+
+// Four formats with the values of the f16 members of the family that begins at BASE.
+#define IH_CODED(NAME, LOW, ZERO, CODING, BASE, BOOKS)                                                            \
+  {NAME "_g32", LOW, 0, ZERO, 32, kF16, false, false, kPlain, false, false, CODING, BASE, BOOKS},                 \
+      {NAME "_g64", LOW, 0, ZERO, 64, kF16, false, false, kPlain, false, false, CODING, BASE + 3, BOOKS},         \
+      {NAME "_g128", LOW, 0, ZERO, 128, kF16, false, false, kPlain, false, false, CODING, BASE + 6, BOOKS}, {     \
+    NAME "_row", LOW, 0, ZERO, 0, kF16, false, false, kPlain, false, false, CODING, BASE + 9, BOOKS               \
+  }
 
 constexpr Format kFormats[] = {
     {"f32", 0, 0, 0, 0, kF32, false, false},
@@ -95,7 +112,18 @@ constexpr Format kFormats[] = {
     IH_FAMILY("u3", 2, 1, 0, true),
     IH_FAMILY("u4", 4, 0, 0, true),
     IH_FAMILY("u8", 8, 0, 128, true),
+    {"log4_g32", 4, 0, 128, 32, kF16, false, false, kLog4},
+    IH_CODED("s8", 8, 128, kMask, 41, 0),
+    IH_CODED("s4", 4, 8, kMask, 29, 0),
+    IH_CODED("p8", 8, 128, kPairs, 41, 0),
+    IH_CODED("p4", 4, 8, kPairs, 29, 0),
+    IH_CODED("vq1", 8, 128, kVectors, 41, 1),
+    IH_CODED("vq2", 8, 128, kVectors, 41, 2),
+    IH_CODED("vq3", 8, 128, kVectors, 41, 3),
+    {"csr_i8", 8, 0, 128, 0, kF16, false, false, kPlain, false, false, kColumns, 50, 0},
+    {"csr_bf16", 0, 0, 0, 0, kBF16, false, false, kPlain, false, false, kColumns, 2, 0},
 };
+#undef IH_CODED
 #undef IH_FAMILY
 #undef IH_SCALES
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
@@ -103,9 +131,15 @@ constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 constexpr int kBlock = 32;            // inputs of a code block
 constexpr int kSuper = 256;           // inputs of a two-level super-block
 constexpr int64_t kMaxGroups = 4096;  // (blocks or groups of 16) in a row: what a body prepares on its stack
+constexpr int kVector = 8;            // inputs of an entry of a codebook
+constexpr int kBook = 256;            // entries of a codebook
+// Inputs of a coded matrix: a tile of its base is then within what a body unpacks on its stack.
+constexpr int64_t kCodedInputs = 61440;
+constexpr int64_t kUnpackedBytes = int64_t{1} << 20;
 
 // The format whose bodies serve this one.
 constexpr int body_of(int format) {
+  if (format >= 101) return format;  // coded ones have bodies of their own (sparse-inl.h)
   if (format >= 29) return format - (format - 29) % 12;
   if (format >= 18 && format <= 20) return 41;  // i8_token: i8
   if (format == 14 || format == 15) return 13;
@@ -122,8 +156,38 @@ struct Layout {
 
 constexpr int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Tiles of kMask and kColumns differ in length; a table in front of them says where each begins.
+constexpr bool is_variable(const Format& f) { return f.coding == kMask || f.coding == kColumns; }
+
+// Bytes in front of the tiles of a coded matrix: that table, or codebooks.
+constexpr int64_t head_bytes(const Format& f, int64_t out) {
+  return is_variable(f) ? padded(8 * ((out + 15) / 16 + 1)) : int64_t{f.books} * kBook * kVector;
+}
+
+// A coded format: `low` is where masks, indices or starts of rows lie, `high` where values follow them (of kPairs and
+// kMask); `tile_bytes` is that of formats whose tiles are alike, else the most.
+constexpr Layout coded_layout(const Format& f, int64_t in) {
+  Layout l = {};
+  const int64_t block = f.group > kBlock ? f.group : kBlock;
+  l.width = f.coding == kColumns ? in : (in + kBlock - 1) / kBlock * kBlock;
+  l.valid = in > 0 && in <= kCodedInputs && (f.coding == kColumns || l.width % block == 0);
+  l.blocks = (l.width + kBlock - 1) / kBlock;
+  l.groups = l.supers = f.group && f.coding != kColumns ? l.width / f.group : 1;
+  l.low = f.low ? padded(l.groups * 16 * scalar_bytes(f.scale)) : 0;
+  if (f.coding == kColumns) {
+    l.tile_bytes = l.low + padded(17 * 4) + padded(32 * in) + padded((f.low ? 16 : 32) * in);
+  } else if (f.coding == kVectors) {
+    l.tile_bytes = l.low + padded(l.width / kVector * f.books * 16);
+  } else {
+    l.high = l.low + l.blocks * 64;
+    l.tile_bytes = l.high + l.blocks * f.low * (f.coding == kPairs ? 32 : 64);
+  }
+  return l;
+}
+
 // `valid` is false where `in` does not fit the format.
 constexpr Layout layout_of(const Format& f, int64_t in) {
+  if (f.coding != kDense) return coded_layout(f, in);
   Layout l = {};
   const int64_t item = scalar_bytes(f.scale);
   l.valid = in > 0;
@@ -166,8 +230,10 @@ constexpr Layout layout_of(const Format& f, int64_t in) {
   return l;
 }
 
+// Bytes of a matrix; of one whose tiles differ, the most.
 constexpr int64_t packed_bytes(const Format& f, int64_t out, int64_t in) {
-  return (out + 15) / 16 * layout_of(f, in).tile_bytes;
+  return (f.coding != kDense ? head_bytes(f, out) : 0) + (out + 15) / 16 * layout_of(f, in).tile_bytes +
+         (is_variable(f) ? 64 : 0);
 }
 
 }  // namespace inhouse

@@ -34,6 +34,7 @@ Status check_weight(int64_t i, const ih_weight& w) {
     return w.bytes >= w.out * w.in * 4 ? Status{} : fault(i, "fewer bytes than its shape needs");
   }
   const Format& format = kFormats[w.format];
+  if (format.coding != kDense) return fault(i, "coded formats do not run yet");
   if (!layout_of(format, w.in).valid) return fault(i, "its width does not fit its format");
   if (reinterpret_cast<uintptr_t>(w.data) % 64 != 0) return fault(i, "data are not aligned to 64 bytes");
   return w.bytes >= packed_bytes(format, w.out, w.in) ? Status{} : fault(i, "fewer bytes than its shape needs");

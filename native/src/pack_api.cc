@@ -16,6 +16,7 @@ namespace {
 Status check_packed(const ih_weight& w) {
   if (w.format < 0 || w.format >= inhouse::kFormatCount) return Status::usage("unknown format");
   if (w.out < 1 || w.in < 1 || w.out > INT32_MAX || w.in > INT32_MAX) return Status::usage("impossible shape");
+  if (kFormats[w.format].coding != inhouse::kDense) return Status::unsupported("coded formats do not run yet");
   if (!inhouse::layout_of(kFormats[w.format], w.in).valid) return Status::usage("the width does not fit the format");
   if (w.data == nullptr || reinterpret_cast<uintptr_t>(w.data) % 64 != 0) return Status::usage("data are not aligned");
   if (w.bytes < inhouse::packed_bytes(kFormats[w.format], w.out, w.in)) return Status::usage("fewer bytes than needed");

@@ -83,6 +83,8 @@ IH_INLINE void with_codes_of(int32_t format, F f) {
       return f(Int<77>{});
     case 89:
       return f(Int<89>{});
+    case 101:
+      return f(Int<101>{});
     default:
       return;  // the loader admits no other number
   }
@@ -102,7 +104,7 @@ template <int ID, int Q>
 IH_INLINE B quad(const uint8_t* low, const uint8_t* high) {
   constexpr Format f = kFormats[ID];
   const B codes = plane_bits<f.low, Q, 0>(low);
-  if constexpr (f.table == kIQ4 || f.table == kE2M1) {
+  if constexpr (looks_up_bytes(f)) {
     return lookup_bytes(kCodeTables[f.table - kIQ4], codes);
   } else if constexpr (f.high == 0) {
     return codes;

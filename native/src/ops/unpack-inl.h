@@ -34,7 +34,7 @@ void unpack_codes(const Tile<ID>& tile, int lane, int64_t in, float* out) {
     }
     uint32_t code = code_at(tile.low(block), f.low, at / 4, at % 4, lane);
     if constexpr (f.high != 0) code |= code_at(tile.high(block), f.high, at / 4, at % 4, lane) << f.low;
-    if constexpr (f.table == kIQ4 || f.table == kE2M1) code = kCodeTables[f.table - kIQ4][code];
+    if constexpr (looks_up_bytes(f)) code = kCodeTables[f.table - kIQ4][code];
     float v = static_cast<float>(static_cast<int32_t>(code) - f.zero);
     if constexpr (f.zeros) v -= points[lane];
     if constexpr (f.table == kNF4 || f.table == kFP4) v = kFloatTables[f.table - kNF4][code];

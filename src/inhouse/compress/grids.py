@@ -301,7 +301,7 @@ def fitting(name: str, inputs: int) -> bool:
 
 
 def _has_grid(fmt: Format) -> bool:
-    return not fmt.two_level or fmt.float_subs or fmt.name in encodable()
+    return not fmt.coding and (not fmt.two_level or fmt.float_subs or fmt.name in encodable())
 
 
 def _check(grid: Grid, weight: Tensor, importance: Tensor | None) -> None:

@@ -202,6 +202,7 @@ def code_rows(packed: Packed) -> Iterator[CodeRows]:
 
     Raises UsageError for a float format.
     """
+    packed = packed.plain()
     fmt = format_of(packed.format)
     if fmt.low == 0:
         raise UsageError(f"format {packed.format} holds floats, not codes")

@@ -29,6 +29,14 @@ class Format:
     table: str = ""  # a key of TABLES, or e4m3 or e5m2: what a code means
     zeros: bool = False  # an int8 zero point for each group, taken off the code
     per_token: bool = False  # activations have one scale a row
+    coding: str = ""  # how the codes are kept: "" all of them; mask, pairs, vectors, columns (packed_expand)
+    base: str = ""  # of a coding: the plain format that holds the same values
+    books: int = 0  # of vectors: codebooks whose entries add up
+
+    @property
+    def variable(self) -> bool:
+        """Whether the bytes of a matrix depend on what it holds."""
+        return self.coding in ("mask", "columns")
 
     @property
     def float_subs(self) -> bool:
@@ -52,6 +60,16 @@ def _family(first: int, stem: str, low: int, high: int = 0, **fields: object) ->
         for i, (at, group) in enumerate((("g32", 32), ("g64", 64), ("g128", 128), ("row", 0)))
         for j, (end, scale) in enumerate((("", "f16"), ("_bf16", "bf16"), ("_f32", "f32")))
     ]
+
+
+def _coded(first: int, stem: str, base: str, coding: str, books: int = 0) -> list[Format]:
+    """Four formats that differ in group, with the values of `base`_g32, _g64, _g128, _row and f16 scales."""
+    bits = int(base[1:])
+    return [
+        Format(f"{stem}_{at}", first + i, bits, zero=1 << (bits - 1), group=group, coding=coding, base=f"{base}_{at}",
+               books=books)
+        for i, (at, group) in enumerate((("g32", 32), ("g64", 64), ("g128", 128), ("row", 0)))
+    ]  # fmt: skip
 
 
 # Names are those of the GGUF block types whose numbers they keep. `i<bits>_g<group>` are symmetric, `u<bits>_g<group>`
@@ -93,14 +111,26 @@ _TABLE = (
     *_family(65, "u3", 2, 1, zeros=True),
     *_family(77, "u4", 4, zeros=True),
     *_family(89, "u8", 8, zero=128, zeros=True),
+    _codes("log4_g32", 101, 4, zero=128, group=32, table="log4"),
+    *_coded(102, "s8", "i8", "mask"),  # sparse: a bit for each weight and the codes that are not zero
+    *_coded(106, "s4", "i4", "mask"),
+    *_coded(110, "p8", "i8", "pairs"),  # 2:4: two codes of every four inputs
+    *_coded(114, "p4", "i4", "pairs"),
+    *_coded(118, "vq1", "i8", "vectors", 1),  # sums of entries of 1, 2 or 3 codebooks of 256 vectors of 8
+    *_coded(122, "vq2", "i8", "vectors", 2),
+    *_coded(126, "vq3", "i8", "vectors", 3),
+    _codes("csr_i8", 130, 8, zero=128, coding="columns", base="i8_row"),  # columns and values, row by row
+    Format("csr_bf16", 131, 0, scale="bf16", coding="columns", base="bf16"),
 )
 FORMATS = {row.name: row for row in _TABLE}
 SCALAR_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "e8m0": 1}
 # What the 16 codes of a table format mean. `iq4`: ggml's levels of IQ4_NL; `e2m1`: twice the values of the OCP
-# microscaling FP4 (the scales are halves); `nf4`, `fp4`: bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314).
+# microscaling FP4 (the scales are halves); `log4`: powers of two (LogNet, Miyashita et al. 2016, arXiv 1603.01025);
+# `nf4`, `fp4`: bitsandbytes (Dettmers et al. 2023, arXiv 2305.14314).
 TABLES: dict[str, tuple[float, ...]] = {
     "iq4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
     "e2m1": (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12),
+    "log4": (0, 1, 2, 4, 8, 16, 32, 64, 0, -1, -2, -4, -8, -16, -32, -64),
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
         *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
@@ -129,9 +159,10 @@ def is_float(name: str) -> bool:
 def activation_group(name: str) -> int:
     """Elements of an activation row that share a scale in front of a linear of this format: WHOLE_ROW for all of them,
     0 where activations stay floats."""
-    if is_float(name) or FORMATS[name].table in FLOAT_TABLES:
+    fmt = format_of(name)
+    if fmt.low == 0 or fmt.table in FLOAT_TABLES or fmt.coding == "columns":
         return 0
-    return WHOLE_ROW if FORMATS[name].per_token else BLOCK
+    return WHOLE_ROW if fmt.per_token else BLOCK
 
 
 def widen_bf16(raw: npt.NDArray[np.generic]) -> F32:

@@ -33,7 +33,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import FormatError, UnsupportedError, UsageError
+from inhouse.core.errors import FormatError, UsageError
+from inhouse.runtime.packed_expand import check_coded, expand_tiles
 from inhouse.runtime.packed_formats import BLOCK as BLOCK
 from inhouse.runtime.packed_formats import FLOAT_TABLES as FLOAT_TABLES
 from inhouse.runtime.packed_formats import FORMATS as FORMATS
@@ -47,81 +48,23 @@ from inhouse.runtime.packed_formats import table_values as table_values
 from inhouse.runtime.packed_formats import widen_bf16 as widen_bf16
 from inhouse.runtime.packed_formats import widen_e4m3 as widen_e4m3
 from inhouse.runtime.packed_formats import widen_e8m0 as widen_e8m0
+from inhouse.runtime.packed_plan import ALIGN as ALIGN
+from inhouse.runtime.packed_plan import CHUNK_ELEMENTS as CHUNK_ELEMENTS
+from inhouse.runtime.packed_plan import LAYOUT_VERSION as LAYOUT_VERSION
+from inhouse.runtime.packed_plan import MAX_GROUPS as MAX_GROUPS
+from inhouse.runtime.packed_plan import SUPER as SUPER
+from inhouse.runtime.packed_plan import TILE_ROWS as TILE_ROWS
+from inhouse.runtime.packed_plan import U8 as U8
+from inhouse.runtime.packed_plan import Layout as Layout
+from inhouse.runtime.packed_plan import Section as Section
+from inhouse.runtime.packed_plan import aligned_empty as aligned_empty
+from inhouse.runtime.packed_plan import bits_per_weight as bits_per_weight
+from inhouse.runtime.packed_plan import layout as layout
+from inhouse.runtime.packed_plan import packed_nbytes as packed_nbytes
 
-U8 = npt.NDArray[np.uint8]
 I8 = npt.NDArray[np.int8]
 I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
-
-LAYOUT_VERSION = 2  # part of every cache key; raise it when any byte moves
-TILE_ROWS = 16
-SUPER = 256  # inputs of a two-level super-block
-MAX_GROUPS = 4096  # blocks (or groups of 16) in a row: what a native kernel prepares on its stack
-ALIGN = 64
-CHUNK_ELEMENTS = 1 << 22  # rows are unpacked and packed in runs of about this many elements
-
-
-class Section(NamedTuple):
-    """A run of bytes inside every tile."""
-
-    offset: int
-    nbytes: int  # without the padding
-
-
-class Layout(NamedTuple):
-    """Where the parts of a tile lie, for one format and one number of inputs."""
-
-    width: int  # inputs, padded to whole blocks
-    groups: int
-    supers: int  # entries of scale (d): groups, or super-blocks of a two-level format
-    sections: dict[str, Section]
-    tile_bytes: int
-
-
-def layout(fmt: Format, inputs: int) -> Layout:
-    """Raises UnsupportedError if the number of inputs does not fit the format."""
-    if fmt.low == 0:
-        sizes = {"weights": inputs * TILE_ROWS * SCALAR_BYTES[fmt.scale]}
-        width = groups = supers = inputs
-    else:
-        width = -(-inputs // BLOCK) * BLOCK
-        supers_of = fmt.two_level and not fmt.float_subs
-        unit = SUPER if supers_of else max(fmt.group, BLOCK)
-        if width % unit:
-            raise UnsupportedError(f"format {fmt.name} needs inputs in multiples of {unit}, got {inputs}")
-        if width // min(fmt.group or BLOCK, BLOCK) > MAX_GROUPS:
-            raise UnsupportedError(f"format {fmt.name} takes at most {MAX_GROUPS} groups in a row, got {inputs} inputs")
-        groups = width // fmt.group if fmt.group else 1
-        supers = 1 if fmt.float_subs else width // SUPER if supers_of else groups
-        per = supers * TILE_ROWS * SCALAR_BYTES[fmt.scale]
-        sizes = {"scale": per}
-        if fmt.zeros:
-            sizes["zeros"] = groups * TILE_ROWS
-        if fmt.minimum:
-            sizes["minimum"] = per
-        if fmt.two_level:
-            sizes["sub_scale"] = groups * TILE_ROWS
-            if fmt.minimum:
-                sizes["sub_minimum"] = groups * TILE_ROWS
-        blocks = width // BLOCK
-        sizes["low"] = blocks * fmt.low * ALIGN
-        if fmt.high:
-            sizes["high"] = blocks * fmt.high * ALIGN
-    offset, sections = 0, {}
-    for name, size in sizes.items():
-        sections[name] = Section(offset, size)
-        offset += -(-size // ALIGN) * ALIGN
-    return Layout(width, groups, supers, sections, offset)
-
-
-def packed_nbytes(name: str, shape: tuple[int, int]) -> int:
-    """Bytes that a matrix [out, in] takes in this format; raises UnsupportedError if it does not fit."""
-    return -(-shape[0] // TILE_ROWS) * layout(format_of(name), shape[1]).tile_bytes
-
-
-def bits_per_weight(name: str, inputs: int = 4096) -> float:
-    """Bits a weight, scales included, for that many inputs (padding counts only where there is some)."""
-    return layout(format_of(name), inputs).tile_bytes * 8 / (TILE_ROWS * inputs)
 
 
 class Codes(NamedTuple):
@@ -140,13 +83,6 @@ class _Parts(NamedTuple):
     scales: F32  # [n, groups]
     minimums: F32 | None
     zeros: F32 | None = None  # [n, groups], beyond the format's own zero
-
-
-def aligned_empty(nbytes: int) -> U8:
-    """Uninitialised bytes that start on a 64-byte boundary."""
-    buffer = np.empty(nbytes + ALIGN, np.uint8)
-    start = -buffer.ctypes.data % ALIGN
-    return buffer[start : start + nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +104,10 @@ class Packed:
     data: U8
 
     def __post_init__(self) -> None:
+        fmt = format_of(self.format)
         needed = packed_nbytes(self.format, self.shape)
+        if fmt.variable and self.data.ndim == 1:
+            needed = min(needed, self.data.nbytes)
         if self.data.dtype != np.uint8 or self.data.ndim != 1 or self.data.nbytes != needed:
             raise FormatError(
                 f"a packed {self.format} matrix {self.shape} takes {needed} bytes, got {self.data.nbytes}",
@@ -176,10 +115,29 @@ class Packed:
             )
         if needed and (self.data.ctypes.data % ALIGN or not self.data.flags.c_contiguous):
             raise FormatError(f"a packed matrix must start at a multiple of {ALIGN} bytes and be contiguous")
+        if fmt.coding:
+            check_coded(fmt, self.shape, self.data)
 
     @property
     def nbytes(self) -> int:
         return int(self.data.nbytes)
+
+    def plain(self, tiles: npt.NDArray[np.int64] | None = None) -> "Packed":
+        """The same values in the plain format that a sparse or vector-coded one stands for, `self` in a plain format.
+
+        tiles: the tiles of 16 rows to take, ascending; None: all.
+        """
+        fmt = FORMATS[self.format]
+        whole = tiles is None
+        index = np.arange(-(-self.shape[0] // TILE_ROWS)) if tiles is None else tiles
+        if fmt.coding:
+            data = expand_tiles(fmt, self.shape, self.data, index)
+        elif whole:
+            return self
+        else:
+            data = aligned_empty(index.size * layout(fmt, self.shape[1]).tile_bytes)
+            data.reshape(index.size, -1)[:] = self.data.reshape(-1, data.nbytes // max(index.size, 1))[index]
+        return Packed(fmt.base or fmt.name, (self.shape[0] if whole else index.size * TILE_ROWS, self.shape[1]), data)
 
     @property
     def group(self) -> int:
@@ -198,6 +156,9 @@ class Packed:
         """Rows `ids` (integers [n]) as f32 [n, in]; raises UsageError for an id outside the matrix."""
         index = self._checked(ids)
         fmt = FORMATS[self.format]
+        if fmt.coding:
+            tiles = np.unique(index // TILE_ROWS)
+            return self.plain(tiles).rows(np.searchsorted(tiles, index // TILE_ROWS) * TILE_ROWS + index % TILE_ROWS)
         if fmt.low == 0:
             return self._float_rows(fmt, index)
         with np.errstate(invalid="ignore", over="ignore"):  # a hostile file may hold infinite scales; they stay so
@@ -221,6 +182,8 @@ class Packed:
         fmt = FORMATS[self.format]
         if fmt.low == 0 or fmt.table in FLOAT_TABLES:
             raise UsageError(f"format {self.format} holds floats, not codes")
+        if fmt.coding:
+            return self.plain().codes()
         runs = [self._parts(fmt, ids) for _, ids in self._runs()]
         codes = np.empty(self.shape, np.int32)
         row = 0

@@ -47,6 +47,8 @@ class Packer:
 
     def __init__(self, name: str, shape: tuple[int, int]) -> None:
         self.format: Format = format_of(name)
+        if self.format.coding:
+            raise UsageError(f"format {name} is made of a packed matrix (packed_sparse), not of rows")
         self.shape = shape
         self.layout: Layout = layout(self.format, shape[1])
         self.data = aligned_empty(packed_nbytes(name, shape))

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import FormatError
-from inhouse.runtime.packed_formats import Format, format_of, widen_bf16
+from inhouse.runtime.packed_formats import FORMATS, Format, format_of, widen_bf16
 from inhouse.runtime.packed_layout import (
     TILE_ROWS,
     U8,
@@ -38,7 +38,7 @@ Array = npt.NDArray[Any]
 
 STORED_VERSION = 1  # raise it when any stored byte changes its meaning
 # Formats that are stored as they are packed: their tiles differ in length or have tables of their own.
-AS_PACKED: frozenset[str] = frozenset()
+AS_PACKED = frozenset(name for name, fmt in FORMATS.items() if fmt.coding)
 # Bits of the integers of a two-level format and what code 0 means, as GGUF's blocks keep them; others take 8 bits.
 _SUB_BITS: Mapping[str, tuple[int, int]] = {
     "q2_k": (4, 0),
