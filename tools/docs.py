@@ -43,7 +43,9 @@ def export_table() -> str:
         "| packed format | safetensors | GGUF | GPTQ | AWQ | compressed-tensors | ONNX |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, fmt in FORMATS.items():
+    for coded, row in FORMATS.items():
+        name = row.base or coded  # sparse and vector-coded matrices go out in the plain form of their values
+        fmt = FORMATS[name]
         types = [kind for kind, packed in writable().items() if packed == name]
         floats = fmt.low == 0
         gguf = name.upper() if floats else " or ".join(f"{kind}, same codes" for kind in types) or "re-encoded"
@@ -53,7 +55,7 @@ def export_table() -> str:
         for form in ("gptq", "awq", "compressed-tensors"):
             kept = carried(form, name)
             cells.append(f"int{kept.bits} in groups of {kept.group}, same codes" if kept else "rounded")
-        rows.append(f"| `{name}` | {' | '.join(cells)} | its values as floats |")
+        rows.append(f"| `{coded}` | {' | '.join(cells)} | its values as floats |")
     return "\n".join(rows)
 
 

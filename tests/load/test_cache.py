@@ -4,6 +4,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from inhouse.load.cache import Pack, PackKey, forget_packs, make_room, open_pack
 from inhouse.load.describe import Described, describe
 from inhouse.model.build import build
 from inhouse.runtime.packed import Packed
+from inhouse.runtime.packed_sparse import pack_columns
 
 pytestmark = [pytest.mark.null, pytest.mark.realdata]
 KEY = PackKey("identity", "q4")
@@ -247,3 +249,18 @@ def test_packs_of_a_model_that_is_gone_are_forgotten(pack: Path) -> None:
 def test_size_is_known_before_packing(model: tuple[Described, Plan], pack: Path) -> None:
     footer = pack.stat().st_size - pack_size(model[1].parts)
     assert 0 < footer < cache.PAGE + 10_000
+
+
+def test_matrices_whose_bytes_depend_on_what_they_hold(tmp_path: Path, model: tuple[Described, Plan]) -> None:
+    """A sparse matrix lies in a pack with the bytes that it has; a length beyond the format's most is refused."""
+    part = next(p for p in model[1].parts if len(p.spec.shape) == 2)
+    shape = (part.spec.shape[0], part.spec.shape[1])
+    values = np.random.default_rng(1).normal(size=shape).astype(np.float32)
+    sparse = pack_columns(np.where(np.abs(values) > 1, values, np.float32(0)))
+    parts = [replace(part, format="csr_bf16")]
+    write_pack(tmp_path, KEY, "digest", [(parts[0], sparse)], pack_size(parts))
+    mapped = open_pack(tmp_path, KEY, parts).weights[part.spec.name]
+    assert isinstance(mapped, Packed)
+    assert np.array_equal(mapped.data, sparse.data)
+    with pytest.raises(FormatError, match="at most"):
+        open_pack(tmp_path, KEY, [replace(part, spec=replace(part.spec, shape=(1, 2)), format="csr_bf16")])

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from inhouse.core.errors import CapacityError, FormatError, NotFoundError
 from inhouse.load.packing import QUANTIZE, Part, nbytes
 from inhouse.runtime.executor import Weight
-from inhouse.runtime.packed import LAYOUT_VERSION, Packed, packed_nbytes
+from inhouse.runtime.packed import FORMATS, LAYOUT_VERSION, Packed, packed_nbytes
 from inhouse.store.home import private_folder
 from inhouse.store.mapping import Mapping as FileMapping
 from inhouse.store.strict_json import parse_object
@@ -130,6 +130,8 @@ def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[
                 file.write(raw.data)
                 reach = offset + raw.nbytes
                 table[part.spec.name] = {"offset": offset, "crc32": _checksum(raw)}
+                if _variable(part.format):
+                    table[part.spec.name]["bytes"] = raw.nbytes
             footer = json.dumps({"key": key.to_dict(), "digest": digest, "tensors": table}).encode()
             start = _aligned(reach, PAGE)
             file.seek(start)
@@ -193,6 +195,11 @@ def _weight(mapping: FileMapping, part: Part, entry: Any, compare: bool) -> Weig
     if not isinstance(entry, dict):
         raise FormatError(f"{mapping.path.name} lacks {name}", param=name)
     offset, size = entry.get("offset"), _size(part.format, part.spec.shape)
+    if _variable(part.format):
+        held = entry.get("bytes")
+        if type(held) is not int or not 0 < held <= size:
+            raise FormatError(f"{mapping.path.name}: {name} has {held} bytes, at most {size} were expected", param=name)
+        size = held
     if type(offset) is not int or offset % ALIGN or not PAGE <= offset <= mapping.size - size:
         raise FormatError(f"{mapping.path.name}: {name} lies at {offset}", param=name)
     raw = mapping.data[offset : offset + size]
@@ -205,6 +212,11 @@ def _weight(mapping: FileMapping, part: Part, entry: Any, compare: bool) -> Weig
 
 def _size(kind: str, shape: tuple[int, ...]) -> int:
     return 4 * int(np.prod(shape)) if kind == "vector" else packed_nbytes(kind, (shape[0], shape[1]))
+
+
+def _variable(kind: str) -> bool:
+    """Whether bytes depend on what a matrix holds; `_size` is then the most."""
+    return kind != "vector" and FORMATS[kind].variable
 
 
 def _aligned(offset: int, size: int) -> int:

@@ -49,8 +49,8 @@ class Target:
 
     @property
     def formats(self) -> set[str]:
-        """Packed formats of the weights in it."""
-        return {part.format for part, _ in self.pieces}
+        """Packed formats of the weights in it; of sparse and vector-coded ones the plain form."""
+        return {FORMATS[name].base or name if name in FORMATS else name for name in (p.format for p, _ in self.pieces)}
 
     @property
     def dtype(self) -> str:
