@@ -49,6 +49,7 @@ COMMANDS: tuple[Command, ...] = (
         "inhouse compress qwen qwen-small --to q4",
         "compress",
     ),
+    Command("delta", "a model's next version as a small file", "inhouse delta make qwen:1 qwen:2 q.delta", "delta"),
     Command("bench", "speed on this machine, beside its limits", "inhouse bench demo", "bench"),
 )
 

@@ -142,6 +142,11 @@ class MappedSource:
         entry = self._entry(name)
         return entry.mapping.data[entry.offset : entry.offset + entry.info.nbytes]
 
+    def place(self, name: str) -> tuple[Path, int]:
+        """The file that holds a tensor and the offset of its first byte there. Raises NotFoundError."""
+        entry = self._entry(name)
+        return entry.mapping.path, entry.offset
+
     def _entry(self, name: str) -> Entry:
         entry = self._entries.get(name)
         if entry is None:

@@ -1,0 +1,23 @@
+"""`inhouse delta` as a user runs it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.program import done, inhouse
+
+pytestmark = pytest.mark.null
+
+
+def test_make_and_apply(stories: Path, tmp_path: Path) -> None:
+    done("import", str(stories / "hf"), "--name", "m")
+    done("import", str(stories / "stories260K-Q8_0.gguf"), "--name", "m")
+    file = tmp_path / "m.delta"
+    made = json.loads(done("delta", "make", "m:1", "m:2", str(file), "--json"))
+    assert (made["bytes"], made["lossy"]) == (file.stat().st_size, False)
+    applied = json.loads(done("delta", "apply", "m:1", str(file), "n", "--json"))
+    assert (applied["ref"], applied["parent"]) == ("n:1", "m:1")
+    wrong = inhouse("delta", "apply", "m:2", str(file), "n")
+    assert wrong.returncode != 0
+    assert "changes the version" in wrong.stderr
