@@ -35,6 +35,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("serve", "serve models over the OpenAI protocol", "inhouse serve demo --port 8080", "serve"),
     Command("ps", "servers that run on this machine", "inhouse ps", "ps"),
     Command("stop", "stop a server, letting running answers finish", "inhouse stop", "stop"),
+    Command("refresh", "let servers look again which versions their names mean", "inhouse refresh", "refresh"),
     Command("eval", "perplexity, and divergence from a reference", "inhouse eval demo --text book.txt", "eval_"),
     Command("export", "a model as files for other programs", "inhouse export demo --to gguf demo.gguf", "export"),
     Command(

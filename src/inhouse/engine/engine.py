@@ -273,6 +273,11 @@ class Engine:
         )  # fmt: skip
 
     @property
+    def busy(self) -> bool:
+        """Whether any request is living."""
+        return bool(self._sinks) or self._embeds.living
+
+    @property
     def error(self) -> InhouseError | None:
         """Why requests are refused; None while the engine is well and open."""
         return self._refusal
@@ -281,7 +286,7 @@ class Engine:
         """Refuses new requests and waits for the living ones; False if some are left after `timeout` seconds."""
         with self._changed:
             self._refusal = self._refusal or UnavailableError("the engine is draining", remedy="Ask another server")
-            return self._changed.wait_for(lambda: not self._sinks and not self._embeds.living, timeout)
+            return self._changed.wait_for(lambda: not self.busy, timeout)
 
     def close(self) -> None:
         """Fails what still lives, stops the thread and closes the executor. May be called twice."""
@@ -426,15 +431,10 @@ class Engine:
             self._end_all(ExecutorError(f"the engine itself failed: {error!r}", remedy="Report it; reload the model"))
 
     def _sleep(self) -> None:
+        mail, embeds, adapters = self._mail, self._embeds, self.adapters
         with self._changed:
             self._changed.wait_for(
-                lambda: (
-                    self._stopping
-                    or self._mail.submitted
-                    or self._mail.cancelled
-                    or self._embeds.mail
-                    or self.adapters.waiting
-                )
+                lambda: self._stopping or mail.submitted or mail.cancelled or embeds.mail or adapters.waiting
             )
 
     def _end_all(self, error: InhouseError) -> None:

@@ -4,10 +4,13 @@ No page and no document here loads anything from a foreign host: the interactive
 are off; the OpenAPI document itself is at /openapi.json.
 """
 
+import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -33,7 +36,7 @@ from inhouse.serve.schema import (
     StreamOptions,
     TextPart,
 )
-from inhouse.serve.shapes import ModelCard, ModelList, Status, describe, errors
+from inhouse.serve.shapes import ModelCard, ModelList, Refreshed, Status, describe, errors
 from inhouse.serve.vector_routes import router as vector_router
 from inhouse.serve.vector_schema import ClassifyRequest, Document, EmbeddingRequest, RerankRequest, ScoreRequest
 
@@ -116,6 +119,15 @@ def _status_routes(pool: Pool) -> APIRouter:
         shown = card(key, pool.names()[key])
         adapter = session.engine.adapters.table().get(name)
         return shown | {"id": name, "parent": key, "adapter_rank": adapter.rank} if adapter else shown
+
+    @status.post("/v1/models/refresh", tags=["models"], response_model=Refreshed,
+                 responses=errors(401, 404, 429, 503))  # fmt: skip
+    async def refresh_models(http: Request) -> dict[str, Any]:
+        """Looks again which versions the served names mean (an alias was moved, a version was added) and serves those;
+        answers that run end as they began. Returns what was replaced."""
+        watch = partial(watch_steps, http.app.state.metrics)
+        replaced = await asyncio.to_thread(pool.refresh, watch)
+        return {"replaced": [asdict(entry) for entry in replaced]}
 
     @status.get("/health", tags=["status"], response_model=Status)
     async def health() -> dict[str, str]:

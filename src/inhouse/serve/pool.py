@@ -4,8 +4,10 @@ Knows sessions and settings; knows no protocol.
 """
 
 import difflib
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from inhouse.core.errors import ConflictError, NotFoundError, UnavailableError, UsageError
@@ -13,6 +15,18 @@ from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import Settings
 from inhouse.engine.adapters import AdapterInfo
 from inhouse.engine.session import Session
+from inhouse.load.locate import locate
+
+IDLE_S = 5.0  # how long a replaced session must have had nothing to do: a request may have found it a moment before
+
+
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """A model of which this server now holds another version."""
+
+    name: str
+    before: str  # name:version
+    now: str
 
 
 class Pool:
@@ -27,6 +41,8 @@ class Pool:
         self._sessions: dict[str, Session] = {}
         self._loaded_at: dict[str, int] = {}
         self.draining = False
+        self._refreshing = threading.Lock()
+        self._retiring: list[Session] = []
 
     def load(self, reference: str, progress: Progress = silent) -> Session:
         """Opens a model and adds it: under the name as given, or, opened from a path, under the model's own.
@@ -45,6 +61,42 @@ class Pool:
         """Adds an open session under a name."""
         self._sessions[name] = session
         self._loaded_at[name] = int(time.time())
+
+    def refresh(self, watch: Callable[[Session], None]) -> list[Replaced]:
+        """Looks again what each name of the store means, and where that is another version by now, opens it beside the
+        old one, with the old one's adapters, and lets requests go there; the old one ends once it has nothing to do.
+
+        `watch` is called with each new session before requests reach it. Raises what opening raises; models that
+        were not replaced until then stay as they are.
+        """
+        with self._refreshing:
+            return [done for name in list(self._sessions) if (done := self._replace(name, watch)) is not None]
+
+    def _replace(self, name: str, watch: Callable[[Session], None]) -> Replaced | None:
+        old = self._sessions[name]
+        if not old.model.version or locate(name).digest == old.model.digest:
+            return None
+        new = Session.open(name, self._settings)
+        try:
+            for adapter, info in old.engine.adapters.table().items():
+                new.load_adapter(adapter, info.origin)
+        except BaseException:
+            new.close()
+            raise
+        watch(new)
+        self._retiring.append(old)
+        self.add(name, new)
+        threading.Thread(target=self._retire, args=(old,), name="inhouse-retire", daemon=True).start()
+        return Replaced(name, old.names[-1], new.names[-1])
+
+    def _retire(self, session: Session) -> None:
+        """Closes a session that the pool no longer gives out, when it has been idle for a while."""
+        idle = 0.0
+        while idle < IDLE_S:
+            time.sleep(0.1)
+            idle = 0.0 if session.engine.busy else idle + 0.1
+        session.close()
+        self._retiring.remove(session)
 
     def names(self) -> Mapping[str, int]:
         """Name to Unix time of loading, in order of loading."""
@@ -107,7 +159,7 @@ class Pool:
 
     def close(self) -> None:
         """Closes every session; running requests end with an error event."""
-        for session in self._sessions.values():
+        for session in [*self._sessions.values(), *self._retiring]:
             session.close()
         self._sessions.clear()
         self._loaded_at.clear()

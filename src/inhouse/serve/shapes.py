@@ -136,6 +136,18 @@ class Adapter(Shape):
     loaded: bool
 
 
+class ReplacedModel(Shape):
+    """A model of which another version is served now."""
+
+    name: str
+    before: str
+    now: str
+
+
+class Refreshed(Shape):
+    replaced: list[ReplacedModel]
+
+
 class Status(Shape):
     status: str
 

@@ -11,7 +11,7 @@ from inhouse.cli.output import ProgressBar, human_bytes, print_json, print_note
 app = common.app()
 
 
-@app.callback()
+@app.callback(epilog="Example: inhouse delta make qwen:1 qwen:2 q.delta (both commands take --json)")
 def about() -> None:
     """What turns one version of a model into another, a fraction of its size: exact, hashed, applied all or nothing."""
 
