@@ -122,7 +122,7 @@ def test_show_tensors_lists_every_weight_once(stories: Path) -> None:
     assert query["stored_bytes"] == 64 * 64 // 32 * 24
     assert rows["final_norm"] == {
         "name": "final_norm", "shape": [64], "kind": "vector", "layout": "vector", "bytes": 256,
-        "source": "output_norm.weight", "stored": "F32", "stored_bytes": 256,
+        "zeros": 0, "packed_bytes": 256, "source": "output_norm.weight", "stored": "F32", "stored_bytes": 256,
     }  # fmt: skip
     table = done("show", str(stories / "stories260K-Q5_1.gguf"), "--tensors")
     assert len(table.splitlines()) == 49

@@ -1,4 +1,4 @@
-"""What a model is, read from headers and the tokenizer; never from weights.
+"""What a model is, read from headers and the tokenizer; weights are read to count their zeros alone.
 
 Knows how the rooms below describe a model; knows nothing of flags.
 """
@@ -10,19 +10,23 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from inhouse.cli.output import human_bytes
 from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.locate import Located, locate
-from inhouse.load.packing import Part
+from inhouse.load.packing import RUN_ELEMENTS, Part, make_weight
 from inhouse.model.build import parameters
 from inhouse.model.rewrite import order_columns, quantize_activations
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.plan.memory import share_groups
-from inhouse.runtime.packed import packed_nbytes
+from inhouse.runtime.executor import Weight
+from inhouse.runtime.packed import Packed, packed_nbytes
 from inhouse.runtime.program import ProgramSet
 from inhouse.store.home import Home
 from inhouse.store.store import Store
+from inhouse.store.stored_source import StoredSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,21 +170,49 @@ def _kinds(kinds: Mapping[str, Mapping[str, int]]) -> str:
     return ", ".join(f"{kind} ({of['tensors']} tensors, {human_bytes(of['bytes'])})" for kind, of in kinds.items())
 
 
-def tensor_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row a canonical weight, in the order of the forward pass: as packed, and as the file has it."""
-    return [
-        {
-            "name": part.spec.name,
-            "shape": list(part.spec.shape),
-            "kind": part.spec.kind,
-            "layout": part.format,
-            "bytes": packed_bytes(part),
-            "source": part.info.name,
-            "stored": part.info.dtype,
-            "stored_bytes": part.info.nbytes,
-        }
-        for part in plan.parts
-    ]
+def tensor_rows(opened: Opened) -> list[dict[str, Any]]:
+    """One row a canonical weight, in the order of the forward pass.
+
+    `bytes` are those of the file (of a tensor with several weights in it, the weight's share), `zeros` the values that
+    are exactly 0, `packed_bytes` what it takes once packed. Reads every weight.
+    """
+    source, rows = opened.described.source, []
+    seen: set[str] = set()
+    with opened.described.guard():
+        for part in opened.plan.parts:
+            if isinstance(source, StoredSource) and part.info.name in seen:
+                continue  # the other way round of a side branch that has its row
+            seen.add(part.info.name)
+            rows.append(
+                {
+                    "name": part.spec.name,
+                    "shape": list(part.spec.shape),
+                    "kind": part.spec.kind,
+                    "layout": part.format,
+                    "bytes": stored_bytes(part),
+                    "zeros": _zeros(make_weight(part, source)),
+                    "packed_bytes": packed_bytes(part),
+                    "source": part.info.name,
+                    "stored": part.info.dtype,
+                    "stored_bytes": part.info.nbytes,
+                }
+            )
+    return rows
+
+
+def stored_bytes(part: Part) -> int:
+    """Bytes of a weight in the file: its share of the tensor that it lies in."""
+    whole = math.prod(part.info.shape)
+    return round(part.info.nbytes * math.prod(part.spec.shape) / whole) if whole else 0
+
+
+def _zeros(weight: Weight) -> int:
+    if not isinstance(weight, Packed):
+        return int(weight.size - np.count_nonzero(weight))
+    rows, width = weight.shape
+    step = max(1, RUN_ELEMENTS // max(1, width))
+    runs = (np.arange(start, min(start + step, rows)) for start in range(0, rows, step))
+    return rows * width - sum(int(np.count_nonzero(weight.rows(run))) for run in runs)
 
 
 def packed_bytes(part: Part) -> int:

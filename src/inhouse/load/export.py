@@ -8,20 +8,26 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from inhouse.core.errors import ConflictError, NotFoundError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
+from inhouse.core.tensors import TensorInfo
 from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe
 from inhouse.load.export_gguf import export_gguf, gguf_wishes
 from inhouse.load.export_hf import HF_FORMS, export_hf, hf_wishes
 from inhouse.load.export_report import ExportReport
-from inhouse.load.export_targets import Weights
+from inhouse.load.export_targets import LOW_RANK, Weights
 from inhouse.load.locate import locate
+from inhouse.load.packing import Part
 from inhouse.model.build import build
+from inhouse.model.families.family import Derive
 from inhouse.model.spec import ModelSpec
 from inhouse.store.home import Home
+from inhouse.store.stored_model import side_branch
+from inhouse.store.stored_source import StoredSource
 
 FORMS = ("safetensors", "gguf", "gptq", "awq", "compressed-tensors", "onnx")
 
@@ -68,7 +74,7 @@ def export_model(
     try:
         if not isinstance(described.spec, ModelSpec):
             raise UnsupportedError(f"{described.family.name} is no decoder; only decoders are exported")
-        plan = plan_binding(described.source, described.spec, described.family, build(described.spec), None)
+        plan = _folded(described)
         with described.guard():
             report = _write(described, plan, form, out, wish, progress, threads or os.cpu_count() or 1)
             described.check_unchanged()
@@ -78,10 +84,30 @@ def export_model(
     return report
 
 
+def _folded(described: Described) -> Plan:
+    """What an export reads: the weights of the plain model; of those that are a product of factors alone, a part that
+    stands for the product."""
+    plan = plan_binding(described.source, described.spec, described.family, described.programs(), None)
+    source = described.source
+    if not isinstance(source, StoredSource):
+        return plan
+    parts = {part.spec.name: part for part in plan.parts}
+    whole = []
+    for name, spec in build(described.spec).weights.items():
+        if name in source.alone:
+            nbytes = sum(source.info(factor).nbytes for factor in side_branch(name))
+            info = TensorInfo(name, LOW_RANK.upper(), spec.shape, nbytes)
+            whole.append(Part(spec, Derive(name, spec.shape, spec.shape), info, LOW_RANK))
+        else:
+            whole.append(parts[name])
+    return replace(plan, parts=tuple(whole))
+
+
 def _write(
     described: Described, plan: Plan, form: str, out: Path, wish: str, progress: Progress, threads: int
 ) -> ExportReport:
-    weights = Weights(described.source, plan.columns)
+    source = described.source
+    weights = Weights(source, plan.columns, source.ranks if isinstance(source, StoredSource) else {})
     if form == "gguf":
         return export_gguf(described, plan.parts, weights, out, wish, progress, threads)
     if form == "onnx":

@@ -18,7 +18,7 @@ from inhouse.core.errors import UsageError
 from inhouse.core.tensors import TensorInfo
 from inhouse.load.export_report import Written
 from inhouse.load.export_targets import Target, Weights, as_bytes
-from inhouse.runtime.packed_layout import F32, FORMATS, U8, is_float
+from inhouse.runtime.packed_layout import F32, FORMATS, U8
 from inhouse.store.writing import TensorData
 
 CODED_WISHES: Mapping[str, tuple[str, ...]] = {
@@ -113,7 +113,8 @@ class CodedForm:
         for suffix, (dtype, shape, pick) in plan.items():
             nbytes = int(np.prod(shape)) * {"I32": 4, "I64": 8, "F16": 2, "BF16": 2}[dtype]
             made.append(TensorData(TensorInfo(f"{stem}.{suffix}", dtype, shape, nbytes), reader(pick)))
-        note = "" if kept or all(is_float(name) for name in target.formats) else f"rounded anew from {was}"
+        note = f"rounded anew from {was}" if weights.is_coded(target) and not kept else ""
+        note = "; ".join(filter(None, (weights.changed(target), note)))
         return made, Written(target.name, was, f"{self.form} int{self.bits} g{self.group}", kept, note)
 
     def _kept(self, target: Target, weights: Weights) -> bool:

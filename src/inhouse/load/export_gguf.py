@@ -42,6 +42,7 @@ _FILE_TYPES = {
     "Q4_K": 14, "Q4_K_M": 15, "Q5_K": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
     "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38,
 }  # fmt: skip
+_SAME = {"i4_g32": "q4_0", "i8_g32": "q8_0"}  # the same numbers under two names
 ALIGNMENT = 32
 
 
@@ -76,11 +77,12 @@ def export_gguf(
     with ThreadPoolExecutor(threads, "encode") as pool:
         for target, kind, note in planned:
             offset = _offset(target, spec)
-            exact = _exact(target, weights, kind) and not offset
+            exact = is_exact(target, weights, kind) and not offset
             if offset:
                 note = f"{offset:g} added, as GGUF keeps these norms"
-            elif not exact and not note and weights.is_coded(target):
+            elif not exact and not note and weights.is_coded(target) and not weights.changed(target):
                 note = f"encoded anew from {'/'.join(sorted(target.formats))}"
+            note = "; ".join(filter(None, (weights.changed(target), note)))
             report.tensors.append(Written(target.name, "/".join(sorted(target.formats)), kind, exact, note))
             done += int(np.prod(target.shape))
             tensors.append(_tensor(target, kind, weights, pool, progress, (done, total), offset))
@@ -101,7 +103,7 @@ def _planned(target: Target, weights: Weights, spec: ModelSpec, wish: str) -> tu
     if len(target.shape) == 1 or target.kind == "vector":
         return "F32", ""
     if not wish:
-        return _as_stored(target, weights)
+        return as_stored(target, weights)
     if wish in FLOATS:
         return wish, ""
     if "ffn_gate_inp" in target.name or len(target.shape) == 1:
@@ -130,8 +132,9 @@ def _takes_more(name: str, layers: int) -> bool:
     return i < layers // 8 or i >= 7 * layers // 8 or (i - layers // 8) % 3 == 2
 
 
-def _as_stored(target: Target, weights: Weights) -> tuple[str, str]:
-    shared = weights.shared_codes(target)
+def as_stored(target: Target, weights: Weights) -> tuple[str, str]:
+    """(GGUF type that keeps a target as it is, or comes nearest; why it is not the same)."""
+    shared = _shared(target, weights)
     if target.dtype in writable() and shared == writable()[target.dtype]:
         return target.dtype, ""
     for kind, name in writable().items():
@@ -139,15 +142,32 @@ def _as_stored(target: Target, weights: Weights) -> tuple[str, str]:
             return kind, ""
     if target.dtype in FLOATS:
         return target.dtype, ""
+    changed = weights.changed(target)
     fallback = "Q8_0" if fits("q8_0", target.shape[-1]) else "F16"
-    return fallback, f"GGUF has no {'/'.join(sorted(target.formats))}; ask for another with --type"
+    if changed:
+        return fallback, f"then encoded as {fallback}; ask for another with --type"
+    why = f"GGUF has no {'/'.join(sorted(target.formats))}"
+    if weights.shared_codes(target) and not _shared(target, weights):
+        why = f"{target.shape[-1]} inputs are no whole blocks of {'/'.join(sorted(target.formats))}"
+    return fallback, f"{why}; ask for another with --type"
 
 
-def _exact(target: Target, weights: Weights, kind: str) -> bool:
+def is_exact(target: Target, weights: Weights, kind: str) -> bool:
+    """Whether a GGUF type keeps every value."""
     if kind in writable():
-        return weights.shared_codes(target) == writable()[kind]
+        return _shared(target, weights) == writable()[kind]
     order = {"F16": ("F16",), "BF16": ("BF16",), "F32": ("F32", "F16", "BF16")}[kind]
+    if weights.changed(target):
+        return kind == "F32"
     return target.dtype in order or (kind == "F32" and target.dtype not in ("F64",))
+
+
+def _shared(target: Target, weights: Weights) -> str:
+    """The code format of a target, by the name of the GGUF type with the same codes and scales; "" where whole blocks
+    of it do not make up a row."""
+    name = weights.shared_codes(target)
+    name = _SAME.get(name, name)
+    return name if name not in writable().values() or fits(name, target.shape[-1]) else ""
 
 
 def _offset(target: Target, spec: ModelSpec) -> float:
@@ -179,7 +199,7 @@ def _raw(target: Target, kind: str, weights: Weights, pool: ThreadPoolExecutor) 
     if kind in FLOATS:
         return as_bytes(narrowed(weights.floats(target), kind, target.name))
     name = writable()[kind]
-    if weights.shared_codes(target) == name:
+    if _shared(target, weights) == name:
         return as_bytes(gguf_blocks(weights.codes(target), kind))
     rows = weights.matrix(target) if not target.transpose else weights.floats(target).reshape(-1, target.shape[-1])
 

@@ -33,7 +33,7 @@ HF_FORMS = ("safetensors", "gptq", "awq", "compressed-tensors")
 _FLOATS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-_SKIP = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
+_SKIP = ("config.json", "inhouse.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 
 
 def hf_wishes(form: str) -> tuple[str, ...]:
@@ -70,10 +70,10 @@ def export_hf(
             tensors += made
             report.tensors.append(row)
             continue
-        kind = _float_kind(target, _FLOATS.get(wish, ""))
+        kind = float_kind(target, _FLOATS.get(wish, ""))
         kinds.append(kind)
         tensors.append(_float_tensor(target, kind, weights, progress, at))
-        report.tensors.append(_float_row(target, kind, refused))
+        report.tensors.append(float_row(target, kind, refused, weights.changed(target)))
         if target.kind == "linear":
             floats.append(target.name.removesuffix(".weight"))
     write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
@@ -90,16 +90,19 @@ def _is_linear(target: Target) -> bool:
     return target.kind == "linear" and target.canonical != "head.weight" and len(target.shape) == 2
 
 
-def _float_kind(target: Target, wish: str) -> str:
+def float_kind(target: Target, wish: str) -> str:
+    """The file type of a tensor that stays floats."""
     if wish:
         return wish
     return target.dtype if target.dtype in _BYTES else "F16"
 
 
-def _float_row(target: Target, kind: str, refused: str) -> Written:
+def float_row(target: Target, kind: str, refused: str, changed: str) -> Written:
+    """What the report says of it."""
     was = "/".join(sorted({part.info.dtype if part.format == "vector" else part.format for part, _ in target.pieces}))
-    exact = kind == "F32" or kind == target.dtype
-    return Written(target.name, was, kind, exact, refused or ("" if exact else f"rounded to {kind}"))
+    exact = kind == "F32" or (kind == target.dtype and not changed)
+    note = refused or ("" if exact else f"rounded to {kind}")
+    return Written(target.name, was, kind, exact, "; ".join(filter(None, (changed, note))))
 
 
 def _float_tensor(target: Target, kind: str, weights: Weights, progress: Progress, at: tuple[int, int]) -> TensorData:

@@ -59,12 +59,12 @@ def export_onnx(
         side = _side_file(stack, out, by_name.values())
         total, done = sum(int(np.prod(p.spec.shape)) for p in by_name.values()), 0
         for name, part in by_name.items():
-            values = weights.floats(Target(name, part.spec.shape, ((part, _whole(part)),), False))
-            graph.weight(name, values, side)
+            target = Target(name, part.spec.shape, ((part, _whole(part)),), False)
+            graph.weight(name, weights.floats(target), side)
             done += int(np.prod(part.spec.shape))
             progress("export", done, total)
             exact = "vector" if part.format == "vector" else part.format
-            report.tensors.append(Written(name, exact, "F32", True))
+            report.tensors.append(Written(name, exact, "F32", True, weights.changed(target)))
         file = stack.enter_context(atomic_file(out))
         file.write(graph.model(f"{described.family.name} by inhouse", IR_VERSION).SerializeToString())
     data = out.with_name(out.name + ".data")

@@ -6,6 +6,7 @@ weights are read and laid side by side; not what a format looks like.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ from inhouse.runtime.encode import joined
 from inhouse.runtime.packed import FORMATS, Packed, is_float
 from inhouse.runtime.packed_blocks import code_rows
 from inhouse.runtime.packed_pack import CodeRows, narrow_bf16
+from inhouse.runtime.packed_stored import AS_PACKED
+from inhouse.store.stored_source import StoredSource
 
 F32 = npt.NDArray[np.float32]
+LOW_RANK = "low_rank"  # format of a Part that is a product of factors and has no matrix of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,25 +68,53 @@ class Weights:
 
     Args:
         columns: canonical name -> order of input columns of matrices that keep another than the model's (act-order).
+        ranks: canonical name -> rank of a side branch, which is folded into its matrix.
     """
 
-    def __init__(self, source: TensorSource, columns: Mapping[str, npt.NDArray[np.int64]]) -> None:
-        self._source, self._columns = source, columns
+    def __init__(
+        self,
+        source: TensorSource,
+        columns: Mapping[str, npt.NDArray[np.int64]],
+        ranks: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        self._source, self._columns, self._ranks = source, columns, ranks
 
     def floats(self, target: Target) -> F32:
         """The target's values, f32 in its own shape."""
         whole = np.empty(self._matrix_shape(target), np.float32)
         for part, derive in target.pieces:
-            weight = make_weight(part, self._source)
-            values = weight.dequantize() if isinstance(weight, Packed) else weight
-            order = self._columns.get(part.spec.name)
-            if order is not None:
-                plain = np.empty_like(values)
-                plain[:, order] = values
-                values = plain
+            values = self._values(part)
             index = _rows_of(derive)
             whole[... if index is None else index] = values.reshape(-1, *whole.shape[1:])
         return np.ascontiguousarray(whole.T if target.transpose else whole).reshape(target.shape)
+
+    def _values(self, part: Part) -> F32:
+        name = part.spec.name
+        if isinstance(self._source, StoredSource) and (name in self._ranks or name in self._columns):
+            return self._source.form(name).value()
+        weight = make_weight(part, self._source)
+        values = weight.dequantize() if isinstance(weight, Packed) else weight
+        order = self._columns.get(name)
+        if order is None:
+            return values
+        plain = np.empty_like(values)
+        plain[:, order] = values
+        return plain
+
+    def changed(self, target: Target) -> str:
+        """Which stage of a target no form of a single matrix can express, and what became of it; "" if none."""
+        reasons = []
+        ranks = sorted({self._ranks[part.spec.name] for part, _ in target.pieces if part.spec.name in self._ranks})
+        if ranks:
+            alone = all(part.format == LOW_RANK for part, _ in target.pieces)
+            what = "product of factors" if alone else "side branch"
+            reasons.append(f"a {what} of rank {', '.join(map(str, ranks))} was multiplied out into the values")
+        if any(part.spec.name in self._columns for part, _ in target.pieces):
+            reasons.append("columns in act-order were put back in order")
+        own = sorted(target.formats & AS_PACKED)
+        if own:
+            reasons.append(f"{'/'.join(own)} was unpacked to values")
+        return "; ".join(reasons)
 
     def matrix(self, target: Target) -> F32:
         """The values as [out, in]."""
@@ -107,7 +139,7 @@ class Weights:
 
     def is_coded(self, target: Target) -> bool:
         """Whether any of a target is kept in codes."""
-        return any(name in FORMATS and not is_float(name) for name in target.formats)
+        return any(name == LOW_RANK or not is_float(name) for name in target.formats if name != "vector")
 
     def shared_codes(self, target: Target) -> str:
         """The code format that all of a target is kept in; "" where it is not codes of one kind."""
@@ -115,8 +147,8 @@ class Weights:
         if len(formats) != 1 or target.kind == "vector" or target.transpose:
             return ""
         name = next(iter(formats))
-        moved = any(part.spec.name in self._columns for part, _ in target.pieces)
-        return "" if name not in FORMATS or is_float(name) or moved else name
+        changed = bool(self.changed(target))
+        return "" if name not in FORMATS or is_float(name) or changed else name
 
     def _matrix_shape(self, target: Target) -> tuple[int, ...]:
         return target.matrix if len(target.shape) > 1 else target.shape

@@ -120,11 +120,11 @@ def low_rank(programs: ProgramSet, ranks: Mapping[str, int], alone: Collection[s
         if name not in ranks:
             continue
         stem, k, (rows, columns) = name.removesuffix(".weight"), ranks[name], spec.shape
-        weights[f"{stem}.b.weight"] = WeightSpec(f"{stem}.b.weight", (rows, k), spec.kind)
         if name in read["embed"]:
             weights[f"{stem}.at.weight"] = WeightSpec(f"{stem}.at.weight", (columns, k), "linear")
         if name in read["linears"] | read["expert_linears"]:
             weights[f"{stem}.a.weight"] = WeightSpec(f"{stem}.a.weight", (k, columns), "linear")
+        weights[f"{stem}.b.weight"] = WeightSpec(f"{stem}.b.weight", (rows, k), spec.kind)
     known = known_weights(programs) | weights
     rewritten = {
         name: _LowRank(program, known, ranks, frozenset(alone)).run() for name, program in programs.programs.items()

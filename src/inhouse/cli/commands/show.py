@@ -15,14 +15,16 @@ app = common.app()
 def command(
     model: common.Reference,
     program: Annotated[bool, typer.Option("--program", help="the Programs that the executor would run")] = False,
-    tensors: Annotated[bool, typer.Option("--tensors", help="every weight: as packed, and as the file has it")] = False,
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="every weight: layout, bytes as stored, exact zeros")
+    ] = False,
     quantize: common.Quantize = None,
     context: common.Context = None,
     json: common.Json = False,
 ) -> None:
     """Shows a model: shapes, files, formats, lineage, aliases, context, licence; its Programs; its tensors.
 
-    Reads headers and the tokenizer, never weights.
+    Reads headers and the tokenizer; weights for --tensors alone.
     """
     from inhouse.cli.facts import fact_lines, facts, open_headers, program_facts, program_text, tensor_rows
 
@@ -32,15 +34,15 @@ def command(
     with open_headers(model, settings.quantize or None, settings.context or None) as opened:
         if json:
             asked = program_facts(opened.programs) if program else None
-            print_json(asked or (tensor_rows(opened.plan) if tensors else facts(opened)))
+            print_json(asked or (tensor_rows(opened) if tensors else facts(opened)))
             return
         for note in opened.plan.notes:
             print_note(note)
         if program:
             print(program_text(opened.programs))
         elif tensors:
-            rows = [row | {"shape": "x".join(map(str, row["shape"]))} for row in tensor_rows(opened.plan)]
-            print_table(rows, ["name", "shape", "layout", "bytes", "source", "stored", "stored_bytes"])
+            rows = [row | {"shape": "x".join(map(str, row["shape"]))} for row in tensor_rows(opened)]
+            print_table(rows, ["name", "shape", "layout", "bytes", "zeros", "source", "stored"])
         else:
             found = facts(opened)
             print_pairs(fact_lines(found))
