@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from inhouse.compress.feedback import GptqOptions, gptq_codes
 from inhouse.compress.grids import Grid
-from inhouse.compress.methods.gptq import GptqOptions, gptq, gptq_codes
+from inhouse.compress.methods.gptq import gptq
 from inhouse.compress.quadratic import corrected, descend, inverse_factor, losses, relative_error, resolve, settled
 from inhouse.compress.stats import LinearStats
 from inhouse.core.errors import UsageError
@@ -188,7 +189,8 @@ def test_weights_are_corrected_for_drifted_inputs() -> None:
 
 def test_the_form_is_what_was_chosen() -> None:
     weight, gram = correlated(20, 172, 512, 2)
-    form = gptq(weight, stats(gram), GptqOptions(), "u4_g32")
+    form, record = gptq(weight, stats(gram), GptqOptions(), "u4_g32")
+    assert 0 < record["error"] < 0.02
     grid = Grid("u4_g32", 172)
     done = gptq_codes(weight, gram, grid, GptqOptions())
     np.testing.assert_array_equal(form.value(), grid.decode(done.codes, done.params, grid.index()).numpy())

@@ -3,8 +3,9 @@
 import difflib
 from collections.abc import Mapping
 
+from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.method import Method
-from inhouse.compress.methods.gptq import GptqOptions, gptq
+from inhouse.compress.methods.gptq import gptq
 from inhouse.compress.methods.lowrank import LowRank, lowrank
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
