@@ -5,6 +5,7 @@ import json
 import resource
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +19,22 @@ from inhouse.load.describe import describe
 from inhouse.load.importer import import_model
 from inhouse.load.model import open_model
 from inhouse.load.prove import logits_of, prove
+from inhouse.load.stored import stored_config, stored_sides
 from inhouse.model.build import build, weight_specs
 from inhouse.model.families.table import resolve
 from inhouse.runtime.adapters import LowRank
 from inhouse.runtime.form import Form
-from inhouse.runtime.packed import Packed, pack_float
-from inhouse.runtime.packed_formats import FORMATS
+from inhouse.runtime.packed import FORMATS, Packed, pack_codes, pack_float
+from inhouse.runtime.packed_plan import layout
+from inhouse.runtime.packed_sparse import pack_columns, pack_vectors, to_sparse
+from inhouse.runtime.packed_stored import AS_PACKED
 from inhouse.runtime.torch_dense import forward
 from inhouse.store.home import Home
+from inhouse.store.source import open_source
 from inhouse.store.store import Store
 from inhouse.store.stored_model import write_stored
 from inhouse.store.stored_source import StoredSource
+from tests.compress.forms import random_packed
 from tests.compress.stored import F32, mixed, q4, repaired, store, weights_of
 from tests.load.checkpoints import greedy
 
@@ -267,10 +273,6 @@ def test_adapters_go_where_a_linear_is_still_one(stories: Path, folder: Path, ex
     ],
 )  # fmt: skip
 def test_pruned_shapes_come_back(stories: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    from dataclasses import replace
-
-    from inhouse.load.stored import stored_config, stored_sides
-
     described = describe(stories / "hf")
     fields = {"num_hidden_layers": "layers", "intermediate_size": "ffn", "num_attention_heads": "heads",
               "num_key_value_heads": "kv_heads", "hidden_size": "hidden", "head_dim": "head_dim"}  # fmt: skip
@@ -381,13 +383,27 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
         assert list(tmp_path.iterdir()) == []
 
 
-def test_every_format_of_the_table_is_read_back(tmp_path: Path) -> None:
-    from inhouse.runtime.packed_stored import AS_PACKED
-    from inhouse.store.source import open_source
-    from tests.compress.forms import random_packed
+def coded(name: str) -> Packed:
+    """A sparse or vector-coded matrix [20, 512]."""
+    rng, fmt = np.random.default_rng(5), FORMATS[name]
+    if fmt.coding == "vectors":
+        index = rng.integers(0, 256, (fmt.books, 20, 64), dtype=np.uint8)
+        books = rng.integers(-30, 30, (fmt.books, 256, 8), dtype=np.int8)
+        groups = layout(fmt, 512).groups
+        return pack_vectors(name, index, books, rng.uniform(0.1, 1, (20, groups)).astype(np.float16).astype(np.float32))
+    if name == "csr_bf16":
+        return pack_columns(np.where(rng.random((20, 512)) < 0.1, 1.5, 0.0).astype(np.float32))
+    base = FORMATS[fmt.base]
+    codes = np.full((20, 128, 4), base.zero, np.uint8)
+    codes[:, :, 1:3] = rng.integers(0, 1 << base.bits, (20, 128, 2))
+    scales = rng.uniform(0.1, 1, (20, layout(base, 512).groups)).astype(np.float16)
+    return to_sparse(pack_codes(fmt.base, codes.reshape(20, 512), scales), name)
 
+
+def test_every_format_of_the_table_is_read_back(tmp_path: Path) -> None:
     names = [name for name in FORMATS if name not in AS_PACKED]
     packed = {name: random_packed(name, (20, 512), 3) for name in names}
+    packed |= {name: coded(name) for name in AS_PACKED}
     write_stored(tmp_path / "m", {}, [(f"{name}.weight", Form(p)) for name, p in packed.items()], [], {}, {})
     source = open_source(tmp_path / "m")
     assert isinstance(source, StoredSource)

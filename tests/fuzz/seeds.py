@@ -17,6 +17,7 @@ import numpy as np
 
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import CodeRows, pack_codes, pack_float, pack_rows
+from inhouse.runtime.packed_sparse import pack_vectors, to_sparse
 from inhouse.store.dtypes import GGML_TYPES
 from inhouse.store.gguf_write import write_gguf
 from inhouse.store.safetensors import write_safetensors
@@ -199,7 +200,18 @@ def stored_model() -> dict[str, bytes]:
     wide = rng.integers(0, 32, (4, 256), dtype=np.uint8)
     two_level = pack_rows("q5_k", (4, 256), [CodeRows(wide, supers, supers, subs, subs)])
     a, b = (pack_float(rng.standard_normal(shape).astype(np.float32), "f16") for shape in ((2, 64), (4, 2)))
+    sparse = np.where(rng.random((20, 64)) < 0.4, rng.integers(1, 255, (20, 64)), 128).astype(np.uint8)
+    halves = rng.uniform(0.01, 0.1, (20, 2)).astype(np.float16)
+    masked = to_sparse(pack_codes("i8_g32", sparse, halves), "s8_g32")
+    row = to_sparse(pack_codes("i8_row", sparse, halves[:, :1].copy()), "csr_i8")
+    index = rng.integers(0, 256, (1, 4, 8), dtype=np.uint8)
+    vectors = pack_vectors(
+        "vq1_g32", index, rng.integers(-100, 100, (1, 256, 8), dtype=np.int8), scales.astype(np.float32)
+    )
     forms = [
+        ("s.weight", Form(masked)),
+        ("c.weight", Form(row)),
+        ("v.weight", Form(vectors)),
         ("x.weight", Form(coded, (a, b), rng.permutation(64).astype(np.int64))),
         ("y.weight", Form(two_level)),
         ("z.weight", Form(None, (a, b))),

@@ -323,4 +323,8 @@ def _as_packed(fmt: Format, shape: tuple[int, int], parts: Mapping[str, tuple[St
     check_stored_parts(fmt.name, shape, {part: given for part, (given, _) in parts.items()})
     raw = aligned_empty(parts["packed"][1].nbytes)
     raw[:] = parts["packed"][1]
-    return Packed(fmt.name, shape, raw)
+    packed = Packed(fmt.name, shape, raw)
+    plain = packed.plain()
+    base = packed_format(plain)
+    _check(base, {"scale": _lanes(plain, "scale" if base.low else "weights")})
+    return packed
