@@ -24,7 +24,7 @@ def test_schemathesis_finds_nothing(running: Running, tmp_path: Path) -> None:
     ]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "13 selected / 13 total" in done.stdout
+    assert "14 selected / 14 total" in done.stdout
     assert "Traceback" not in running.log.read_text()
 
 
@@ -33,4 +33,5 @@ def test_the_document_names_every_route(http: httpx.Client) -> None:
     assert set(paths) == {
         "/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics",
         "/v1/embeddings", "/v1/rerank", "/v1/score", "/classify", "/v1/load_lora_adapter", "/v1/unload_lora_adapter",
+        "/v1/refresh_models",
     }  # fmt: skip

@@ -120,7 +120,7 @@ def _status_routes(pool: Pool) -> APIRouter:
         adapter = session.engine.adapters.table().get(name)
         return shown | {"id": name, "parent": key, "adapter_rank": adapter.rank} if adapter else shown
 
-    @status.post("/v1/models/refresh", tags=["models"], response_model=Refreshed,
+    @status.post("/v1/refresh_models", tags=["models"], response_model=Refreshed,
                  responses=errors(401, 404, 429, 503))  # fmt: skip
     async def refresh_models(http: Request) -> dict[str, Any]:
         """Looks again which versions the served names mean (an alias was moved, a version was added) and serves those;

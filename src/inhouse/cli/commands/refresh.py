@@ -42,7 +42,7 @@ def _ask(server: dict[str, Any], key: str) -> list[dict[str, str]]:
     host = f"[{host}]" if ":" in host else host
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        answer = httpx.post(f"http://{host}:{server['port']}/v1/models/refresh", headers=headers, timeout=600)
+        answer = httpx.post(f"http://{host}:{server['port']}/v1/refresh_models", headers=headers, timeout=600)
         body = answer.json()
     except (httpx.HTTPError, ValueError) as error:
         raise UnavailableError(f"the server at port {server['port']} did not answer: {error}") from None
