@@ -10,16 +10,20 @@ Everything here is a thin cover over `engine.session`; the answers are those tha
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import UnavailableError, UnsupportedError, UsageError
+from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import load_settings
 from inhouse.engine.request import Beams, SamplingParams, Usage
 from inhouse.engine.session import Session
 from inhouse.engine.text import TextDelta, TextEnd, TextFailed
+
+if TYPE_CHECKING:  # torch is not needed to answer
+    from inhouse.compress.pipeline import Compressed
 
 F32 = npt.NDArray[np.float32]
 Chat = str | Sequence[Mapping[str, Any]]
@@ -185,3 +189,44 @@ class Engine:
                 said = "".join(text.get(event.choice, ()))
                 found[event.choice] = Answer(said, event.reason, event.usage, event.seed, event.score)
         return replace(found[0], others=tuple(found[choice] for choice in sorted(found) if choice))
+
+
+def compress(
+    model: str,
+    name: str,
+    recipe: str | Path | Mapping[str, Any],
+    *,
+    calibration: Sequence[str | Path] = (),
+    ram: str | int | None = None,
+    threads: int | None = None,
+    resume: bool | None = None,
+    progress: Progress = silent,
+) -> "Compressed":
+    """Makes a compressed version `name` of a model, measured and gated. Needs torch.
+
+    Args:
+        model: name, name:version, name@alias, a folder or a .gguf.
+        recipe: a short name (`q4`), the path of a YAML recipe, or a recipe as a mapping.
+        calibration: text files or globs, in place of those that the recipe names.
+        ram: bytes that may be used, or `4GB`. resume: True: only go on with an unfinished run; False: begin anew.
+
+    Raises:
+        UsageError, UnsupportedError, NotFoundError, CapacityError: it cannot be done as asked, before anything is done.
+        ConflictError: an unfinished run of another recipe has the name. UnavailableError: torch is not installed.
+    """
+    try:
+        from inhouse.compress.pipeline import compress as run
+        from inhouse.compress.recipe import load_recipe, parse_recipe
+        from inhouse.compress.shorts import SHORTS, short_recipe
+    except ModuleNotFoundError as error:
+        raise UnavailableError(f"compression needs {error.name}", remedy="pip install inhouse[torch]") from None
+    if isinstance(recipe, Mapping):
+        document = dict(recipe)
+    else:
+        named = str(recipe) in SHORTS or not Path(recipe).exists()
+        document = short_recipe(str(recipe)) if named else load_recipe(Path(recipe))
+    if calibration:
+        document["calibration"] = {**(document.get("calibration") or {}), "texts": [str(file) for file in calibration]}
+    budget = {key: value for key, value in (("ram", ram), ("threads", threads)) if value is not None}
+    document["budget"] = {**(document.get("budget") or {}), **budget}
+    return run(model, name, parse_recipe(document), resume=resume, progress=progress)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inhouse.compress.seen import document_hash, text_record
 from inhouse.compress.stats import LinearStats as LinearStats
 from inhouse.core.errors import NotFoundError, UsageError
 from inhouse.model.tokens.tokenizer import Tokenizer
@@ -48,7 +49,7 @@ class Calibration:
     """Token rows ready to be run.
 
     tokens: int64 [n, length]; lengths: int64 [n], tokens of each row that count (the rest is padding).
-    texts: one record for each document used: source, sha256, characters. hash: sha256 of the token rows.
+    texts: one record for each document used (`seen.text_record`). hash: sha256 of the token rows.
     """
 
     tokens: Tensor
@@ -92,11 +93,6 @@ class CalibrationOptions:
     seed: int = 0
     mix: Mapping[str, float] = field(default_factory=dict)
     shuffle_tokens: bool = False
-
-
-def document_hash(text: str) -> str:
-    """sha256 of a document without the white space around it."""
-    return hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_texts(files: Sequence[str | Path], group: str = "") -> list[Text]:
@@ -219,7 +215,7 @@ def _made(rows: Sequence[Sequence[int]], texts: Sequence[Text], samples: int) ->
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
     digest = hashlib.sha256(np.ascontiguousarray(lengths.numpy()).tobytes() + tokens.numpy().tobytes()).hexdigest()
-    records = tuple({"source": t.source, "sha256": t.sha256, "characters": len(t.text)} for t in texts)
+    records = tuple(text_record(text.source, text.text) for text in texts)
     shares = scripts([text.text for text in texts])
     return Calibration(
         tokens, lengths, digest, records, shares, tuple(_notes(int(lengths.sum()), rows, samples, shares))

@@ -43,12 +43,16 @@ class Evaluation:
         return asdict(self)
 
 
+def documents(text: str, protocol: str) -> list[str]:
+    """The documents of a text that a protocol scores, stripped."""
+    found = [part.strip() for part in text.split(SEPARATOR)]
+    return [part for part in found if part][: STORIES if protocol == "stories" else None]
+
+
 def pieces(tokenizer: Tokenizer, text: str, protocol: str, context: int) -> list[list[int]]:
     """The token sequences that a protocol scores. Raises UsageError for an unknown protocol or an empty text."""
     if protocol == "stories":
-        stories = [story.strip() for story in text.split(SEPARATOR)]
-        chosen = [story for story in stories if story][:STORIES]
-        out = [tokenizer.encode(story)[: min(STORY_TOKENS, context)] for story in chosen]
+        out = [tokenizer.encode(story)[: min(STORY_TOKENS, context)] for story in documents(text, protocol)]
     else:
         size = context if protocol == "full" else _window(protocol, context)
         begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []

@@ -21,6 +21,7 @@ from inhouse.compress.memory import Need, PeakMemory, check_disk, check_memory, 
 from inhouse.compress.plan import disk_need, predict
 from inhouse.compress.recipe import Recipe
 from inhouse.compress.runs import RunFolder
+from inhouse.compress.seen import find_seen
 from inhouse.compress.stages import StageRun, selected
 from inhouse.compress.table import METHODS
 from inhouse.compress.work import Work
@@ -122,6 +123,7 @@ def prepare(model: str, recipe: Recipe, folder: Path, home: Home, progress: Prog
     work = Work.open(model, folder, home=home)
     try:
         calibration = _calibration(work, recipe, texts, model, progress)
+        _check_gate(recipe, calibration)
         gram = [
             name for stage in recipe.stages if METHODS[stage.method].scope == "matrix"
             for name in selected(work, stage) if stage.needs(name) == {"gram"}
@@ -179,6 +181,19 @@ def _check_early(folder: RunFolder, model: str, recipe: Recipe, home: Home, resu
 def _need_unfinished(folder: RunFolder) -> None:
     if folder.result() is None:
         raise NotFoundError(f"there is no unfinished run of {folder.name}", remedy="Leave --resume out", param="resume")
+
+
+def _check_gate(recipe: Recipe, calibration: Calibration | None) -> None:
+    """Refuses to judge a model by what it was calibrated on."""
+    if recipe.gate.text is None:
+        return
+    judged = [text.text for text in read_texts([recipe.gate.text])]
+    found = find_seen(judged, calibration.texts) if calibration is not None else None
+    if found is not None:
+        raise UsageError(
+            f"gates.text {recipe.gate.text} is what the model would be calibrated on ({found['source']})",
+            remedy="Judge it by other text", param="gates.text",
+        )  # fmt: skip
 
 
 def _begin(folder: RunFolder, prepared: Prepared, model: str) -> None:

@@ -5,11 +5,13 @@ A file that fails any check leaves the store as it was.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from inhouse.core.errors import FormatError, UsageError
 from inhouse.core.progress import Progress, silent
+from inhouse.core.tensors import TensorSource
 from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, licence, read_tokenizer
 from inhouse.load.keras import converted, is_keras
@@ -139,7 +141,16 @@ def summarise(described: Described) -> Summary:
         context=spec.context_length,
         vocab=spec.vocab_size,
         licence=licence(described),
+        gate=_gate(source),
     )
+
+
+def _gate(source: TensorSource) -> str:
+    """What a compressed checkpoint says of its quality gate."""
+    said = source.manifest.get("gate") if isinstance(source, StoredSource) else None
+    if not isinstance(said, Mapping):
+        return ""
+    return {True: "passed", False: "failed"}.get(said.get("passed"), "measured")  # type: ignore[arg-type]
 
 
 def left_out(located: Located) -> tuple[str, ...]:

@@ -110,11 +110,12 @@ class Catalog:
         with self._reading():
             return self._children(self._resolve(parse_ref(ref)))
 
-    def set_alias(self, alias: str, ref: str | None) -> None:
+    def set_alias(self, alias: str, ref: str | None, *, force: bool = False) -> None:
         """Points `name@alias`, or an alias that is a name of its own, at a version; None takes the alias away.
 
         Raises NotFoundError (no such version, or no such alias to take away), ConflictError (a model has the
-        name, or the version belongs to another model than `name@`), UsageError.
+        name, the version belongs to another model than `name@`, or it failed its gate and `force` is not set),
+        UsageError.
         """
         scope, _, word = alias.rpartition("@")
         check_alias(word) if scope else check_name(word)
@@ -131,6 +132,12 @@ class Catalog:
             owner = self._first("SELECT model FROM versions WHERE id = ?", (version,))
             if model is not None and owner != model:
                 raise ConflictError(f"{ref} is no version of {scope}", remedy="Use an alias without a model name.")
+            if not force and self._version(version).summary.gate == "failed":
+                raise ConflictError(
+                    f"{ref} failed its quality gate",
+                    remedy="Compress it less, or point at it with --force",
+                    gate="failed",
+                )
             if model is None and self._find_model(word) is not None:
                 raise ConflictError(f"there is a model called {word!r}", remedy="Choose another alias.")
             self._db.execute(

@@ -21,6 +21,7 @@ class Summary:
     context: int = 0
     vocab: int = 0
     licence: str = ""
+    gate: str = ""  # of a compressed model: "passed", "failed" or "measured"; a failed one is not promoted
 
     @classmethod
     def from_json(cls, text: str) -> "Summary":

@@ -17,13 +17,14 @@ def command(
     model: Annotated[
         str | None, typer.Argument(help="the version it shall mean; left out: take the alias away")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="even at a version that failed its gate")] = False,
     json: Json = False,
 ) -> None:
     """Points an alias at a version, or takes it away. Servers started later follow it."""
     from inhouse.store.store import Store
 
     with Store() as store:
-        store.catalog.set_alias(alias, model)
+        store.catalog.set_alias(alias, model, force=force)
         aliases = store.catalog.aliases()
     if json:
         print_json(aliases)

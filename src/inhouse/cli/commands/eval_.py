@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from inhouse.cli.commands import common
-from inhouse.cli.output import ProgressBar, print_json
+from inhouse.cli.output import ProgressBar, print_json, print_note
 from inhouse.core.errors import NotFoundError, UsageError
 
 app = common.app()
@@ -26,13 +26,20 @@ def command(
     kv_dtype: common.KvDtype = None,
     activations: common.Activations = None,
     context: common.Context = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="even a text that the model was calibrated or healed on")
+    ] = False,
     json: common.Json = False,
 ) -> None:
     """Scores a text. Flags for quantize and executor hold for MODEL; the reference runs as it is."""
-    from inhouse.compress.evaluate import evaluate
+    from inhouse.compress.evaluate import documents, evaluate
+    from inhouse.compress.seen import refuse_seen
     from inhouse.engine.session import Session
 
     content = read_text(text)
+    warning = refuse_seen(model, documents(content, protocol), force)
+    if warning is not None:
+        print_note(f"{warning}; the figures flatter it")
     shared = {"threads": threads, "context": context, "max_sequences": 1}
     use = common.settings(
         quantize=quantize,

@@ -1,0 +1,254 @@
+"""The whole way: from a model to a proven, judged version of the store; what cannot work is refused before."""
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import inhouse.api
+from inhouse.cli.main import main
+from inhouse.compress.journal import Journal
+from inhouse.compress.memory import PeakMemory, anonymous_bytes
+from inhouse.compress.pipeline import Compressed, compress, dry_run
+from inhouse.compress.recipe import parse_recipe
+from inhouse.compress.runs import list_runs
+from inhouse.compress.seen import find_seen, text_record
+from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
+from inhouse.store.home import Home
+from inhouse.store.store import Store
+from inhouse.store.stored_model import TABLE
+
+pytestmark = [pytest.mark.torch, pytest.mark.native, pytest.mark.realdata]
+
+TEXT = (
+    "Once upon a time there was a little girl who liked to play in the park with her dog. One day the dog ran away. "
+    "She looked for it behind the big tree, and there it was, asleep in the sun. They went home and were happy. "
+)
+GATE = "The sun was hot and the boy was thirsty. He asked his mom for some water. She gave him a big cup. "
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model(stories: Path) -> str:
+    return str(stories / "hf")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> dict[str, str]:
+    files = {"calibration": TEXT * 4, "gate": GATE}
+    for name, text in files.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    return {name: str(tmp_path / f"{name}.txt") for name in files}
+
+
+def _document(texts: dict[str, str], **more: Any) -> dict[str, Any]:
+    return {
+        "calibration": {"texts": [texts["calibration"]], "samples": 4, "length": 48},
+        "stages": [{"quantize": {"method": "gptq", "format": "q4_0", "include": ["layers.0"]}}],
+        "gates": {"text": texts["gate"], "protocol": "window:32"},
+        **more,
+    }
+
+
+def _compress(model: str, texts: dict[str, str], name: str = "small", **more: Any) -> Compressed:
+    resume = more.pop("resume", None)
+    return compress(model, name, parse_recipe(_document(texts, **more)), resume=resume)
+
+
+def test_a_version_with_its_manifest_and_a_finished_run_is_known(model: str, texts: dict[str, str]) -> None:
+    done = _compress(model, texts)
+    assert done.fresh
+    assert not done.failed
+    result = done.result
+    assert result["proof"]["tensors"] == 47
+    assert result["proof"]["logits_error"] < 1e-4
+    assert 0 < result["gate"]["kld_mean"] < 0.1
+    with Store() as store:
+        version = store.catalog.resolve("small")
+        folder = store.folder(version)
+    assert version.summary.gate == "measured"
+    manifest = json.loads((folder / TABLE).read_text())["manifest"]
+    assert manifest["recipe"]["stages"][0]["method"] == "gptq"
+    assert manifest["texts"][0]["source"] == texts["calibration"]
+    assert manifest["units"]["0.quantize/layers.0.mlp.down.weight"]["format"] == "q4_0"
+    assert "seconds" not in json.dumps(manifest)
+    again = _compress(model, texts)
+    assert (again.fresh, again.ref) == (False, done.ref)
+    other = _compress(model, texts, name="other")
+    with Store() as store:
+        assert store.catalog.resolve(other.ref).digest == version.digest
+    (run,) = (run for run in list_runs(Home.find()) if run.name == "small")
+    assert (run.state, run.units) == ("finished", 0)
+    assert run.nbytes < 20_000
+
+
+def test_children_know_their_parent_and_eval_refuses_what_was_seen(
+    model: str, texts: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from inhouse.load.importer import import_model
+
+    with Store() as store:
+        import_model(Path(model), "base", store=store)
+    _compress("base", texts)
+    again = parse_recipe({"stages": [{"quantize": {"method": "round", "format": "q8_0", "include": ["embed"]}}]})
+    compress("small", "smaller", again)
+    with Store() as store:
+        assert store.catalog.resolve("small").parent == "base:1"
+        assert store.catalog.resolve("smaller").parent == "small:1"
+    for name in ("small", "smaller"):  # the child of a calibrated model has seen the text, too
+        assert _status(["eval", name, "--text", texts["calibration"], "--protocol", "window:64"]) == 2
+        assert "calibrated or healed on this text" in capsys.readouterr().err
+    assert _status(["eval", "small", "--text", texts["gate"], "--protocol", "window:64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"perplexity", "kld_mean", "kld_p99", "top1", "tokens", "protocol"} <= found.keys()
+    assert _status(["eval", "small", "--text", texts["calibration"], "--protocol", "window:64", "--force"]) == 0
+    assert "flatter" in capsys.readouterr().err
+
+
+def test_excerpts_are_recognised_and_stock_phrases_are_not() -> None:
+    book = " ".join(
+        f"In chapter {i} the hero met number {i * 7} of them. Then it rained for {i} days." for i in range(80)
+    )
+    record = text_record("book", book)
+    assert find_seen([book[2000:3500]], [record]) is record
+    assert find_seen([f"A preface. {book} An end."], [record]) is record
+    assert find_seen(["Then it rained for 3 days. The end."], [record]) is None
+
+
+def _status(args: list[str]) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    return int(caught.value.code or 0)
+
+
+def test_a_failed_gate_is_stored_as_failed_and_not_promoted(
+    model: str, texts: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.json"  # JSON is YAML
+    document = _document(texts, stages=[{"quantize": {"method": "rtn", "format": "u2_g32", "importance": False}}])
+    document["gates"]["final"] = "near-lossless"
+    recipe.write_text(json.dumps(document))
+    assert _status(["compress", model, "bad", "--recipe", str(recipe)]) == 1
+    assert "gate FAILED" in capsys.readouterr().out
+    assert _status(["alias", "bad@prod", "bad:1"]) == 4
+    assert "failed its quality gate" in capsys.readouterr().err
+    assert _status(["alias", "bad@prod", "bad:1", "--force"]) == 0
+
+
+def test_an_unfinished_run_of_another_recipe_is_in_the_way(
+    model: str, texts: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle, then another recipe: refused with the difference; then --resume and --restart."""
+    left, append = 4, Journal.append
+
+    def interrupted(self: Journal, line: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        append(self, line)
+
+    monkeypatch.setattr(Journal, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _compress(model, texts)
+    monkeypatch.setattr(Journal, "append", append)
+    (run,) = list_runs(Home.find())
+    assert (run.state, run.units) == ("unfinished", 2)
+    with pytest.raises(ConflictError, match="the recipe was"):
+        _compress(model, texts, gates={"text": texts["gate"], "protocol": "window:16"})
+    with pytest.raises(NotFoundError, match="no unfinished run"):
+        _compress(model, texts, name="another", resume=True)
+    done = _compress(model, texts, resume=True)
+    with Store() as store:
+        resumed = store.catalog.resolve(done.ref).digest
+    fresh = _compress(model, texts, resume=False)
+    with Store() as store:
+        assert store.catalog.resolve(fresh.ref).digest == resumed
+
+
+def test_a_full_disk_in_the_middle_loses_nothing(model: str, texts: dict[str, str]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    from signal import SIG_IGN, SIGXFSZ, signal
+
+    before = signal(SIGXFSZ, SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # what a quota does: EFBIG in a write
+        with pytest.raises(CapacityError, match="disk is full"):
+            _compress(model, texts, stages=[{"quantize": {"method": "round", "format": "f32"}}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal(SIGXFSZ, before)
+    stages = [{"quantize": {"method": "round", "format": "f32"}}]
+    assert _compress(model, texts, stages=stages).result["gate"]["kld_mean"] < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"budget": {"ram": "50MB"}}, CapacityError, "does not suffice"),
+        ({"calibration": {"texts": []}, "stages": [{"quantize": {"method": "gptq", "format": "q4_k"}}],
+          "gates": {"text": "none.txt"}}, NotFoundError, "none.txt"),
+        ({"stages": [{"quantize": {"method": "gptq", "format": "q4_0", "include": ["layers.77"]}}]},
+         UsageError, "selects no weight"),
+        ({"stages": [{"quantize": {"method": "gptq", "format": "nvfp4", "include": ["layers.77"]}}]},
+         UsageError, "selects no weight"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_before_it_begins(
+    model: str, texts: dict[str, str], change: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    with pytest.raises(error, match=match):
+        _compress(model, texts, **change)
+    with Store() as store:
+        assert store.catalog.versions() == []
+    assert all(run.units == 0 for run in list_runs(Home.find()))
+
+
+def test_the_gate_is_no_text_that_was_calibrated_on(model: str, texts: dict[str, str]) -> None:
+    with pytest.raises(UsageError, match="calibrated on"):
+        _compress(model, texts, gates={"text": texts["calibration"]})
+
+
+def test_an_empty_calibration_file(model: str, texts: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(UsageError, match="is empty"):
+        _compress(model, texts, calibration={"texts": [str(tmp_path / "empty.txt")]})
+
+
+def test_a_dry_run_says_what_will_be(model: str, texts: dict[str, str]) -> None:
+    document = _document(texts, stages=[{"quantize": {"method": "gptq", "format": "q4_0"}}])
+    plan = dry_run(model, parse_recipe(document))
+    assert plan["exact"]
+    assert plan["ram_needed"] > 0
+    assert not list_runs(Home.find())
+    done = compress(model, "small", parse_recipe(document))
+    assert done.result["bytes"] == plan["bytes"]
+    assert plan["bits_per_weight"] == pytest.approx(done.result["bits_per_weight"])
+
+
+def test_equal_inputs_give_equal_bytes_by_library_too(model: str, texts: dict[str, str]) -> None:
+    one = inhouse.compress(model, "one", _document(texts))  # type: ignore[operator]
+    two = inhouse.api.compress(model, "two", _document(texts), resume=False)
+    with Store() as store:
+        assert store.catalog.resolve(one.ref).digest == store.catalog.resolve(two.ref).digest
+
+
+def test_peak_memory_counts_what_is_anonymous(tmp_path: Path) -> None:
+    if not Path("/proc/self/status").exists():
+        pytest.skip("no /proc on this system")
+    with PeakMemory() as peak:
+        before = anonymous_bytes()
+        held = torch.ones(64 << 18)  # 64 MiB
+    assert peak.peak - before >= held.nbytes
+    (tmp_path / "file").write_bytes(os.urandom(1 << 20))
+    grew: Callable[[], int] = anonymous_bytes
+    assert grew() > 0
