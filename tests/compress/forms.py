@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.runtime.packed import FORMATS, CodeRows, Packed, pack_float, pack_rows
+from inhouse.runtime.packed import FORMATS, CodeRows, Packed, pack_float, pack_rows, pack_vectors
 from inhouse.runtime.packed_layout import Format, layout, widen_bf16
 from inhouse.runtime.packed_pack import narrow_bf16
 
@@ -18,6 +18,10 @@ def random_packed(name: str, shape: tuple[int, int], seed: int = 0, wild: bool =
     if fmt.low == 0:
         return pack_float(rng.standard_normal(shape).astype(np.float32), name)
     plan = layout(fmt, shape[1])
+    if fmt.coding == "vectors":
+        index = rng.integers(0, 256, (fmt.books, shape[0], -(-shape[1] // 8)), dtype=np.uint8)
+        books = rng.integers(-42, 43, (fmt.books, 256, 8)).astype(np.int8)
+        return pack_vectors(name, index, books, _scales(rng, fmt, (shape[0], plan.groups)).astype(np.float32), shape[1])
     codes = rng.integers(0, 1 << fmt.bits, shape, dtype=np.uint8)
     if fmt.table in ("e4m3", "e5m2"):
         limit = 0x7F if fmt.table == "e4m3" else 0x7C

@@ -1,14 +1,21 @@
 """Vector codes: k-means never gets worse, neither does any step after it, and more codes never hurt."""
 
 import itertools
+import json
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from inhouse.compress.codebook import assign, decode, kmeans, search
-from inhouse.compress.methods.vector import VectorOptions, fit, recode
 from inhouse.compress.spectrum import output_error
-from inhouse.core.errors import UsageError
+from inhouse.compress.vector_codes import VectorOptions, fit, form_of, recode
+from inhouse.core.errors import FormatError, UnsupportedError, UsageError
+from inhouse.runtime.packed_stored import from_stored, to_stored
+from inhouse.store.source import open_source
+from inhouse.store.stored_model import write_stored
+from inhouse.store.stored_source import StoredSource
 from tests.compress.test_spectrum import correlated
 
 
@@ -71,7 +78,7 @@ def test_no_step_raises_the_error_and_the_last_is_what_the_codes_mean(inputs: in
     assert all(after <= before * (1 + 1e-4) for before, after in itertools.pairwise(falling)), falling
     assert found.losses[-1] <= found.losses[begun]
     assert torch.equal(found.books, found.books.round())
-    assert found.books.abs().max() == 127
+    assert 100 < found.books.abs().amax(1).sum(0).max() <= 127  # no two entries add up beyond int8
     (value,) = found.values()
     size = output_error(weight, torch.zeros_like(weight), gram)
     assert output_error(weight, value, gram) / size == pytest.approx(found.losses[-1], rel=1e-3)
@@ -128,3 +135,44 @@ def test_same_seed_same_codes_and_nonsense_is_refused() -> None:
         fit([weight], [torch.eye(4)], VectorOptions())
     with pytest.raises(UsageError):
         fit([], [], VectorOptions())
+
+
+@pytest.mark.parametrize(("inputs", "books"), [(64, 2), (44, 3), (172, 1)])
+def test_the_packed_form_means_what_the_codes_mean(inputs: int, books: int) -> None:
+    weight = drawn(40, inputs, seed=15)
+    found = fit([weight], [None], VectorOptions(entries=32, books=books, rounds=1))
+    form = form_of(found.coded[0], found.books)
+    assert form.shape == (40, inputs)
+    assert torch.equal(torch.from_numpy(form.value()), found.values()[0])
+    runs = -(-inputs // 8)
+    assert form.nbytes == 40 * runs * books + 40 * 2 + books * 2048
+    assert form.main is not None
+    parts = to_stored(form.main)
+    raw = {
+        name: (part, np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for name, (part, array) in parts.items()
+    }
+    again = from_stored(form.main.format, form.main.shape, raw)
+    assert np.array_equal(again.data, form.main.data)
+    with pytest.raises(UnsupportedError, match="no packed format"):
+        form_of(found.coded[0], found.books.repeat(4, 1, 1))
+
+
+def test_a_stored_model_keeps_shared_codebooks_once(tmp_path: Path) -> None:
+    weights = {f"m{i}.weight": drawn(24, 40 + 8 * i, seed=20 + i) for i in range(3)}
+    found = fit(list(weights.values()), [None] * 3, VectorOptions(entries=16, rounds=1))
+    forms = {name: form_of(coded, found.books) for name, coded in zip(weights, found.coded, strict=True)}
+    stored = write_stored(tmp_path / "m", {}, forms.items(), [], {}, {})
+    assert stored.nbytes == sum(form.nbytes for form in forms.values()) - 2 * 2 * 2048
+    source = open_source(tmp_path / "m")
+    assert isinstance(source, StoredSource)
+    for name, form in forms.items():
+        assert form.main is not None
+        assert np.array_equal(source.packed(name).data, form.main.data)
+    source.close()
+    table = json.loads((tmp_path / "m" / "inhouse.json").read_text())
+    assert table["tensors"]["m1.weight"]["shared"] == "m0.weight.books"
+    for lie in ("m0.weight.index", "nothing.books", 7):
+        table["tensors"]["m1.weight"]["shared"] = lie
+        (tmp_path / "m" / "inhouse.json").write_text(json.dumps(table))
+        with pytest.raises(FormatError):
+            open_source(tmp_path / "m")

@@ -21,6 +21,7 @@ from inhouse.runtime.packed_layout import (
 )
 from inhouse.runtime.packed_pack import CodeRows, pack_codes, pack_float, pack_rows, runs
 from inhouse.runtime.packed_quantize import QUANTIZED_FORMAT, quantize, quantize_rows_reference
+from inhouse.runtime.packed_sparse import pack_vectors
 
 __all__ = [
     "FORMATS",
@@ -41,6 +42,7 @@ __all__ = [
     "pack_float",
     "pack_gguf",
     "pack_rows",
+    "pack_vectors",
     "packed_nbytes",
     "quantize",
     "quantize_rows_reference",

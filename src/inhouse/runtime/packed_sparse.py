@@ -42,17 +42,21 @@ def to_sparse(packed: Packed, name: str) -> Packed:
     return _join(fmt, packed.shape, [make(fmt, plan, plain, tile) for tile in tiles])
 
 
-def pack_vectors(name: str, index: U8, books: I8, scales: F32) -> Packed:
-    """A vector-coded matrix [out, in] out of uint8 indices [books, out, in / 8], int8 codebooks [books, 256, 8] and
-    scales [out, groups], exact in f16: value = scale * the sum of the entries.
+def pack_vectors(name: str, index: U8, books: I8, scales: F32, inputs: int | None = None) -> Packed:
+    """A vector-coded matrix [out, in] out of uint8 indices [books, out, in / 8 rounded up], int8 codebooks
+    [books, 256, 8] and scales [out, groups], exact in f16: value = scale * the sum of the entries.
 
-    Raises UsageError where a shape does not fit, where `in` is no multiple of 8, or where a scale is not exact;
-    FormatError where a sum of entries leaves int8.
+    inputs: where `in` is no multiple of 8; what the last entries say beyond it meets inputs that are 0.
+
+    Raises UsageError where a shape does not fit, or where a scale is not exact; FormatError where a sum of entries
+    leaves int8.
     """
     fmt = format_of(name)
     if fmt.coding != "vectors" or index.ndim != 3 or index.shape[0] != fmt.books:
         raise UsageError(f"{list(index.shape)} indices do not fit format {name}")
-    out, inputs = index.shape[1], index.shape[2] * VECTOR
+    out, inputs = index.shape[1], index.shape[2] * VECTOR if inputs is None else inputs
+    if -(-inputs // VECTOR) != index.shape[2]:
+        raise UsageError(f"{index.shape[2]} indices a row are not those of {inputs} inputs")
     plan = layout(fmt, inputs)
     if books.shape != (fmt.books, BOOK, VECTOR) or books.dtype != np.int8 or scales.shape != (out, plan.groups):
         raise UsageError(
@@ -78,7 +82,8 @@ def pack_vectors(name: str, index: U8, books: I8, scales: F32) -> Packed:
 
 
 def vector_parts(packed: Packed) -> tuple[U8, I8, F32]:
-    """Indices [books, out, in / 8], codebooks and scales of a vector-coded matrix: the reverse of `pack_vectors`."""
+    """Indices [books, out, in / 8 rounded up], codebooks and scales of a vector-coded matrix: the reverse of
+    `pack_vectors`."""
     fmt = format_of(packed.format)
     if fmt.coding != "vectors":
         raise UsageError(f"format {packed.format} has no codebooks")
@@ -90,7 +95,7 @@ def vector_parts(packed: Packed) -> tuple[U8, I8, F32]:
     section = plan.sections["scale"]
     scales = np.ascontiguousarray(tiles[:, section.offset : section.offset + section.nbytes]).view(np.float16)
     rows = scales.reshape(len(tiles), plan.groups, TILE_ROWS).transpose(0, 2, 1).reshape(-1, plan.groups)
-    kept = np.ascontiguousarray(index[:, :out, : packed.shape[1] // VECTOR])
+    kept = np.ascontiguousarray(index[:, :out, : -(-packed.shape[1] // VECTOR)])
     return kept, codebooks(fmt, packed.data).copy(), rows[:out].astype(np.float32)
 
 

@@ -8,6 +8,9 @@ exact way back.
                     minimum      the same
                     zeros, sub_scale, sub_minimum  integers of the groups, bit-packed like codes over the whole matrix;
                                                    I8 (e4m3: U8) [out, groups] where a value needs it
+    vector codes    index        U8 [books, out, in / 8 rounded up]
+                    scale        F16 [out, groups]
+                    books        I8 [books, 256, 8]; matrices with the same codebooks may share one tensor of them
     AS_PACKED       packed       U8: the bytes of the packed layout themselves
 
 `stored_nbytes` counts what a writer writes, header and names of the file not counted. Knows no files.
@@ -33,12 +36,15 @@ from inhouse.runtime.packed_layout import (
     spread_plane,
 )
 from inhouse.runtime.packed_pack import CodeRows, Packer, runs
+from inhouse.runtime.packed_plan import BOOK, VECTOR
+from inhouse.runtime.packed_sparse import pack_vectors, vector_parts
 
 Array = npt.NDArray[Any]
 
 STORED_VERSION = 1  # raise it when any stored byte changes its meaning
 # Formats that are stored as they are packed: their tiles differ in length or have tables of their own.
-AS_PACKED = frozenset(name for name, fmt in FORMATS.items() if fmt.coding)
+AS_PACKED = frozenset(name for name, fmt in FORMATS.items() if fmt.coding not in ("", "vectors"))
+SHARED = "books"  # the part that several matrices may share
 # Bits of the integers of a two-level format and what code 0 means, as GGUF's blocks keep them; others take 8 bits.
 _SUB_BITS: Mapping[str, tuple[int, int]] = {
     "q2_k": (4, 0),
@@ -110,6 +116,10 @@ def to_stored(packed: Packed) -> dict[str, tuple[StoredPart, Array]]:
     plan = _plan(fmt, packed.shape, packed.nbytes)
     if fmt.name in AS_PACKED:
         return {"packed": (plan.parts["packed"], packed.data)}
+    if fmt.coding == "vectors":
+        index, books, scales = vector_parts(packed)
+        arrays = {"index": index, "scale": scales.astype("<f2"), SHARED: books}
+        return {name: (part, arrays[name]) for name, part in plan.parts.items()}
     found: dict[str, tuple[StoredPart, Array]] = {}
     for name, part in plan.parts.items():
         if name == "codes":
@@ -132,11 +142,15 @@ def from_stored(name: str, shape: tuple[int, int], parts: Mapping[str, tuple[Sto
         return _as_packed(fmt, shape, parts)
     check_stored_parts(name, shape, {part: given for part, (given, _) in parts.items()})
     plan = _plan(fmt, shape)
-    arrays: dict[str, Array] = {}
     for part in plan.parts:
         given, raw = parts[part]
         if raw.nbytes != given.nbytes:
             raise FormatError(f"the part {part} of a {name} matrix {shape} has {raw.nbytes} bytes, not {given.nbytes}")
+    if fmt.coding == "vectors":
+        return _vectors(fmt, shape, parts)
+    arrays: dict[str, Array] = {}
+    for part in plan.parts:
+        given, raw = parts[part]
         arrays[part] = _read(part, given, raw, plan, _wide(fmt, part, shape))
     _check(fmt, arrays)
     return _packed(fmt, shape, arrays)
@@ -198,6 +212,16 @@ def _plan(fmt: Format, shape: tuple[int, int], nbytes: int = 0) -> _Plan:
     out = shape[0]
     if fmt.name in AS_PACKED:
         return _Plan({"packed": StoredPart("U8", (nbytes or packed_nbytes(fmt.name, shape),))}, {})
+    if fmt.coding == "vectors":
+        entries, groups = -(-shape[1] // VECTOR), layout(fmt, shape[1]).groups
+        return _Plan(
+            {
+                "index": StoredPart("U8", (fmt.books, out, entries)),
+                "scale": StoredPart("F16", (out, groups)),
+                SHARED: StoredPart("I8", (fmt.books, BOOK, VECTOR)),
+            },
+            {},
+        )
     if fmt.low == 0:
         return _Plan({"weights": StoredPart(_FILE_TYPES[fmt.scale], shape)}, {})
     plan = layout(fmt, shape[1])
@@ -317,6 +341,15 @@ def _packed(fmt: Format, shape: tuple[int, int], arrays: Mapping[str, Array]) ->
 def _as_given(fmt: Format, values: Array) -> Array:
     """Scales as `Packer` takes them: bf16 as f32."""
     return widen_bf16(values) if fmt.scale == "bf16" else values
+
+
+def _vectors(fmt: Format, shape: tuple[int, int], parts: Mapping[str, tuple[StoredPart, U8]]) -> Packed:
+    """Raises FormatError for a scale that is not finite or entries whose sum is none."""
+    arrays = {name: np.frombuffer(raw.tobytes(), part.numpy).reshape(part.shape) for name, (part, raw) in parts.items()}
+    scales = arrays["scale"].astype(np.float32)
+    if not np.isfinite(scales).all():
+        raise FormatError(f"a scale of a {fmt.name} matrix is not finite")
+    return pack_vectors(fmt.name, arrays["index"], arrays[SHARED], scales, shape[1])
 
 
 def _as_packed(fmt: Format, shape: tuple[int, int], parts: Mapping[str, tuple[StoredPart, U8]]) -> Packed:

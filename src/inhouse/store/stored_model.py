@@ -12,6 +12,7 @@ Knows nothing of Programs or families; the reader is `stored_source`.
 """
 
 import errno
+import hashlib
 import json
 import os
 import secrets
@@ -29,7 +30,7 @@ from inhouse.core.errors import CapacityError, ConflictError, FormatError, NotFo
 from inhouse.core.tensors import TensorInfo
 from inhouse.runtime.form import Form, columns_dtype
 from inhouse.runtime.packed import Packed
-from inhouse.runtime.packed_stored import STORED_VERSION, to_stored
+from inhouse.runtime.packed_stored import SHARED, STORED_VERSION, to_stored
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.store import check_inner_path
 from inhouse.store.writing import TensorData, sync_folder
@@ -128,6 +129,7 @@ class _Spool:
     low_rank: dict[str, dict[str, Any]] = field(default_factory=dict)
     places: dict[str, tuple[TensorInfo, int]] = field(default_factory=dict)
     _reach: int = 0
+    _shared: dict[str, str] = field(default_factory=dict)  # digest of a part that matrices share -> its tensor
 
     def form(self, name: str, form: Form) -> None:
         """A matrix and its side branch."""
@@ -178,7 +180,17 @@ class _Spool:
         plain = packed.format in _PLAIN_PARTS
         self._enter(name, packed.format, packed.shape, [""] if plain else list(parts))
         for part, (stored, array) in parts.items():
-            self._part(name, "" if plain else part, stored.dtype, stored.shape, array)
+            if part != SHARED or not self._again(name, array):
+                self._part(name, "" if plain else part, stored.dtype, stored.shape, array)
+
+    def _again(self, name: str, array: Vector) -> bool:
+        """Whether another matrix brought the same codebooks; the table then names theirs."""
+        digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+        first = self._shared.setdefault(digest, f"{name}.{SHARED}")
+        if first != f"{name}.{SHARED}":
+            self.table[name]["shared"] = first
+            return True
+        return False
 
     def _enter(self, name: str, kind: str, shape: tuple[int, ...], parts: list[str]) -> None:
         if not name or name in self.table or not name.isprintable():

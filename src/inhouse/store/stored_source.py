@@ -16,7 +16,7 @@ from inhouse.core.errors import FormatError, NotFoundError, UnsupportedError, Us
 from inhouse.core.tensors import TensorInfo
 from inhouse.runtime.form import Form, columns_dtype
 from inhouse.runtime.packed import FORMATS, Packed, pack_float
-from inhouse.runtime.packed_stored import STORED_VERSION, StoredPart, check_stored_parts, from_stored
+from inhouse.runtime.packed_stored import SHARED, STORED_VERSION, StoredPart, check_stored_parts, from_stored
 from inhouse.store.mapping import MappedSource
 from inhouse.store.mapping import Mapping as FileMapping
 from inhouse.store.stored_model import COLUMNS, FORMAT, TABLE, side_branch
@@ -25,7 +25,7 @@ from inhouse.store.values import check_finite
 
 MAX_SIDE = 1 << 24  # rows or columns of a matrix; ten times what the largest published model has
 _FLOATS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-_KEYS = {"format", "shape", "parts", "columns"}
+_KEYS = {"format", "shape", "parts", "columns", "shared"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +200,7 @@ class StoredSource:
         for name, entry in self._entries.items():
             infos = [*entry.parts.values(), *((entry.columns,) if entry.columns else ())]
             for info in infos:
-                if info.name in used:
+                if info.name in used and not info.name.endswith(f".{SHARED}"):
                     raise FormatError(f"{TABLE} uses the tensor {info.name!r} twice", param=name)
                 used.add(info.name)
         left = [name for name in self._base if name not in used]
@@ -236,9 +236,11 @@ def _entry(base: MappedSource, name: str, fields: Any) -> Entry:
         raise FormatError(f"{TABLE}: the shape of {name!r} is not one or two sizes up to {MAX_SIDE}", param=name)
     if not all(isinstance(part, str) for part in parts) or len(set(parts)) != len(parts):
         raise FormatError(f"{TABLE}: the parts of {name!r} are not names", param=name)
+    if "shared" in fields and SHARED not in parts:
+        raise FormatError(f"{TABLE}: {name!r} has no codebooks to share", param=name)
     if kind not in FORMATS:
         raise UnsupportedError(f"{TABLE}: {name!r} is of the unknown format {kind[:40]!r}", param=name)
-    infos = {part: _tensor(base, name, part) for part in parts}
+    infos = {part: _tensor(base, name, part, fields.get("shared") if part == SHARED else None) for part in parts}
     if kind in _FLOATS:
         found = {part: (info.dtype, info.shape) for part, info in infos.items()}
         if found != {"": (_FLOATS[kind], tuple(shape))}:
@@ -252,8 +254,12 @@ def _entry(base: MappedSource, name: str, fields: Any) -> Entry:
     return Entry(kind, tuple(shape), infos, _columns(base, name, fields, tuple(shape)))
 
 
-def _tensor(base: MappedSource, name: str, part: str) -> TensorInfo:
+def _tensor(base: MappedSource, name: str, part: str, shared: Any = None) -> TensorInfo:
     full = f"{name}.{part}" if part else name
+    if shared is not None:
+        if not isinstance(shared, str) or not shared.endswith(f".{SHARED}"):
+            raise FormatError(f"{TABLE}: {name!r} shares what is no codebook", param=name)
+        full = shared
     if full not in base:
         raise FormatError(f"the file lacks {full!r}, which {TABLE} names", param=name)
     return base.info(full)
