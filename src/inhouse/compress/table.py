@@ -5,7 +5,9 @@ from collections.abc import Mapping
 
 from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.method import Method
+from inhouse.compress.methods.fixed import FixedOptions, fixed
 from inhouse.compress.methods.gptq import gptq
+from inhouse.compress.methods.logcodes import LogOptions, logcodes
 from inhouse.compress.methods.lowrank import LowRank, lowrank
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
@@ -14,6 +16,7 @@ from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
 from inhouse.compress.methods.structured import StructuredOptions, structured
+from inhouse.compress.methods.vector import VectorMethod, vector, vector_shared
 from inhouse.compress.methods.wanda import WandaOptions, wanda
 from inhouse.core.errors import UsageError
 
@@ -32,6 +35,22 @@ METHODS: Mapping[str, Method] = {
         Method(
             "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True, fallback="rtn",
             paper="Frantar et al. 2022, arXiv 2210.17323", summary="errors fed back column by column, static act-order",
+        ),
+        Method(
+            "vector", "quantize", "matrix", vector, VectorMethod, needs="gram",
+            paper="Egiazarian et al. 2024, arXiv 2401.06118", summary="sums of codebook entries of 8 inputs",
+        ),
+        Method(
+            "vector-shared", "quantize", "model", vector_shared, VectorMethod, needs="gram",
+            paper="Egiazarian et al. 2024, arXiv 2401.06118", summary="vector codes, one set of codebooks for all",
+        ),
+        Method(
+            "log", "quantize", "matrix", logcodes, LogOptions, needs="moments", rows_apart=True,
+            paper="Miyashita et al. 2016, arXiv 1603.01025", summary="signs and powers of two, four bits",
+        ),
+        Method(
+            "fixed", "quantize", "matrix", fixed, FixedOptions,
+            paper="Courbariaux et al. 2014, arXiv 1412.7024", summary="int8 mantissas, one power of two a tensor",
         ),
         Method(
             "svd", "lowrank", "matrix", lowrank, LowRank, defaults={"method": "svd"},
