@@ -23,7 +23,7 @@ from torch import Tensor
 from inhouse.compress.evaluate import SEPARATOR, Evaluation, evaluate
 from inhouse.compress.fit import FitConfig, Fitter, Setup
 from inhouse.compress.grids import Grid
-from inhouse.compress.methods.qat import FakeQuant
+from inhouse.compress.fake_quant import FakeQuant
 from inhouse.compress.objective import CrossEntropy, Mix, Objective, Response
 from inhouse.compress.teacher import LiveTeacher
 from inhouse.engine.session import Session

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from inhouse.compress.fake_quant import FakeQuant
 from inhouse.compress.fit import FitConfig, Setup, fit
 from inhouse.compress.grids import Grid, Params
-from inhouse.compress.methods.qat import FakeQuant
 from inhouse.compress.methods.signround import LearnedRounding, SignRoundOptions, signround
 from inhouse.compress.objective import Response
 from inhouse.compress.teacher import LiveTeacher

@@ -26,6 +26,8 @@ from inhouse.runtime.torch_dense import forward
 from inhouse.train.data import Batch, BatchOrder, Dataset, make_batch
 from inhouse.train.loop import CHECKPOINT, Progress, TrainConfig, rate_at, read_checkpoint, write_checkpoint
 
+SAVE_EVERY = 100  # steps between checkpoints
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitConfig(TrainConfig):
@@ -136,10 +138,8 @@ class Fitter:
         assert self._folder is not None
         return self._folder / CHECKPOINT
 
-    def run(
-        self, *, minutes: float = math.inf, save_every: int = 200, progress: Tell = silent, label: str = "training"
-    ) -> FitResult:
-        """Trains until the last step or until `minutes` have passed, saving every `save_every` steps and at the end.
+    def run(self, *, minutes: float = math.inf, progress: Tell = silent, label: str = "training") -> FitResult:
+        """Trains until the last step or until `minutes` have passed, saving every SAVE_EVERY steps and at the end.
 
         `progress` is told (label, steps done, steps). Raises ExecutorError when the loss is no longer a number.
         """
@@ -151,7 +151,7 @@ class Fitter:
             done = self.progress.step
             if self._validation is not None and (done % config.validate_every == 0 or done == config.steps):
                 self._validate()
-            if done % save_every == 0:
+            if done % SAVE_EVERY == 0:
                 self._save()
             progress(label, done, config.steps)
         self._save()

@@ -17,6 +17,7 @@ from torch import Tensor
 from inhouse.compress.features import Tap
 from inhouse.compress.losses import TopK, top_k
 from inhouse.compress.objective import Moment, Signals
+from inhouse.compress.objective import Teacher as Teacher
 from inhouse.core.errors import ConflictError, FormatError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.runtime.program import ProgramSet
@@ -104,6 +105,10 @@ class CachedTeacher:
     def temperature(self) -> float:
         """What the student's logits must be divided by."""
         return self._cache.temperature
+
+    def serves(self, teacher: LiveTeacher, temperature: float, k: int) -> bool:
+        """Whether it holds what this teacher says at that temperature, k tokens each."""
+        return (self._name, self._cache.temperature, self._cache.k) == (teacher.describe(), temperature, k)
 
     def describe(self) -> str:
         return f"cached {self._name} k={self._cache.k} T={self._cache.temperature}"

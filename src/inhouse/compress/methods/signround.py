@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inhouse.compress.blocks import Block
 from inhouse.compress.grids import Grid, Params, Search
+from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import Packed
@@ -208,3 +210,32 @@ def signround(weight: Tensor, inputs: Tensor, options: SignRoundOptions, fmt: st
 def _cut(inputs: Tensor, size: int) -> Iterator[Tensor]:
     for first in range(0, len(inputs), size):
         yield inputs[first : first + size]
+
+
+def signround_block(work: Work, layer: int, block: Block, options: SignRoundOptions, fmt: str) -> dict[str, Any]:
+    """One layer against its own output: learns V and alpha of all its linears together, inputs along the path that is
+    quantised already, targets those of the original layer. Puts the forms; the pipeline saves.
+
+    Raises UnsupportedError for formats without whole-number codes.
+    """
+    weights = work.weights(layer)
+    linears = [name for name in block.names if name in weights and work.programs.weights[name].kind == "linear"]
+    rounded = {
+        name: LearnedRounding(
+            weights[name], Grid(fmt, weights[name].shape[1]), search=options.search, clip=options.clip
+        )
+        for name in linears
+    }
+    if not rounded:
+        return {}
+
+    def loss(values: Mapping[str, Tensor], chunk: int) -> Tensor:
+        made = block.forward(block.given(chunk), {**weights, **values}, chunk)
+        target, valid = block.target(chunk), block.valid(chunk)
+        parts = [torch.nn.functional.mse_loss(made[value][valid], target[value][valid]) for value in block.outputs]
+        return torch.stack(parts).sum()
+
+    history = learn(rounded, {name: weights[name] for name in linears}, loss, range(block.chunks), options)
+    for name, matrix in rounded.items():
+        work.put_form(name, Form(matrix.pack(weights[name])))
+    return {"loss_rounded": history[0], "loss_learned": history[-1]}
