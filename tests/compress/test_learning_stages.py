@@ -22,6 +22,8 @@ from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.iterate import cubic_schedule, geometric_schedule, iterate
 from inhouse.compress.methods.qat import QatOptions, qat
 from inhouse.compress.methods.signround import SignRoundOptions, signround_block
+from inhouse.compress.recipe import parse_recipe
+from inhouse.compress.stages import StageRun
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
@@ -127,13 +129,9 @@ def _data() -> tuple[Dataset]:
 
 def test_qat_stores_what_it_trained(work: Work) -> None:
     report: dict[str, Any] = {}
-    options = QatOptions(
-        **SHORT | {"steps": 20, "rate": 5e-4},
-        format="u2_g32",
-        formats={"*embed*": "q8_0", "head*": ""},
-        activations=True,
-    )
-    qat(work, rows(), options, report)
+    options = QatOptions(**SHORT | {"steps": 20, "rate": 5e-4}, activations=True)
+    formats = {"embed.weight": "q8_0", "head.weight": ""}
+    qat(work, rows(), options, report, formats=lambda name: formats.get(name, "u2_g32"))
     assert report["validation"][-1][1] < report["validation"][0][1]
     names = {name: form.main.format for name in work.matrices() if (form := work.form(name)) and form.main}
     assert names.pop("embed.weight") == "q8_0"
@@ -141,6 +139,29 @@ def test_qat_stores_what_it_trained(work: Work) -> None:
     assert set(names.values()) == {"u2_g32"}
     logits = forward(work.program, rows().tokens, work.weights())["logits"]
     assert bool(torch.isfinite(logits).all())
+
+
+def test_recipes_reach_the_stages(work: Work) -> None:
+    """Prune, heal, train in the stored form, heal again: the order is allowed, formats and overrides arrive."""
+    recipe = parse_recipe({"stages": [
+        {"prune": {"method": "magnitude", "exclude": ["embed.weight", "head.weight"]}},
+        {"distill": {**SHORT, "teacher": "base"}},
+        {"qat": {**SHORT, "format": "u3_g32", "exclude": ["head.weight"],
+                 "overrides": {"embed.weight": {"format": "q8_0"}}}},
+        {"finetune": {**SHORT, "steps": 3}},
+    ]})  # fmt: skip
+    for i, stage in enumerate(recipe.stages):
+        StageRun(work, stage, f"{i}.{stage.kind}", rows(), 1 << 28).run()
+    formats = {name: form.main.format for name in work.matrices() if (form := work.form(name)) and form.main}
+    assert formats["embed.weight"] == "q8_0"
+    assert formats[UP] == "u3_g32"
+    assert "head.weight" not in formats
+    mask = work.mask(UP)
+    assert mask is not None
+    assert not torch.any(work.value(UP)[~mask])
+    assert float((work.value(UP) == 0).float().mean()) >= 0.5
+    with pytest.raises(UsageError, match="rate"):
+        parse_recipe({"stages": [{"distill": {"ratr": 1e-3}}]})
 
 
 def test_distillation_towards_the_base_comes_closer_to_it(work: Work) -> None:
@@ -167,7 +188,14 @@ def test_distillation_towards_the_base_comes_closer_to_it(work: Work) -> None:
 def test_every_kind_of_signal_runs_and_a_teacher_may_be_larger(work: Work, stories: Path, tmp_path: Path) -> None:
     larger = make("Llama", stories, tmp_path / "larger", num_hidden_layers=3, hidden_size=64, num_attention_heads=8,
                   num_key_value_heads=4)  # fmt: skip
-    signals: dict[str, Any] = {"hidden": 1.0, "attention": 1.0, "distance": 1.0, "angle": 1.0, "minilm": 1.0, "between": 1.0}  # fmt: skip
+    signals: dict[str, Any] = {
+        "hidden": 1.0,
+        "attention": 1.0,
+        "distance": 1.0,
+        "angle": 1.0,
+        "minilm": 1.0,
+        "between": 1.0,
+    }
     options = DistillOptions(**SHORT, teacher=str(larger), direction="js", temperature=2.0, ce=0.2, **signals)
     report: dict[str, Any] = {}
     distill(work, rows(), options, report)

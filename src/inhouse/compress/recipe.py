@@ -34,8 +34,6 @@ from inhouse.runtime.packed_formats import FORMATS
 ORDER: Mapping[str, tuple[int, str]] = {
     "merge": (0, "models are merged before anything is taken away from them"),
     "structured": (1, "whole parts are removed before what is left is trained or rounded"),
-    "distill": (2, "healing changes every weight, so zeros, factors and codes come after it"),
-    "finetune": (2, "healing changes every weight, so zeros, factors and codes come after it"),
     "prune": (3, "zeros are chosen in whole matrices, before factors or codes are made of them"),
     "lowrank": (4, "factors are made of floats, before codes"),
     "smooth": (5, "scales and rotations are folded into floats, before codes"),
@@ -48,6 +46,7 @@ ORDER: Mapping[str, tuple[int, str]] = {
     "attention": (9, "attention is cut on the model that will run"),
     "export": (10, "files are made of the finished model"),
 }
+ANYWHERE = ("distill", "finetune")  # healing holds zeros, and trains through factors and codes
 GATES: Mapping[str, float] = {"near-lossless": 0.01, "good": 0.05, "usable": 0.15}  # mean KL divergence, nats a token
 _STAGE_KEYS = ("method", "format", "include", "exclude", "overrides")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
@@ -334,13 +333,15 @@ def _pattern(pattern: str, where: str) -> None:
 def _check_order(stages: Sequence[Stage]) -> None:
     highest, before = -1, ""
     for i, stage in enumerate(stages):
+        if stage.kind in ANYWHERE:
+            continue
         place = METHODS[stage.method].place or stage.kind
         rank, reason = ORDER[place]
         if rank < highest:
             raise UsageError(
                 f"stages[{i}]: {stage.kind} cannot come after {before}: {reason}",
-                remedy="Put the stages in the order merge, structured pruning, distill or finetune, pruning, lowrank, "
-                "smooth or rotate, quantize, repair or qat, kv, attention, export", param=f"stages[{i}]",
+                remedy="Put the stages in the order merge, structured pruning, pruning, lowrank, smooth or rotate, "
+                "quantize, repair or qat, kv, attention, export (distill and finetune anywhere)", param=f"stages[{i}]",
             )  # fmt: skip
         highest, before = rank, stage.kind
 

@@ -204,9 +204,14 @@ class StageRun:
         if row.need(self.stage.options) != "nothing" and self.calibration is None:
             raise UsageError(f"{self.id} needs calibration texts", param="calibration")
         began = time.perf_counter()
-        more = {"progress": self.progress} if "progress" in inspect.signature(row.run).parameters else {}
+        offered = {"progress": self.progress, "formats": self._format}
+        more = {key: value for key, value in offered.items() if key in inspect.signature(row.run).parameters}
         row.run(self.work, self.calibration, self.stage.options, report, **more)
         self.work.save(unit, seconds=round(time.perf_counter() - began, 4), record=report)
+
+    def _format(self, name: str) -> str:
+        """The format that the stage has for a matrix; "" for one that it leaves alone."""
+        return self.stage.choice(name)[1] if self.stage.selects(name) else ""
 
 
 def selected(work: Work, stage: Stage) -> list[str]:

@@ -5,15 +5,19 @@ from collections.abc import Mapping
 
 from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.method import Method
+from inhouse.compress.methods.distill import DistillOptions, distill
+from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
 from inhouse.compress.methods.gptq import gptq
 from inhouse.compress.methods.logcodes import LogOptions, logcodes
 from inhouse.compress.methods.lowrank import LowRank, lowrank
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
+from inhouse.compress.methods.qat import QatOptions, qat
 from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
+from inhouse.compress.methods.signround import SignRoundOptions, signround_block
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.methods.vector import VectorMethod, vector, vector_shared
@@ -89,6 +93,24 @@ METHODS: Mapping[str, Method] = {
             "structured", "structured", "model", structured, StructuredOptions, needs="gram",
             paper="Muralidharan et al. 2024, arXiv 2407.14679; Men et al. 2024, arXiv 2403.03853",
             summary="FFN channels, heads with their key-value groups, layers, width; what stays is fitted",
+        ),
+        Method(
+            "signround", "quantize", "block", signround_block, SignRoundOptions, needs="gradients",
+            paper="Cheng et al. 2023, arXiv 2309.05516", summary="rounding and clipping learned layer by layer",
+        ),
+        Method(
+            "qat", "qat", "model", qat, QatOptions, needs="gradients", paper="Liu et al. 2023, arXiv 2305.17888",
+            summary="trained in the stored values, the float model as teacher; scales and zero points learned",
+        ),
+        Method(
+            "distill", "distill", "model", distill, DistillOptions, needs="gradients",
+            paper="Hinton et al. 2015, arXiv 1503.02531",
+            summary="towards a teacher: response, features, relations; masks, factors and codes are kept",
+        ),
+        Method(
+            "finetune", "finetune", "model", finetune, FinetuneOptions, needs="gradients",
+            paper="Han et al. 2015, arXiv 1506.02626",
+            summary="towards the text alone; masks, factors and codes are kept",
         ),
     )
 }  # fmt: skip
