@@ -21,9 +21,9 @@ from bench.compress.teacher_text import as_dataset, model_folder, sample_stories
 from torch import Tensor
 
 from inhouse.compress.evaluate import SEPARATOR, Evaluation, evaluate
+from inhouse.compress.fake_quant import FakeQuant
 from inhouse.compress.fit import FitConfig, Fitter, Setup
 from inhouse.compress.grids import Grid
-from inhouse.compress.fake_quant import FakeQuant
 from inhouse.compress.objective import CrossEntropy, Mix, Objective, Response
 from inhouse.compress.teacher import LiveTeacher
 from inhouse.engine.session import Session
