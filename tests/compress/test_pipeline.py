@@ -12,16 +12,22 @@ import torch
 
 import inhouse.api
 from inhouse.cli.main import main
+from inhouse.compress.calibrate import CalibrationOptions, calibrate, read_texts
 from inhouse.compress.journal import Journal
+from inhouse.compress.matrix import fitting
 from inhouse.compress.memory import PeakMemory, anonymous_bytes
 from inhouse.compress.pipeline import Compressed, compress, dry_run
 from inhouse.compress.recipe import parse_recipe
 from inhouse.compress.runs import list_runs
 from inhouse.compress.seen import find_seen, text_record
+from inhouse.compress.stages import StageRun
+from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
+from inhouse.runtime.packed_stored import stored_nbytes
 from inhouse.store.home import Home
 from inhouse.store.store import Store
 from inhouse.store.stored_model import TABLE
+from tests.compress.tiny_models import make
 
 pytestmark = [pytest.mark.torch, pytest.mark.native, pytest.mark.realdata]
 
@@ -252,3 +258,61 @@ def test_peak_memory_counts_what_is_anonymous(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(os.urandom(1 << 20))
     grew: Callable[[], int] = anonymous_bytes
     assert grew() > 0
+
+
+def test_stages_compose_in_one_form(model: str, texts: dict[str, str], tmp_path: Path) -> None:
+    """Zeros, then factors, then codes: masks are held, factors are coded themselves, and all of it runs."""
+    stages = [
+        {"prune": {"method": "magnitude", "include": ["mlp.up"]}},
+        {"lowrank": {"method": "svd", "include": ["mlp.down"]}},
+        {"quantize": {"method": "gptq", "format": "i8_g64", "include": ["mlp"]}},
+    ]
+    with Work.open(model, tmp_path / "work") as work:
+        recipe = parse_recipe(_document(texts, stages=stages))
+        calibration = calibrate(
+            read_texts([texts["calibration"]]), work.tokenizer, CalibrationOptions(samples=4, length=48)
+        )
+        for at, stage in enumerate(recipe.stages):
+            StageRun(work, stage, f"{at}.{stage.kind}", calibration, 1 << 28).run()
+        up, down = "layers.2.mlp.up.weight", "layers.2.mlp.down.weight"
+        mask = work.mask(up)
+        assert mask is not None
+        assert 0.4 < float(mask.float().mean()) < 0.6
+        assert not work.value(up)[~mask].any()
+        form, factored = work.form(up), work.form(down)
+        assert form is not None
+        assert form.main is not None
+        assert factored is not None
+        assert factored.main is None
+        assert {packed.format for _, packed in factored.matrices()} == {"i8_g64"}
+        assert work.units()["2.quantize/" + down]["record"]["format"] == "i8_g64+i8_g64"
+        assert form.nbytes < stored_nbytes("i8_g64", (172, 64))  # sparse: fewer bytes than the plain codes
+        assert all(work.form(name) is None for name in work.matrices() if ".mlp." not in name)
+
+
+def test_experts_without_tokens_are_named(stories: Path, texts: dict[str, str], tmp_path: Path) -> None:
+    folder = make("Mixtral", stories, tmp_path / "moe", num_local_experts=6, num_experts_per_tok=1)
+    stages = [{"quantize": {"method": "gptq", "format": "q4_1", "include": ["moe"]}}]
+    with Work.open(str(folder), tmp_path / "work") as work:
+        recipe = parse_recipe(_document(texts, stages=stages))
+        options = CalibrationOptions(samples=1, length=6)
+        calibration = calibrate(read_texts([texts["gate"]]), work.tokenizer, options)
+        StageRun(work, recipe.stages[0], "0.quantize", calibration, 1 << 28).run()
+        records = {unit: line["record"] for unit, line in work.units().items() if line.get("record")}
+        lonely = [unit for unit, record in records.items() if record.get("tokens") == 0]
+        assert lonely
+        for unit in lonely:
+            assert "no calibration token reached it; rtn without statistics" in records[unit]["fallback"]
+            assert records[unit]["method"] == "rtn"
+        assert work.form("layers.0.moe.router.weight") is not None  # `include` names what is kept by default
+
+
+def test_super_blocks_that_do_not_fit_become_groups(model: str, tmp_path: Path) -> None:
+    assert fitting("q4_k", (64, 256)) == ("q4_k", "")
+    fmt, note = fitting("q4_k", (64, 172))
+    assert (fmt, "multiples of 256" in note) == ("q4_1", True)
+    with Work.open(model, tmp_path / "work") as work:
+        stage = parse_recipe({"stages": [{"quantize": {"method": "rtn", "format": "q4_k", "importance": False}}]})
+        StageRun(work, stage.stages[0], "0.quantize", None, 1 << 28).run()
+        assert {form.main.format for name in work.matrices() if (form := work.form(name)) and form.main} == {"q4_1"}
+        assert all("q4_1 instead" in line["record"]["fallback"] for line in work.units().values() if line.get("record"))

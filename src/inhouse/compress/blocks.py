@@ -54,11 +54,13 @@ class Block:
 
     `given(i)`: values that the layer reads, float32, along the path of the weights as they are; `original(i)`: along
     the path of the weights as the stage found them. `target(i)`: what the original layer makes of `original(i)`.
+    `formats`: canonical name -> format that the recipe wants it in, of the matrices that the stage works on.
     """
 
     def __init__(self, layer: int, piece: Piece, sources: tuple[Spill, Spill], chunks: "Chunks") -> None:
         self.layer, self.names = layer, [name for op in piece.ops for name in op.weights if name]
         self.chunks = len(chunks)
+        self.formats: Mapping[str, str] = {}
         self.outputs = [value for value in piece.kept]
         self._piece, (self._now, self._before), self._chunks = piece, sources, chunks
 

@@ -26,6 +26,8 @@ from inhouse.model.spec import ModelSpec
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import pack_float
 from inhouse.runtime.packed_pack import narrow_bf16
+from inhouse.runtime.packed_sparse import to_sparse
+from inhouse.runtime.packed_stored import stored_nbytes_of
 from inhouse.store.stored_model import TABLE, StoredModel, write_stored
 from inhouse.store.writing import atomic_file
 
@@ -68,7 +70,11 @@ class Writer:
         kind = self._float if self._work.is_changed(name) else self._work.source_dtype(name)
         value = self._work.value(name).numpy()
         try:
-            return Form(pack_float(value, kind))
+            packed = pack_float(value, kind)
+            if kind == "bf16" and self._work.mask(name) is not None:
+                sparse = to_sparse(packed, "csr_bf16")
+                packed = sparse if stored_nbytes_of(sparse) < stored_nbytes_of(packed) else packed
+            return Form(packed)
         except FormatError:
             self.notes.append(f"{name} is kept as f32: a value is beyond {kind}")
             return Form(pack_float(value, "f32"))

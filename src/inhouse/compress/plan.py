@@ -4,10 +4,12 @@ import math
 from typing import Any
 
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.matrix import SPARSE, fitting
 from inhouse.compress.recipe import Recipe, Stage
-from inhouse.compress.stages import fitting, selected
+from inhouse.compress.stages import selected
 from inhouse.compress.table import METHODS
 from inhouse.compress.work import Work
+from inhouse.runtime.packed_formats import FORMATS
 from inhouse.runtime.packed_stored import stored_nbytes
 
 FLOAT_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
@@ -51,7 +53,8 @@ def _apply(work: Work, stage: Stage, formats: dict[str, str]) -> bool:
 def _bytes(fmt: str, shape: tuple[int, ...]) -> int:
     if len(shape) == 1 or fmt in FLOAT_BYTES:
         return math.prod(shape) * FLOAT_BYTES.get(fmt, 4)
-    return stored_nbytes(fmt, (shape[0], shape[1]))
+    row = FORMATS[fmt]  # how sparse is known only afterwards: counted as if it were not
+    return stored_nbytes(row.base if row.coding in SPARSE else fmt, (shape[0], shape[1]))
 
 
 def disk_need(work: Work, recipe: Recipe, calibration: Calibration | None, stored: int) -> int:

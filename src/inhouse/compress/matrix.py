@@ -1,0 +1,207 @@
+"""One matrix through one method: statistics or their lack, formats that do not fit, runs of rows, masks, factors.
+
+Knows how a method of scope `matrix` is called and what its result becomes in a Work; knows no method.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inhouse.compress.memory import SLAB_BYTES
+from inhouse.compress.method import Method
+from inhouse.compress.recipe import Stage
+from inhouse.compress.stats import LinearStats
+from inhouse.compress.table import METHODS
+from inhouse.compress.work import Work
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.runtime.form import Form
+from inhouse.runtime.packed import FORMATS, Packed, aligned_empty, is_float, packed_nbytes
+from inhouse.runtime.packed_sparse import sparse_formats, to_sparse
+from inhouse.runtime.packed_stored import stored_nbytes_of
+
+# What takes the place of a format whose super-blocks a matrix is no multiple of: as many bits, smaller groups.
+NARROWER: Mapping[str, str] = {
+    "q2_k": "u2_g32", "q3_k": "u3_g32", "q4_k": "q4_1", "q5_k": "q5_1", "q6_k": "q6_0", "iq4_xs": "iq4_nl",
+    "tq2_0": "u2_g32",
+}  # fmt: skip
+SPARSE = ("mask", "pairs", "columns")  # codings of formats that leave zeros out
+
+
+@dataclass(slots=True)
+class Chosen:
+    """What is to be done to one matrix: a method's row, its options, a format as the recipe names it."""
+
+    row: Method
+    options: Any
+    format: str
+    stats: LinearStats | None
+    record: dict[str, Any] = field(default_factory=dict)  # what the journal keeps of the unit
+
+    def say(self, text: str) -> None:
+        """Adds to what was not done as asked."""
+        before = self.record.get("fallback")
+        self.record["fallback"] = f"{before}; {text}" if before else text
+
+
+def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | None) -> dict[str, Any]:
+    """Does the stage's method to one matrix and puts the result; what is to be recorded of it."""
+    method, fmt, options = stage.choice(name)
+    chosen = with_statistics(Chosen(METHODS[method], options, fmt, stats), name)
+    form = work.form(name)
+    if chosen.row.family == "quantize" and form is not None and form.low_rank is not None:
+        made: Any = _factors(chosen, form)
+    else:
+        under = chosen.row.family == "quantize" or chosen.row.takes_form
+        weight = work.float_value(name) if under else work.value(name)
+        made = _packed(chosen, weight, work.mask(name), form)
+    _keep(work, name, chosen, made)
+    return {"method": chosen.row.name, "format": _format_of(made, chosen), **chosen.record, **_findings(stats)}
+
+
+def with_statistics(chosen: Chosen, name: str) -> Chosen:
+    """The same, or the method's fallback where it needs statistics and there are none."""
+    row, stats = chosen.row, chosen.stats
+    if row.need(chosen.options) == "nothing" or (stats is not None and stats.count):
+        return chosen
+    why = "no calibration token reached it" if stats is not None else "its inputs are token ids"
+    chosen.say(f"{name}: {why}; {row.fallback or row.name} without statistics")
+    if not row.fallback:
+        return replace(chosen, stats=None)
+    other = METHODS[row.fallback]
+    return replace(chosen, row=other, options=other.options(**other.defaults), stats=None)
+
+
+def fitting(fmt: str, shape: tuple[int, ...]) -> tuple[str, str]:
+    """(the format, or one of as many bits where the matrix is no multiple of its super-blocks; what to say of that).
+    Raises UnsupportedError where there is none. Sparse formats are asked for by their plain base."""
+    base = FORMATS[fmt].base if FORMATS[fmt].coding in SPARSE else fmt
+    try:
+        packed_nbytes(base, (shape[0], shape[1]))
+        return fmt, ""
+    except UnsupportedError as error:
+        other = NARROWER.get(fmt)
+        if other is None:
+            raise
+        return other, f"{error.message}; {other} instead"
+
+
+def _packed(chosen: Chosen, weight: Tensor, mask: Tensor | None, form: Form | None) -> Any:
+    """The method's result; in a sparse format where the recipe names one, or where that stores a pruned matrix in
+    fewer bytes."""
+    fmt = chosen.format
+    if fmt:
+        fmt, note = fitting(fmt, tuple(weight.shape))
+        if note:
+            chosen.say(note)
+    wanted = fmt if fmt and FORMATS[fmt].coding in SPARSE else ""
+    made = _call(chosen, weight, FORMATS[fmt].base if wanted else fmt, mask, form)
+    if not isinstance(made, Form) or made.main is None:
+        return made
+    if wanted:
+        return replace(made, main=to_sparse(made.main, wanted))
+    return replace(made, main=_sparsest(made.main)) if mask is not None else made
+
+
+def _sparsest(main: Packed) -> Packed:
+    """The matrix in whichever of its plain and sparse forms is stored in the fewest bytes."""
+    best = main
+    for name in sparse_formats(main.format):
+        try:
+            other = to_sparse(main, name)
+        except UsageError:
+            continue  # not two of four
+        if stored_nbytes_of(other) < stored_nbytes_of(best):
+            best = other
+    return best
+
+
+def _factors(chosen: Chosen, form: Form) -> Form:
+    """A factorised matrix: each part in the format, where that makes it smaller."""
+    made: dict[str, Packed] = {}
+    for which, packed in form.matrices():
+        seen = replace(chosen, stats=chosen.stats if which != "b" else None, record={})
+        apart = with_statistics(seen, which)
+        fmt, _ = fitting(chosen.format, packed.shape)
+        part = _call(apart, torch.from_numpy(packed.dequantize()), fmt, None, None)
+        main = part.main if isinstance(part, Form) else None
+        if main is None:
+            raise UsageError(f"{apart.row.name} gives no codes for the factors of a matrix", param=apart.row.name)
+        if stored_nbytes_of(main) < stored_nbytes_of(packed) or not is_float(packed.format):
+            made[which] = main
+        else:
+            made[which] = packed
+            chosen.say(f"factor {which or 'main'} stays {packed.format}, {fmt} would be larger")
+    return Form(made.get(""), (made["a"], made["b"]), form.columns)
+
+
+def _call(chosen: Chosen, weight: Tensor, fmt: str, mask: Tensor | None, form: Form | None) -> Any:
+    """Calls the method; large matrices in runs of rows where it allows."""
+    row = chosen.row
+    step = max(16, SLAB_BYTES // (4 * weight.shape[1]) // 16 * 16)
+    whole = not row.rows_apart or row.takes_form or step >= weight.shape[0]
+    made: list[Any] = []
+    for start in range(0, weight.shape[0], weight.shape[0] if whole else step):
+        part = slice(start, None if whole else start + step)
+        more: dict[str, Any] = {"form": form} if row.takes_form else {}
+        if row.masks:
+            more["mask"] = None if mask is None else mask[part]
+        result = row.run(weight[part].contiguous(), chosen.stats, chosen.options, fmt, **more)
+        if isinstance(result, tuple):
+            result, said = result
+            chosen.record |= {key: value for key, value in said.items() if key != "fallback"}
+            if said.get("fallback"):
+                chosen.say(str(said["fallback"]))
+        made.append(result)
+    return made[0] if len(made) == 1 else _stacked(made)
+
+
+def _stacked(made: list[Any]) -> Any:
+    """Results of runs of rows as that of the whole matrix; packed forms lie in tiles of 16 rows."""
+    if not isinstance(made[0], Form):
+        return torch.cat(made)
+    mains = [form.main for form in made if form.main is not None and form.low_rank is None]
+    if len(mains) < len(made):
+        raise UsageError("a method whose rows are apart gave a form with a side branch", remedy="Report this")
+    data = aligned_empty(sum(main.nbytes for main in mains))
+    np.concatenate([main.data for main in mains], out=data)
+    shape = (sum(main.shape[0] for main in mains), mains[0].shape[1])
+    return Form(Packed(mains[0].format, shape, data), None, made[0].columns)
+
+
+def _keep(work: Work, name: str, chosen: Chosen, made: Any) -> None:
+    """Puts a Form, new floats or a mask; pruned weights stay 0, or it is said that they do not."""
+    mask, pruning = work.mask(name), chosen.row.family == "prune"
+    if isinstance(made, Form):
+        value = torch.from_numpy(made.value()) if mask is not None or pruning else None
+        work.put_form(name, made)
+        if pruning and value is not None:
+            work.put_mask(name, value != 0)
+        elif mask is not None and value is not None:
+            lost = int((value[~mask] != 0).sum())
+            if lost:
+                chosen.say(f"{name}: {lost} pruned weights are not 0 in this format")
+    elif made.dtype is torch.bool:
+        work.put(name, work.value(name) * made)
+        work.put_mask(name, made)
+    else:
+        work.put(name, made)
+        if pruning:
+            work.put_mask(name, made != 0)
+
+
+def _format_of(made: Any, chosen: Chosen) -> str:
+    if not isinstance(made, Form):
+        return chosen.format
+    return "+".join(packed.format for _, packed in made.matrices())
+
+
+def _findings(stats: LinearStats | None) -> dict[str, Any]:
+    """What calibration found of a linear's inputs."""
+    if stats is None:
+        return {}
+    dead = len(stats.dead) if stats.count else 0
+    return {"tokens": stats.count, **({"dead": dead} if dead else {})}
