@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from inhouse.compress.recipe import load_recipe, matches, parse_recipe, parse_size
+from inhouse.compress.recipe import ANYWHERE, ORDER, load_recipe, matches, parse_recipe, parse_size
 from inhouse.compress.shorts import SHORTS, short_recipe
 from inhouse.compress.table import METHODS
 from inhouse.core.errors import UsageError
@@ -147,7 +147,6 @@ def test_an_unknown_short_name() -> None:
 @pytest.mark.parametrize("row", METHODS.values(), ids=lambda row: row.name)
 def test_rows_of_the_table_are_well_formed(row: Any) -> None:
     from inhouse.compress.method import NEEDS, SCOPES
-    from inhouse.compress.recipe import ORDER
 
     assert row.scope in SCOPES
     assert (row.place or row.family) in {*ORDER, *ANYWHERE}
