@@ -12,6 +12,7 @@ from inhouse.compress.methods.gptq import gptq
 from inhouse.compress.methods.logcodes import LogOptions, logcodes
 from inhouse.compress.methods.lowrank import LowRank, lowrank
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
+from inhouse.compress.methods.merging import MERGES, MergeStage, merge_stage
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
 from inhouse.compress.methods.qat import QatOptions, qat
 from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
@@ -27,6 +28,13 @@ from inhouse.core.errors import UsageError
 METHODS: Mapping[str, Method] = {
     row.name: row
     for row in (
+        *(
+            Method(
+                name, "merge", "model", merge_stage, MergeStage, defaults={"method": name},
+                paper="mergekit, Goddard et al. 2024, arXiv 2403.13257", summary="other models merged into this one",
+            )
+            for name in MERGES
+        ),
         Method(
             "round", "quantize", "matrix", rounding, RoundingOptions, paper="Frantar et al. 2022, arXiv 2210.17323",
             rows_apart=True, summary="nearest code; the baseline",

@@ -1,0 +1,172 @@
+"""Merging models: the same tensors of several checkpoints to one, streamed, as a new version of the store.
+
+Knows checkpoints and the store; what becomes of one tensor is `methods.merging`'s. Memory holds one tensor of each
+model at a time.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from inhouse.compress.methods.merging import MergeOptions, check_models, merge
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.progress import Progress, silent
+from inhouse.load.describe import Described, describe, read_tokenizer
+from inhouse.load.export_targets import as_bytes, narrowed
+from inhouse.load.importer import Imported, import_model
+from inhouse.load.locate import Located, locate
+from inhouse.model.tokens.tokenizer import Tokenizer
+from inhouse.store.safetensors import write_safetensors
+from inhouse.store.source import materialise, side_files
+from inhouse.store.store import Store
+from inhouse.store.writing import TensorData
+
+FLOATS = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class Ingredient:
+    """A model to merge, and its weight."""
+
+    reference: str
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    located: Located
+    described: Described
+
+
+def parse_ingredient(text: str) -> Ingredient:
+    """`MODEL:WEIGHT`, or `MODEL` with weight 1. The last part is the weight: `qwen:2:0.5` is version 2 at 0.5.
+
+    Raises UsageError."""
+    name, colon, weight = text.rpartition(":")
+    if not colon:
+        return Ingredient(text, 1.0)
+    try:
+        return Ingredient(name, float(weight))
+    except ValueError:
+        raise UsageError(
+            f"{text!r} has no weight after its last colon",
+            remedy="Write MODEL:WEIGHT, such as qwen:2:0.5",
+            param="model",
+        ) from None
+
+
+def merge_models(
+    base: str | None,
+    models: Sequence[Ingredient],
+    name: str,
+    options: MergeOptions,
+    *,
+    store: Store,
+    progress: Progress = silent,
+) -> Imported:
+    """Merges and imports the result under `name`; its tokenizer, template and config are the base's (without one, the
+    first model's).
+
+    Raises:
+        UsageError: the method needs a base, or weights do not suit it.
+        UnsupportedError: shapes, families or vocabularies differ, or a model is not of float safetensors; it is named.
+    """
+    check_models(options, [model.weight for model in models])
+    if options.needs_base and base is None:
+        raise UsageError(f"{options.method} needs the base that the models were tuned from", param="base")
+    with ExitStack() as stack:
+        first = base if base is not None else models[0].reference
+        root = _open(first, store, stack)
+        others = [_open(model.reference, store, stack) for model in models]
+        for other in others:
+            _check_alike(root, other)
+        use_base = base is not None and options.needs_base
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-", dir=store.home.tmp))
+        folder = Path(scratch) / "model"
+        folder.mkdir()
+        _write(root, others, [model.weight for model in models], options, use_base, folder, progress)
+        parts = " + ".join(f"{model.weight:g} {model.reference}" for model in models)
+        parent = f"{root.located.name}:{root.located.version}" if root.located.version else None
+        return import_model(
+            folder, name, store=store, how="move", origin=f"{options.method} of {parts}", parent=parent,
+            derived=f"merged: {options.method} of {parts}" if parent else None, progress=progress,
+        )  # fmt: skip
+
+
+def _open(reference: str, store: Store, stack: ExitStack) -> _Open:
+    located = locate(reference, store.home)
+    described = describe(located.path)
+    stack.callback(described.source.close)
+    if described.source.format != "safetensors" or not described.path.is_dir():
+        raise UnsupportedError(
+            f"merging reads safetensors folders, {reference} is {described.source.format}",
+            remedy="Merge the Hugging Face folders, then export", param="model",
+        )  # fmt: skip
+    return _Open(located, described)
+
+
+def _check_alike(a: _Open, b: _Open) -> None:
+    """Raises UnsupportedError naming the first difference that a merge would turn into nonsense."""
+    names = f"{a.located.name} and {b.located.name}"
+    one, two = read_tokenizer(a.described), read_tokenizer(b.described)
+    if (token := _first_other_token(one, two)) is not None:
+        raise UnsupportedError(
+            f"{names} have different vocabularies ({one.vocab_size} and {two.vocab_size} tokens, id {token} differs "
+            "first)", remedy="Merge models of one tokenizer; rows of other tokens have nothing to do with one another",
+        )  # fmt: skip
+    left, right = ({name: m.described.source.info(name) for name in m.described.source} for m in (a, b))
+    if left.keys() != right.keys():
+        odd = sorted(left.keys() ^ right.keys())
+        raise UnsupportedError(f"{names} have different tensors: {odd[0]!r} is in one only", param=odd[0])
+    for name, info in left.items():
+        if info.shape != right[name].shape:
+            raise UnsupportedError(f"{name!r} is {info.shape} and {right[name].shape} in {names}", param=name)
+        if info.dtype not in FLOATS or right[name].dtype not in FLOATS:
+            raise UnsupportedError(f"{name!r} is {info.dtype}; merging needs floats", param=name)
+    if a.described.spec != b.described.spec:
+        raise UnsupportedError(f"{names} are computed differently: their configs disagree beyond sizes")
+
+
+def _first_other_token(a: Tokenizer, b: Tokenizer) -> int | None:
+    count = max(a.vocab_size, b.vocab_size)
+    return next((i for i in range(count) if a.token_of(i) != b.token_of(i)), None)
+
+
+def _write(
+    root: _Open, others: Sequence[_Open], weights: Sequence[float], options: MergeOptions, use_base: bool,
+    folder: Path, progress: Progress,
+) -> None:  # fmt: skip
+    source = root.described.source
+    total = sum(source.info(name).nbytes for name in source)
+    done = 0
+
+    def reading(name: str) -> Callable[[], npt.NDArray[np.uint8]]:
+        def read() -> npt.NDArray[np.uint8]:
+            nonlocal done
+            done += source.info(name).nbytes
+            progress("merge", done, total)
+            base = torch.from_numpy(_floats(root, name)) if use_base else None
+            tensors = [torch.from_numpy(_floats(other, name)) for other in others]
+            merged = merge(name, base, tensors, weights, options).numpy()
+            return as_bytes(narrowed(merged, source.info(name).dtype, name))
+
+        return read
+
+    tensors = [TensorData(source.info(name), reading(name)) for name in source]
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    for file in side_files(root.described.path):
+        if not file.name.endswith((".safetensors", ".index.json")):
+            target = folder / file.relative_to(root.described.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+
+
+def _floats(model: _Open, name: str) -> npt.NDArray[np.float32]:
+    return np.array(materialise(model.described.source, name), np.float32)
