@@ -14,7 +14,8 @@ With tau_i = theta_i - theta_0 (theta_0: the base that they were tuned from) and
     breadcrumbs_ties  the same, then signs elected
 
 Semantics and defaults are those that mergekit publishes, but for DARE's `rescale`: "inverse" is the paper's
-1 / density, "l1" (mergekit's of today) keeps the sum of magnitudes. `merge` knows tensors alone, `merge_stage` is the recipe's.
+1 / density, "l1" (mergekit's of today) keeps the sum of magnitudes. `merge` knows tensors alone,
+`merge_stage` is the recipe's.
 """
 
 import hashlib
