@@ -16,6 +16,7 @@ from inhouse.compress.methods.merging import MERGES, MergeStage, merge_stage
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
 from inhouse.compress.methods.qat import QatOptions, qat
 from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
+from inhouse.compress.methods.repair import Repair, repaired
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.compress.methods.signround import SignRoundOptions, signround_block
@@ -69,16 +70,27 @@ METHODS: Mapping[str, Method] = {
             paper="Eckart and Young 1936", summary="truncated SVD",
         ),
         Method(
-            "asvd", "lowrank", "matrix", lowrank, LowRank, needs="moments", defaults={"method": "asvd"},
+            "asvd", "lowrank", "matrix", lowrank, LowRank, needs="moments", defaults={"method": "asvd"}, fallback="svd",
             paper="Yuan et al. 2023, arXiv 2312.05821", summary="SVD of columns scaled by their inputs' size",
         ),
         Method(
             "svd-llm", "lowrank", "matrix", lowrank, LowRank, needs="gram", defaults={"method": "whitened"},
+            fallback="svd",
             paper="Wang et al. 2024, arXiv 2403.07378", summary="whitened SVD: least output error of a rank",
         ),
         Method(
             "rank-budget", "lowrank", "model", rank_budget, RankBudget, needs="gram",
             paper="Wang et al. 2025, arXiv 2503.12340", summary="whitened SVD, ranks shared out by measured loss",
+        ),
+        Method(
+            "eora", "repair", "matrix", repaired, Repair, needs="gram", takes_form=True,
+            defaults={"method": "whitened"},
+            paper="Liu et al. 2024, arXiv 2410.21271", summary="low-rank branch beside codes: least output error",
+        ),
+        Method(
+            "lqer", "repair", "matrix", repaired, Repair, needs="moments", takes_form=True,
+            defaults={"method": "asvd"}, paper="Zhang et al. 2024, arXiv 2402.02446",
+            summary="the same with the inputs' mean sizes alone",
         ),
         Method(
             "magnitude", "prune", "matrix", magnitude, MagnitudeOptions, paper="Han et al. 2015, arXiv 1506.02626",
