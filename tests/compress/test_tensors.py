@@ -81,10 +81,10 @@ def test_full_rank_is_exact_and_padding_is_zero() -> None:
 
 def test_digits_and_factors() -> None:
     ids = torch.arange(60)
-    back = 0
+    back = torch.zeros_like(ids)
     for digit, size in zip(digits(ids, (3, 4, 5)), (3, 4, 5), strict=True):
         back = back * size + digit
-    assert torch.equal(torch.as_tensor(back), ids)
+    assert torch.equal(back, ids)
     for size, count in itertools.product((64, 172, 512, 32000, 97), (2, 3)):
         exact, loose = near_factors(size, count, exact=True), near_factors(size, count, exact=False)
         assert math.prod(exact) == size

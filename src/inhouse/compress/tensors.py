@@ -64,7 +64,8 @@ def _leading(moment: Tensor, rank: int) -> Tensor:
     """The leading eigenvectors, as columns, largest first; signs fixed by their largest element."""
     vectors = torch.linalg.eigh(moment).eigenvectors.flip(1)[:, :rank]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * torch.where(largest < 0, -1.0, 1.0)
+    signed: Tensor = vectors * torch.where(largest < 0, -1.0, 1.0)
+    return signed
 
 
 @dataclass(frozen=True, slots=True)
