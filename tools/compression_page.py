@@ -9,10 +9,17 @@ from typing import Any
 
 from inhouse.compress.shorts import SHORTS
 from inhouse.compress.table import METHODS
-from tools.docs import render
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, RESULTS = DOCS / "compression.md", DOCS / "compression-results.json"
+
+
+def render(text: str, name: str, table: str) -> str:
+    """`text` with the block called `name` replaced; raises ValueError if there is no such block."""
+    start = text.index(f"<!-- {name}:")
+    head = text.index("-->", start) + 3
+    end = text.index("<!-- end -->", head)
+    return f"{text[:head]}\n{table}\n{text[end:]}"
 
 
 def shorts_table() -> str:
