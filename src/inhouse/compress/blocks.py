@@ -7,7 +7,7 @@ optimise a layer at once, `run_blocks` goes layer by layer along two paths, with
 are. In memory lie the weights of one piece (one layer), one chunk of rows and the sums.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,18 @@ class Block:
     def valid(self, chunk: int) -> Tensor:
         """bool [rows]: rows that are no padding."""
         return self._chunks.valid(chunk)
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The layer's ops in order."""
+        return self._piece.ops
+
+    def values(
+        self, given: Mapping[int, Tensor], weights: Mapping[str, Tensor], wanted: Sequence[int], chunk: int, stop: int
+    ) -> dict[int, Tensor]:
+        """Values by id, [rows, width], after the first `stop` ops; of `given` too."""
+        made = evaluate_ops(self._piece.ops[:stop], given, wanted, weights, self._chunks.rows(chunk))
+        return {value: made[value] for value in wanted}  # type: ignore[misc]
 
     def forward(self, given: Mapping[int, Tensor], weights: Mapping[str, Tensor], chunk: int) -> dict[int, Tensor]:
         """The layer's outputs by value id, [rows, width]; differentiable with respect to weights and `given`."""
