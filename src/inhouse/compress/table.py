@@ -3,11 +3,14 @@
 import difflib
 from collections.abc import Mapping
 
+from inhouse.compress.auto import AutoOptions, auto
+from inhouse.compress.drift import DriftOptions
 from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.method import Method
 from inhouse.compress.methods.distill import DistillOptions, distill
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
+from inhouse.compress.methods.gptaq import gptaq
 from inhouse.compress.methods.gptq import gptq
 from inhouse.compress.methods.logcodes import LogOptions, logcodes
 from inhouse.compress.methods.lowrank import LowRank, lowrank
@@ -48,6 +51,15 @@ METHODS: Mapping[str, Method] = {
         Method(
             "gptq", "quantize", "matrix", gptq, GptqOptions, needs="gram", rows_apart=True, fallback="rtn",
             paper="Frantar et al. 2022, arXiv 2210.17323", summary="errors fed back column by column, static act-order",
+        ),
+        Method(
+            "gptaq", "quantize", "block", gptaq, DriftOptions, needs="gram", paper="Li et al. 2025, arXiv 2504.02692",
+            summary="GPTQ towards the first model's layers, the residual stream's loss and norms made up for",
+        ),
+        Method(
+            "auto", "quantize", "model", auto, AutoOptions, needs="gram",
+            paper="Frantar et al. 2022, arXiv 2210.17323; Li et al. 2025, arXiv 2504.02692",
+            summary="formats under a budget of bytes: measured losses, knapsack, local search, then gptaq",
         ),
         Method(
             "vector", "quantize", "matrix", vector, VectorMethod, needs="gram",

@@ -13,7 +13,8 @@ from inhouse.core.errors import UsageError
 
 
 def gptaq(work: Work, layer: int, block: Block, options: DriftOptions, fmt: str) -> dict[str, Any]:
-    """Rounds the linears of a layer to `fmt`. Raises UsageError without a format."""
-    if not fmt:
+    """Rounds the linears of a layer to `fmt`, or each to its own of `block.formats`. Raises UsageError without one."""
+    formats = block.formats
+    if not any(formats.values()):
         raise UsageError("gptaq needs a format", remedy="Write format: i4_g32 beside the method", param="format")
-    return drift_layer(work, block, lambda name: fmt, options)
+    return drift_layer(work, block, lambda name: formats.get(name, ""), options)
