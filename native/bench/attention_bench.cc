@@ -40,14 +40,14 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 std::vector<int64_t> program(const Model& m, int64_t context) {
   const int64_t widths[] = {m.heads * m.dim, m.kv_heads * m.dim, m.kv_heads * m.dim};
   std::vector<int64_t> flat = {inhouse::kMagic, inhouse::kFlatVersion, kVocab, context, 1, 1};
-  flat.insert(flat.end(), {0, m.kv_heads, m.dim, m.dim, 0, m.layers});
+  flat.insert(flat.end(), {0, m.kv_heads, m.dim, m.dim, 0, m.layers, 0, 0});
   flat.insert(flat.end(), {3 + m.layers, 3 + m.layers, 1});
   for (int64_t v = 0; v < 3 + m.layers; ++v) flat.insert(flat.end(), {0, v < 3 ? widths[v] : widths[0], 0, 0});
   const int64_t one = __builtin_bit_cast(int64_t, 1.0), scale = __builtin_bit_cast(int64_t, 0.125);
   for (int64_t v = 0; v < 3; ++v) flat.insert(flat.end(), {0, 0, 1, 1, 3, v, v, 0, 0, one});
   for (int64_t l = 0; l < m.layers; ++l) {
-    flat.insert(flat.end(), {static_cast<int64_t>(OpKind::kAttention), 3, 0, 1, 15, 0, 1, 2, 3 + l});
-    flat.insert(flat.end(), {0, l, m.heads, m.kv_heads, m.dim, m.dim, scale, 0, 0, 0, 0, 0, 0, 0, 0});
+    flat.insert(flat.end(), {static_cast<int64_t>(OpKind::kAttention), 3, 0, 1, 19, 0, 1, 2, 3 + l});
+    flat.insert(flat.end(), {0, l, m.heads, m.kv_heads, m.dim, m.dim, scale, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
   }
   flat.push_back(2 + m.layers);
   return flat;

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define IH_ABI_VERSION 3
+#define IH_ABI_VERSION 4
 #define IH_API __attribute__((visibility("default")))
 
 typedef enum ih_status {
@@ -114,6 +114,8 @@ typedef struct ih_step_group {
   int32_t cross;   // read by encoder position
   int64_t window;  // 0: all positions are read
   int64_t blocks;  // allocated
+  int64_t sink;    // with a window: the first positions, whole blocks, are read too,
+  int64_t stride;  // and every stride-th block; 0: none
 } ih_step_group;
 
 typedef struct ih_step_rules {

@@ -18,6 +18,11 @@ struct Keys {
 
 inline bool is_cross(const Op& op) { return op.integer(10) != 0; }
 
+inline bool is_coded(const Op& op) { return op.integer(15) >= 0; }
+// The state group that the op writes to, and its layer's slot there: of codes, that of recent positions.
+inline int near_group(const Op& op) { return static_cast<int>(op.integer(is_coded(op) ? 15 : 0)); }
+inline int64_t near_slot(const Op& op) { return op.integer(is_coded(op) ? 16 : 1); }
+
 inline int64_t group_of(const AttentionShape& s) { return s.heads / s.kv_heads; }
 
 // Rows of a task.
@@ -26,7 +31,8 @@ inline int64_t piece_rows(const AttentionShape& s) { return std::max<int64_t>(1,
 // Tasks are split by partition when there are fewer than this.
 constexpr int64_t split_below(int threads) { return 2 * int64_t{threads}; }
 
-constexpr int64_t partitions_in(int64_t positions) { return (positions + kPartition - 1) / kPartition; }
+// Units of that many positions: the far part and the near one may share a partition, and one more is begun by each.
+constexpr int64_t partitions_in(int64_t positions) { return (positions + kPartition - 1) / kPartition + 2; }
 
 constexpr int64_t kMostPartitions = 4096;                 // of a context that working memory is made for
 constexpr int64_t kMostPartialFloats = int64_t{1} << 28;  // beyond this, partitions are not split
@@ -55,6 +61,8 @@ inline AttentionShape attention_shape(const Op& op, KvType kv_type, int64_t head
   s.v_from_k = op.integer(14) != 0;
   s.kv_type = kv_type;
   s.head_bytes = head_bytes;
+  s.sink = static_cast<int32_t>(op.integer(17));
+  s.stride = static_cast<int32_t>(op.integer(18));
   return s;
 }
 

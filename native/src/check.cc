@@ -146,6 +146,31 @@ void check_bias(Rule& r, int64_t heads) {
   r.need(w != nullptr && w->format >= 0 && w->out == buckets && w->in == heads, "no bias table [buckets, heads]");
 }
 
+bool known_bits(int64_t bits) { return bits == 4 || bits == 8; }
+
+// The far part: codes with a group of recent positions beside them, or static blocks beside a window.
+void check_far(Rule& r, const Group& group) {
+  const Op& op = r.op();
+  const bool causal = op.integer(9) == kCausal && op.integer(10) == 0 && op.integer(14) == 0;
+  r.integer(15, -1, static_cast<int64_t>(r.set().groups.size()) - 1);
+  r.integer(17, 0, INT32_MAX);
+  r.integer(18, 0, INT32_MAX);
+  if (r.fault() != nullptr) return;
+  const bool coded = group.k_bits != 0 || group.v_bits != 0, fixed = op.integer(17) != 0 || op.integer(18) != 0;
+  r.need(coded == (op.integer(15) >= 0), "codes go with a group of recent positions");
+  r.need(!coded || (known_bits(group.k_bits) && known_bits(group.v_bits)), "codes have 4 or 8 bits");
+  r.need(!coded || (causal && op.integer(8) == 0 && !fixed), "codes go with plain causal attention");
+  r.need(!fixed || (causal && op.integer(8) > 0 && op.integer(11) == 0), "static blocks go with a causal window");
+  r.need(op.integer(17) % kCacheBlock == 0, "a sink must be whole blocks");
+  if (!coded || r.fault() != nullptr) return;
+  const Group& recent = r.set().groups[op.integer(15)];
+  r.integer(16, 0, recent.layers - 1);
+  r.need(recent.kind == GroupKind::kWindow && recent.window > 0 && recent.k_bits == 0 && recent.v_bits == 0,
+         "recent positions are kept in a window group");
+  r.need(recent.kv_heads == group.kv_heads && recent.head_dim == group.head_dim && recent.v_dim == group.v_dim,
+         "recent positions have other heads");
+}
+
 void check_attention(Rule& r) {
   for (int i = 9; i < 15; ++i) r.integer(i, 0, i == 9 || i == 11 ? 2 : i == 12 || i == 13 ? INT32_MAX : 1);
   if (r.fault() != nullptr) return;
@@ -168,6 +193,7 @@ void check_attention(Rule& r) {
   r.need(!cross || (group.kind == GroupKind::kCross && r.op().integer(8) == 0 && r.op().integer(9) == kBidirectional),
          "cross attention reads a whole cross group");
   r.need(r.op().integer(9) != kPrefix || r.op().integer(8) == 0, "the prefix mask takes no window");
+  check_far(r, group);
   for (int32_t v : r.op().inputs) r.need(r.value(v).axis == Axis::kTokens, "inputs must be over tokens");
   r.need(r.out(0).axis == Axis::kTokens && r.out(0).width == heads * v_dim, "output must be heads * v_dim wide");
   r.need(r.in(0).width == heads * dim, "q must be heads * head_dim wide");
@@ -184,7 +210,7 @@ void check_write_cross(Rule& r) {
   if (r.fault() != nullptr) return;
   const Group& group = r.set().groups[r.op().integer(0)];
   r.integer(1, 0, group.layers - 1);
-  r.need(group.kind == GroupKind::kCross, "its group is not a cross group");
+  r.need(group.kind == GroupKind::kCross && group.k_bits == 0 && group.v_bits == 0, "its group is not a cross group");
   r.need(r.in(0).axis == Axis::kTokens && r.in(1).axis == Axis::kTokens, "inputs must be over tokens");
   r.need(r.in(0).width == group.kv_heads * group.head_dim, "k has the wrong width");
   r.need(r.in(1).width == group.kv_heads * group.v_dim, "v has the wrong width");

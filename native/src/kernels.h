@@ -104,7 +104,56 @@ struct AttentionShape {
   int32_t reach;          // distance from which the bias is the same
   const float* sinks;     // [heads] or null
   int64_t head_bytes;     // of one kv head in a block
+  // The far part, read before the near one. Coded: a row at p reads the blocks that end at or before p - recent as
+  // codes (kv_codes.h) of another state group. Static: beside the window it sees the first `sink` positions and every
+  // stride-th block, counted from the first.
+  int32_t k_bits, v_bits, recent;  // k_bits 0: not coded
+  int64_t far_bytes;               // of one kv head in a block of codes
+  int32_t sink, stride;            // sink is whole blocks; both 0: no static part
 };
+
+// Blocks below block n that are static.
+constexpr int64_t static_blocks(const AttentionShape& s, int64_t n) {
+  const int64_t sinks = s.sink / kCacheBlock;
+  if (n <= sinks || s.stride == 0) return n < sinks ? n : sinks;
+  return sinks + (n + s.stride - 1) / s.stride - (sinks + s.stride - 1) / s.stride;
+}
+// The block that is the j-th static one.
+constexpr int64_t static_block(const AttentionShape& s, int64_t j) {
+  const int64_t sinks = s.sink / kCacheBlock;
+  return j < sinks || s.stride == 0 ? j : ((sinks + s.stride - 1) / s.stride + j - sinks) * s.stride;
+}
+
+// Positions of the far part that a row at `position` sees; static ones are counted without the gaps between them.
+constexpr int64_t far_end(const AttentionShape& s, int64_t position) {
+  if (s.k_bits != 0) return position < s.recent ? 0 : (position - s.recent) / kCacheBlock * kCacheBlock;
+  if ((s.sink == 0 && s.stride == 0) || position < s.window) return 0;
+  const int64_t low = position - s.window + 1, block = low / kCacheBlock, seen = static_blocks(s, block);
+  return seen * kCacheBlock + (static_blocks(s, block + 1) > seen ? low % kCacheBlock : 0);
+}
+// The first position of the near part that it sees.
+constexpr int64_t near_begin(const AttentionShape& s, int64_t position) {
+  if (s.k_bits != 0) return far_end(s, position);
+  return s.window > 0 && position >= s.window ? position - s.window + 1 : 0;
+}
+// One past the last; `length` positions are stored, those below `prefix` see one another.
+constexpr int64_t near_end(const AttentionShape& s, int64_t position, int64_t length, int64_t prefix) {
+  if (s.mask == kPrefix) return prefix > position + 1 ? prefix : position + 1;
+  if (s.mask == kBidirectional) return s.window > 0 && length - position > s.window ? position + s.window : length;
+  return position + 1;
+}
+
+// What rows [position, position + rows) see: `far` partitions of the far part, then partitions [first, last).
+struct Units {
+  int32_t far, first, last;
+  constexpr int32_t count() const { return far + last - first; }
+};
+constexpr Units units_of(const AttentionShape& s, int64_t position, int64_t rows, int64_t length, int64_t prefix) {
+  const int64_t end = position + rows - 1;
+  return {static_cast<int32_t>((far_end(s, end) + kPartition - 1) / kPartition),
+          static_cast<int32_t>(near_begin(s, position) / kPartition),
+          static_cast<int32_t>((near_end(s, end, length, prefix) + kPartition - 1) / kPartition)};
+}
 
 // Entry i of a head's row is the bias of key - query = i - reach - 16, so that sixteen neighbours are one load.
 constexpr int64_t relative_pitch(int64_t reach) { return 2 * reach + 33; }
@@ -121,6 +170,9 @@ struct AttentionTask {
   const uint8_t* blocks;  // this layer's part of block b is at blocks + b * block_stride
   int64_t block_stride;
   int32_t position, length, prefix, rows, kv_head;
+  const int32_t* far_table;  // the same of the codes; null where there are none
+  const uint8_t* far_blocks;
+  int64_t far_stride;
 };
 
 // Index into SCORINGS of runtime/ops.py.
@@ -173,13 +225,13 @@ struct Kernels {
   void (*store_kv)(const AttentionShape& shape, const float* k, const float* v, uint8_t* block, int slot);
   // All partitions of a task; `scratch` holds attention_scratch(shape, rows) floats.
   void (*attend)(const AttentionTask& task, float* scratch);
-  // One partition: unmerged results to `partial` [rows * group][partial_pitch(v_dim)].
-  void (*attend_partition)(const AttentionTask& task, int partition, float* scratch, float* partial);
+  // One unit, counted as units_of does: unmerged results to `partial` [rows * group][partial_pitch(v_dim)].
+  void (*attend_partition)(const AttentionTask& task, int unit, float* scratch, float* partial);
   // Largest logit of each kSampleBlock of x [n], NaN where the block holds one; weights e^((x - top) * inverse) and
   // their sum over each block (sampling).
   void (*block_max)(const float* x, int64_t n, float* maxima);
   void (*exp_weights)(const float* x, int64_t n, float top, float inverse, float* w, float* sums);
-  // Merges the partials of partitions [begin, end), each `stride` floats after the one before, and writes y.
+  // Merges the partials of units [begin, end), each `stride` floats after the one before, and writes y.
   void (*attend_merge)(const AttentionTask& task, int begin, int end, float* partials, int64_t stride);
   // One row of route: logits [experts], correction [experts] or null -> routing [2 * top_k].
   void (*route)(const RouteShape& shape, const float* logits, const float* correction, float* routing);
@@ -191,6 +243,8 @@ struct Kernels {
   double (*probe_dot)(int64_t loops, int32_t* sink);
   double (*probe_fma)(int64_t loops, int32_t* sink);
   double (*probe_read)(const uint8_t* p, int64_t bytes, int32_t* sink);
+  // This layer's part of a whole block of f16 K and V to codes.
+  void (*code_block)(const AttentionShape& shape, const uint8_t* block, uint8_t* codes);
 };
 
 // A partial result: v_dim sums padded to 16, then the maximum of the scores and the sum of the weights.

@@ -50,6 +50,11 @@ Status Model::create(const int64_t* flat, int64_t length, const ih_weight* weigh
   if (status.ok()) status = model->take_weights(weights, count);
   if (status.ok()) status = check_programs(model->set_, model->weights_);
   if (!status.ok()) return status;
+  for (const Group& group : model->set_.groups) {
+    if ((group.k_bits != 0 || group.v_bits != 0) && options.kv_type != kKvF16) {
+      return Status::usage("codes of K and V are made from f16");
+    }
+  }
   if (options.threads < 0 || options.threads > kMaxThreads) {
     return Status::usage(std::to_string(options.threads) + " threads; allowed 1.." + std::to_string(kMaxThreads));
   }

@@ -20,13 +20,13 @@ struct Span {
   int32_t sequence, begin, end;
 };
 
-// Rows [begin, begin + rows) of one sequence against one kv head: all partitions, or one.
+// Rows [begin, begin + rows) of one sequence against one kv head: all units (kernels.h), or one.
 struct Piece {
   int32_t sequence, begin, rows, kv_head;
-  int32_t partition;         // -1: all, merged at once
-  int32_t first, last;       // partitions that the rows see, [first, last)
-  int64_t partials;          // floats from the start of the partials to those of partition `first`
-  int64_t partition_floats;  // from one partition's partials to the next
+  int32_t unit;         // -1: all, merged at once
+  int32_t units;        // that the rows see
+  int64_t partials;     // floats from the start of the partials to those of the first unit
+  int64_t unit_floats;  // from one unit's partials to the next
 };
 
 // Working memory of attention, made once for the largest step.

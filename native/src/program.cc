@@ -19,7 +19,7 @@ struct OpRow {
 // By OpKind.
 constexpr OpRow kOps[] = {
     {"embed", 3},   {"rms_norm", 3},    {"layer_norm", 1}, {"quantize_rows", 1}, {"linears", 0},
-    {"rotary", 2},  {"rope", 2},        {"attention", 15}, {"act", 1},           {"glu", 3},
+    {"rotary", 2},  {"rope", 2},        {"attention", 19}, {"act", 1},           {"glu", 3},
     {"add", 0},     {"mul", 0},         {"scale", 1},      {"soft_cap", 1},      {"select_rows", 0},
     {"pool", 2},    {"write_cross", 2}, {"route", 8},      {"dispatch", 0},      {"expert_linears", 1},
     {"combine", 0}, {"scale_rows", 0},  {"concat", 1},     {"head_linears", 1},  {"select_columns", 0},
@@ -73,6 +73,8 @@ Group read_group(Reader& in) {
   group.v_dim = in.next("v_dim", 1, 1 << 16);
   group.window = in.next("window", 0, INT32_MAX);
   group.layers = in.next("layers", 1, 1 << 16);
+  group.k_bits = in.next("the bits of K", 0, 8);
+  group.v_bits = in.next("the bits of V", 0, 8);
   return group;
 }
 

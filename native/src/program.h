@@ -2,7 +2,8 @@
 //
 // Flat layout, int64 throughout (floats as the bits of a double), written by runtime/native_flat.py:
 //   kMagic, kFlatVersion, vocab_size, context_length, groups, programs
-//   a group:   kind (0 paged, 1 window, 2 cross, 3 latent), kv_heads, head_dim, v_dim, window, layers
+//   a group:   kind (0 paged, 1 window, 2 cross, 3 latent), kv_heads, head_dim, v_dim, window, layers, bits of the
+//              codes of K and of V (0: elements of the model's KV type)
 //   a program: values, ops, outputs; values x (axis, width, dtype, group); the ops; outputs x value
 //   an op:     kind, inputs, weights, outputs, attributes, then each of them (weights: index or -1)
 #pragma once
@@ -15,7 +16,7 @@
 namespace inhouse {
 
 constexpr int64_t kMagic = 0x31575048494eLL;
-constexpr int64_t kFlatVersion = 2;
+constexpr int64_t kFlatVersion = 3;
 
 enum class Axis : int32_t { kTokens, kSampled, kSequences, kRouted, kCount };
 enum class DType : int32_t { kF32, kI8, kCount };
@@ -30,7 +31,7 @@ enum class OpKind : int32_t {
   kRope,           // head_dim, interleaved
   kAttention,      // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, mask (0 causal,
                    // 1 bidirectional, 2 prefix), cross, bias (0 none, 1 alibi, 2 relative), buckets, max_distance,
-                   // v_from_k
+                   // v_from_k, group and layer slot of recent positions (-1: group has no codes), sink, stride
   kAct,            // act
   kGlu,            // act, limit, offset
   kAdd,            //
@@ -77,7 +78,7 @@ enum class GroupKind : int32_t { kPaged, kWindow, kCross, kLatent, kCount };
 
 struct Group {
   GroupKind kind;
-  int64_t kv_heads, head_dim, v_dim, window, layers;
+  int64_t kv_heads, head_dim, v_dim, window, layers, k_bits, v_bits;
 };
 
 // The largest of any route op, and of the outputs of any expert_linears; top_k is one for all.

@@ -1,5 +1,7 @@
 #include "state.h"
 
+#include "kv_codes.h"
+
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -23,6 +25,7 @@ State::State(const std::vector<Group>& groups, KvType kv_type) : kv_type_(kv_typ
     Pool pool = {};
     const int64_t v_dim = group.kind == GroupKind::kLatent ? 0 : group.v_dim;  // there V is part of K
     pool.head_bytes = kv_head_bytes(kv_type, group.head_dim, v_dim);
+    if (group.k_bits != 0) pool.head_bytes = KvCodes{group.k_bits, group.v_bits, group.head_dim, v_dim}.bytes();
     pool.layer_bytes = group.kv_heads * pool.head_bytes;
     pool.block_bytes = group.layers * pool.layer_bytes;
     pools_.push_back(pool);

@@ -57,6 +57,7 @@ class Runner {
   void find_spans();
   void store_kv(const Op& op, const AttentionShape& shape);
   void store_rows(const Op& op, const AttentionShape& shape, int32_t k, int32_t v);
+  void code_blocks(const Op& op, const AttentionShape& shape);
   Keys keys_of(const Op& op, int32_t sequence) const;
   void cut(const Op& op, const AttentionShape& shape);
   void split();

@@ -41,6 +41,10 @@ bool rows_fit(const ih_step& s) {
   return true;
 }
 
+bool is_static(const ih_step_group& group, int64_t block) {
+  return block < group.sink / kCacheBlock || (group.stride > 0 && block % group.stride == 0);
+}
+
 // Every block that the step writes or reads is lent.
 bool table_fits(const ih_step_group& group, const ih_step& s) {
   const int32_t* table = s.tables[group.index];
@@ -54,7 +58,8 @@ bool table_fits(const ih_step_group& group, const ih_step& s) {
     const int64_t first = group.window > 0 ? std::max<int64_t>(s.positions[r] - group.window + 1, 0) : 0;
     const int64_t last = (end + kCacheBlock - 1) / kCacheBlock;
     if (last > width) return false;
-    for (int64_t b = first / kCacheBlock; b < last; ++b) {
+    for (int64_t b = 0; b < last; ++b) {
+      if (b < first / kCacheBlock && !is_static(group, b)) continue;
       if (table[n * width + b] < 0) return false;
     }
   }

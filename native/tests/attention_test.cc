@@ -99,16 +99,16 @@ class Sequence {
   // The same, each partition apart, then merged.
   std::vector<float> run_apart(int step) {
     std::vector<float> y(static_cast<size_t>(length_ * width()), NAN);
-    const int partitions = (length_ + kPartition - 1) / kPartition;
     for (int first = 0; first < length_; first += step) {
       const int rows = std::min(step, length_ - first);
       const int64_t size = rows * (shape_.heads / shape_.kv_heads) * partial_pitch(shape_.v_dim);
       std::vector<float> scratch(static_cast<size_t>(attention_scratch(shape_, rows)));
-      std::vector<float> partials(static_cast<size_t>(size * partitions));
+      const int units = units_of(shape_, first, rows, length_, prefix_).count();
+      std::vector<float> partials(static_cast<size_t>(size * units));
       for (int h = 0; h < shape_.kv_heads; ++h) {
         const AttentionTask t = task(first, rows, h, y);
-        for (int p = 0; p < partitions; ++p) k_.attend_partition(t, p, scratch.data(), partials.data() + p * size);
-        k_.attend_merge(t, 0, partitions, partials.data(), size);
+        for (int u = 0; u < units; ++u) k_.attend_partition(t, u, scratch.data(), partials.data() + u * size);
+        k_.attend_merge(t, 0, units, partials.data(), size);
       }
     }
     return y;

@@ -30,7 +30,7 @@ class Decoder {
     const int64_t turned = op(OpKind::kRope, {q, angles}, {}, {kHeads * kDim}, {kDim, 0});
     const int64_t key = op(OpKind::kRope, {q + 1, angles}, {}, {kKv * kDim}, {kDim, 1});
     const int64_t a = op(OpKind::kAttention, {turned, key, q + 2}, {-1, vector(kHeads)}, {kHeads * kDim},
-                         {0, 0, kHeads, kKv, kDim, kDim, bits(0.35), bits(3.0), 0, 0, 0, 0, 0, 0, 0});
+                         {0, 0, kHeads, kKv, kDim, kDim, bits(0.35), bits(3.0), 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
     const int64_t o = op(OpKind::kLinears, {a}, {matrix(kWidth, kHeads * kDim), -1}, {kWidth}, {});
     const int64_t y = op(OpKind::kAdd, {x, o}, {}, {kWidth}, {});
     const int64_t gate =
@@ -47,7 +47,7 @@ class Decoder {
 
   std::vector<int64_t> flat() const {
     std::vector<int64_t> f = {inhouse::kMagic, inhouse::kFlatVersion, kVocab, kContext, 1, 1};
-    f.insert(f.end(), {0, kKv, kDim, kDim, 0, 1});
+    f.insert(f.end(), {0, kKv, kDim, kDim, 0, 1, 0, 0});
     f.insert(f.end(), {static_cast<int64_t>(values_.size() / 4), ops_count_, 2});
     f.insert(f.end(), values_.begin(), values_.end());
     f.insert(f.end(), ops_.begin(), ops_.end());

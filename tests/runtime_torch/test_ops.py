@@ -153,7 +153,7 @@ def test_attention_in_all_its_forms(softcap: float, with_sinks: bool, with_bias:
     q, k, v = randn(2, 4, 5, 6), randn(2, 2, 5, 6, seed=1), randn(2, 2, 5, 3, seed=2)
     at = torch.arange(5)[None]
     causal = visible(at, at)
-    seen = visible(at, at, window=2) if with_mask else causal
+    seen = visible(at, at, Mask(window=2)) if with_mask else causal
     bias = position_bias(at, at, torch.tensor([0.5, 0.25, 0.125, 1.0]), bias="alibi", buckets=0, max_distance=0,
                          mask="causal") if with_bias else None  # fmt: skip
     sinks = randn(4, seed=3) if with_sinks else None
@@ -165,10 +165,10 @@ def test_masks() -> None:
     at = torch.tensor([[4, 5]])
     keys = torch.arange(7)[None]
     assert visible(at, keys)[0].int().tolist() == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
-    assert visible(at, keys, window=2)[0].int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0]]
-    assert visible(at, keys, mask="bidirectional").all()
+    assert visible(at, keys, Mask(window=2))[0].int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0]]
+    assert visible(at, keys, Mask("bidirectional")).all()
     with pytest.raises(UnsupportedError, match="prefix"):
-        visible(at, keys, mask="prefix")
+        visible(at, keys, Mask("prefix"))
 
 
 @pytest.mark.parametrize("both_ways", [True, False])

@@ -1,6 +1,7 @@
 // The row and attention bodies at the level avx2: a thin frame, no code of its own.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
+#include "kv_codes.h"
 #include "simd/avx2.h"
 #include "simd/avx2_bytes.h"
 #include "ops/table-inl.h"

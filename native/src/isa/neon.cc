@@ -1,6 +1,7 @@
 // The row and attention bodies at the level neon: a thin frame, no code of its own.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
+#include "kv_codes.h"
 #include "simd/neon.h"
 #include "simd/neon_bytes.h"
 #include "ops/table-inl.h"

@@ -1,5 +1,6 @@
-// Attention over paged K and V: what a task sees, partition by partition, merged in ascending order. Nothing depends on
-// which rows share a task, so a row's bits are those it has alone. The arithmetic is in attention_rows-inl.h.
+// Attention over paged K and V: what a task sees, partition by partition, the far part's first (kernels.h), merged in
+// ascending order. Nothing depends on which rows share a task, so a row's bits are those it has alone. The arithmetic is
+// in attention_rows-inl.h.
 namespace inhouse::IH_ISA {
 namespace {
 
@@ -35,38 +36,31 @@ void store_kv(const AttentionShape& s, const float* k, const float* v, uint8_t* 
   }
 }
 
-// Positions [*low, *high) that the row at `position` sees.
-IH_INLINE void visible(const AttentionTask& task, int32_t position, int32_t* low, int32_t* high) {
+IH_INLINE Units task_units(const AttentionTask& task) {
+  return units_of(*task.shape, task.position, task.rows, task.length, task.prefix);
+}
+
+// Positions [low, high) of the unit's part that the row at `position` sees.
+struct Range {
+  int64_t low, high;
+};
+IH_INLINE Range visible(const AttentionTask& task, bool far, int64_t position) {
   const AttentionShape& s = *task.shape;
-  *low = s.window > 0 && position >= s.window ? position - s.window + 1 : 0;
-  *high = position + 1;
-  if (s.mask == kPrefix && *high < task.prefix) *high = task.prefix;
-  if (s.mask == kBidirectional) {
-    *high = s.window > 0 && task.length - position > s.window ? position + s.window : task.length;
-  }
+  if (far) return {0, far_end(s, position)};
+  return {near_begin(s, position), near_end(s, position, task.length, task.prefix)};
 }
 
-// The partitions [*begin, *end) that any row of the task sees.
-IH_INLINE void partitions_of(const AttentionTask& task, int* begin, int* end) {
-  int32_t low, high, unused;
-  visible(task, task.position, &low, &unused);
-  visible(task, task.position + task.rows - 1, &unused, &high);
-  *begin = low / kPartition;
-  *end = (high + kPartition - 1) / kPartition;
-}
-
-// Fills `rows` with up to `most` pairs from pair `first` that see the partition; returns how many; *taken is
+// Fills `rows` with up to `most` pairs from pair `first` that see the unit; returns how many; *taken is
 // the index of the first of them. Pairs that do not see it are passed over.
-int gather(const AttentionTask& task, int partition, int first, int pairs, int most, Queries* rows, int* taken) {
+int gather(const AttentionTask& task, Unit unit, int first, int pairs, int most, Queries* rows, int* taken) {
   const AttentionShape& s = *task.shape;
-  const int group = s.heads / s.kv_heads, start = partition * kPartition;
+  const int group = s.heads / s.kv_heads, start = unit.partition * kPartition;
   int count = 0;
   for (int i = first; i < pairs && count < most; ++i) {
     const int32_t position = task.position + i / group, head = task.kv_head * group + i % group;
-    int32_t low, high;
-    visible(task, position, &low, &high);
-    low = low > start ? low - start : 0;
-    high = high - start < kPartition ? high - start : kPartition;
+    const Range seen = visible(task, unit.far, position);
+    const int32_t low = static_cast<int32_t>(seen.low > start ? seen.low - start : 0);
+    const int32_t high = static_cast<int32_t>(seen.high - start < kPartition ? seen.high - start : kPartition);
     if (high <= low) {
       if (count > 0) break;
       continue;
@@ -83,15 +77,13 @@ int gather(const AttentionTask& task, int partition, int first, int pairs, int m
 }
 
 template <class Kv>
-Tiles<typename Kv::T> tiles_of(const AttentionTask& task, int partition) {
+Tiles<typename Kv::T> tiles_of(const AttentionTask& task, Unit unit) {
   using T = typename Kv::T;
   const AttentionShape& s = *task.shape;
   Tiles<T> tiles = {};
-  const int32_t low = s.window > 0 && task.position >= s.window ? task.position - s.window + 1 : 0;
   for (int b = 0; b < kPartitionBlocks; ++b) {
-    const int32_t column = partition * kPartitionBlocks + b;
-    if (column < low / kCacheBlock || column * kCacheBlock >= task.length) continue;
-    const uint8_t* at = task.blocks + task.table[column] * task.block_stride + task.kv_head * s.head_bytes;
+    const uint8_t* at = block_of(task, unit.far, int64_t{unit.partition} * kPartitionBlocks + b);
+    if (at == nullptr) continue;
     tiles.k[b] = reinterpret_cast<const T*>(at);
     if (!s.v_from_k) tiles.v[b] = tiles.k[b] + kCacheBlock * s.head_dim;
   }
@@ -150,16 +142,16 @@ void finish(const AttentionTask& task, int i, const float* merged) {
       [&](V v) { return div(mul(v, factor), total); });
 }
 
-// Runs up to `most` pairs at once over one partition: `work(count, rows, near)` leaves their partials in `fresh`,
-// `take(i, partial)` gets each pair that sees the partition. `near`: its K and V were read a moment ago.
+// Runs up to `most` pairs at once over one unit: `work(count, rows, near)` leaves their partials in `fresh`,
+// `take(i, partial)` gets each pair that sees it. `near`: its K and V were read a moment ago.
 template <class Work, class Take>
-IH_INLINE void each_pair(const AttentionTask& task, int partition, int most, const float* fresh, Work work, Take take) {
+IH_INLINE void each_pair(const AttentionTask& task, Unit unit, int most, const float* fresh, Work work, Take take) {
   const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
   const int64_t pitch = partial_pitch(task.shape->v_dim);
   Queries rows;
   int taken = 0;
   for (int i = 0; i < pairs;) {
-    const int count = gather(task, partition, i, pairs, most, &rows, &taken);
+    const int count = gather(task, unit, i, pairs, most, &rows, &taken);
     if (count == 0) break;
     work(count, rows, i > 0);
     for (int r = 0; r < count; ++r) take(taken + r, fresh + r * pitch);
@@ -181,43 +173,53 @@ IH_INLINE Scratch scratch_of(const AttentionShape& s, float* p) {
 }
 
 template <class Kv, class Take>
-IH_INLINE void run_floats(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
+IH_INLINE void run_floats(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
   const AttentionShape& s = *task.shape;
-  const Tiles<typename Kv::T> tiles = tiles_of<Kv>(task, partition);
+  const Tiles<typename Kv::T> tiles = tiles_of<Kv>(task, unit);
   const int pairs = task.rows * (s.heads / s.kv_heads);
   if (s.v_from_k || (pairs > 2 * kPairRows && s.kv_type != kKvF32)) {
     const Tiles<float> wide = widen<Kv>(task, tiles, scratch.wide);
     const auto work = [&](int count, const Queries& rows, bool) {
       partial_any<F32Kv, kPairRows>(s, count, rows, wide, true, scratch.scores, scratch.fresh);
     };
-    return each_pair(task, partition, kPairRows, scratch.fresh, work, take);
+    return each_pair(task, unit, kPairRows, scratch.fresh, work, take);
   }
   const auto work = [&](int count, const Queries& rows, bool near) {
     partial_any<Kv, kPairRows>(s, count, rows, tiles, near, scratch.scores, scratch.fresh);
   };
-  each_pair(task, partition, kPairRows, scratch.fresh, work, take);
+  each_pair(task, unit, kPairRows, scratch.fresh, work, take);
 }
 
 template <class Take>
-IH_INLINE void run_codes(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
-  const IntTiles tiles = int_tiles(task, partition, scratch.wide);
+IH_INLINE void run_opened(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
+  const Tiles<float> wide = open_codes(task, unit.partition, scratch.wide);
+  const auto work = [&](int count, const Queries& rows, bool) {
+    partial_any<F32Kv, kPairRows>(*task.shape, count, rows, wide, true, scratch.scores, scratch.fresh);
+  };
+  each_pair(task, unit, kPairRows, scratch.fresh, work, take);
+}
+
+template <class Take>
+IH_INLINE void run_int8(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
+  const IntTiles tiles = int_tiles(task, unit, scratch.wide);
   const auto work = [&](int count, const Queries& rows, bool near) {
     int_any<kIntPairs>(*task.shape, count, rows, tiles, near, scratch.scores, scratch.fresh);
   };
-  each_pair(task, partition, kIntPairs, scratch.fresh, work, take);
+  each_pair(task, unit, kIntPairs, scratch.fresh, work, take);
 }
 
 template <class Take>
-IH_INLINE void run_partition(const AttentionTask& task, int partition, const Scratch& scratch, Take take) {
+IH_INLINE void run_unit(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
+  if (unit.far && task.shape->k_bits != 0) return run_opened(task, unit, scratch, take);
   switch (task.shape->kv_type) {
     case kKvF32:
-      return run_floats<F32Kv>(task, partition, scratch, take);
+      return run_floats<F32Kv>(task, unit, scratch, take);
     case kKvF16:
-      return run_floats<F16Kv>(task, partition, scratch, take);
+      return run_floats<F16Kv>(task, unit, scratch, take);
     case kKvBF16:
-      return run_floats<BF16Kv>(task, partition, scratch, take);
+      return run_floats<BF16Kv>(task, unit, scratch, take);
     default:
-      return run_codes(task, partition, scratch, take);
+      return run_int8(task, unit, scratch, take);
   }
 }
 
@@ -227,10 +229,9 @@ void attend(const AttentionTask& task, float* memory) {
   const int64_t pitch = partial_pitch(s.v_dim), end = pitch - 16;
   const int pairs = task.rows * (s.heads / s.kv_heads);
   for (int i = 0; i < pairs; ++i) scratch.merged[i * pitch + end + 1] = -1.0f;  // nothing merged yet
-  int begin, stop;
-  partitions_of(task, &begin, &stop);
-  for (int p = begin; p < stop; ++p) {
-    run_partition(task, p, scratch, [&](int i, const float* fresh) {
+  const Units units = task_units(task);
+  for (int32_t u = 0; u < units.count(); ++u) {
+    run_unit(task, unit_at(units, u), scratch, [&](int i, const float* fresh) {
       float* merged = scratch.merged + i * pitch;
       if (merged[end + 1] < 0.0f) return copy_partial(merged, fresh, pitch);
       merge(merged, fresh, pitch);
@@ -239,13 +240,13 @@ void attend(const AttentionTask& task, float* memory) {
   for (int i = 0; i < pairs; ++i) finish(task, i, scratch.merged + i * pitch);
 }
 
-void attend_partition(const AttentionTask& task, int partition, float* memory, float* partial) {
+void attend_partition(const AttentionTask& task, int unit, float* memory, float* partial) {
   const Scratch scratch = scratch_of(*task.shape, memory);
   const int64_t pitch = partial_pitch(task.shape->v_dim), end = pitch - 16;
   const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
-  for (int i = 0; i < pairs; ++i) partial[i * pitch + end + 1] = -1.0f;  // pairs that do not see the partition
-  run_partition(task, partition, scratch,
-                [&](int i, const float* fresh) { copy_partial(partial + i * pitch, fresh, pitch); });
+  for (int i = 0; i < pairs; ++i) partial[i * pitch + end + 1] = -1.0f;  // pairs that do not see the unit
+  run_unit(task, unit_at(task_units(task), unit), scratch,
+           [&](int i, const float* fresh) { copy_partial(partial + i * pitch, fresh, pitch); });
 }
 
 void attend_merge(const AttentionTask& task, int begin, int end, float* partials, int64_t stride) {

@@ -69,14 +69,12 @@ void turn_codes(const AttentionShape& s, IntTiles* tiles, float* memory) {
   }
 }
 
-IntTiles int_tiles(const AttentionTask& task, int partition, float* turned) {
+IntTiles int_tiles(const AttentionTask& task, Unit unit, float* turned) {
   const AttentionShape& s = *task.shape;
   IntTiles tiles = {};
-  const int32_t low = s.window > 0 && task.position >= s.window ? task.position - s.window + 1 : 0;
   for (int b = 0; b < kPartitionBlocks; ++b) {
-    const int32_t column = partition * kPartitionBlocks + b;
-    if (column < low / kCacheBlock || column * kCacheBlock >= task.length) continue;
-    const uint8_t* at = task.blocks + task.table[column] * task.block_stride + task.kv_head * s.head_bytes;
+    const uint8_t* at = block_of(task, unit.far, int64_t{unit.partition} * kPartitionBlocks + b);
+    if (at == nullptr) continue;
     tiles.k[b] = at;
     tiles.k_scale[b] = reinterpret_cast<const float*>(at + int8_scales(s.head_dim, s.v_from_k ? 0 : s.v_dim));
     if (s.v_from_k) continue;

@@ -27,6 +27,26 @@ struct Tiles {
   const T* v[kPartitionBlocks];
 };
 
+// A partition of the near part, or of the far one.
+struct Unit {
+  bool far;
+  int32_t partition;
+};
+IH_INLINE Unit unit_at(const Units& units, int32_t i) {
+  return {i < units.far, i < units.far ? i : units.first + i - units.far};
+}
+
+// The kv head's part of a block, by its place in the unit's part; null where no row of the task may look.
+IH_INLINE const uint8_t* block_of(const AttentionTask& task, bool far, int64_t place) {
+  const AttentionShape& s = *task.shape;
+  const int64_t last = task.position + task.rows - 1;
+  const bool seen = far ? place * kCacheBlock < far_end(s, last)
+                        : place >= near_begin(s, task.position) / kCacheBlock && place * kCacheBlock < task.length;
+  if (!seen) return nullptr;
+  const int64_t column = far ? static_block(s, place) : place;
+  return task.blocks + task.table[column] * task.block_stride + task.kv_head * s.head_bytes;
+}
+
 // Some (row, query head) pairs: their queries and the positions each sees, counted from the partition's start.
 struct Queries {
   const float* q[kAttentionRows];

@@ -6,6 +6,7 @@
 #include "ops/quantize-inl.h"
 #include "ops/attention_rows-inl.h"
 #include "ops/attention_int8-inl.h"
+#include "ops/attention_codes-inl.h"
 #include "ops/attention-inl.h"
 #include "ops/sample-inl.h"
 #include "ops/moe-inl.h"
@@ -40,6 +41,7 @@ Kernels table(void (*add_linears)(Kernels&)) {
   t.block_max = block_max;
   t.exp_weights = exp_weights;
   t.attend_merge = attend_merge;
+  t.code_block = code_block;
   t.route = route;
   t.weighted_sum = weighted_sum;
   t.glu_cut = glu_cut;

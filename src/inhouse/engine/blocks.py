@@ -151,15 +151,16 @@ class Blocks:
         if not pool.group.window:
             return True
         start = first_block(pool.group.window, count * BLOCK_SIZE)
-        return all(pool.find(keys[i]) is not None for i in range(start, count))
+        return all(pool.find(keys[i]) is not None for i in range(count) if i >= start or is_static(pool.group, i))
 
     def adopt(self, tables: Tables, keys: Sequence[BlockKey], count: int) -> None:
         """Fills empty tables with the first `count` blocks that `match` found."""
         for name, pool in self.pools.items():
             start = first_block(pool.group.window, count * BLOCK_SIZE)
             for i in range(count):
-                block = pool.find(keys[i]) if i >= start else None
-                assert i < start or block is not None
+                needed = i >= start or is_static(pool.group, i)
+                block = pool.find(keys[i]) if needed else None
+                assert not needed or block is not None
                 if block is not None:
                     pool.share(block)
                 tables[name].append(-1 if block is None else block)
@@ -177,6 +178,8 @@ class Blocks:
     @staticmethod
     def _leave_window(pool: BlockPool, table: "array[int]", first: int) -> None:
         for i in range(min(first_block(pool.group.window, first), len(table)) - 1, -1, -1):
+            if is_static(pool.group, i):
+                continue
             if table[i] < 0:
                 break
             pool.drop(table[i])
@@ -227,12 +230,15 @@ class Blocks:
 
     def capacity(self, step_tokens: int, sequences: int = 1) -> int:
         """The longest sequence, in tokens, so many of which fit when alone; a window group must hold the window
-        and one step of each, and bounds nothing then."""
+        and one step of each, and bounds nothing then, unless it keeps every so many blocks for good."""
         longest = 2**31 - 1
         for pool in self.pools.values():
-            each = pool.count // sequences
-            if each < window_blocks(pool.group.window, step_tokens):
+            each, group = pool.count // sequences, pool.group
+            spare = each - window_blocks(group.window, step_tokens) - group.sink // BLOCK_SIZE
+            if spare < 0:
                 longest = min(longest, each * BLOCK_SIZE)
+            elif group.stride:
+                longest = min(longest, int(spare) * group.stride * BLOCK_SIZE)
         return longest
 
     def check(self, tables: Sequence[Tables]) -> None:
@@ -244,6 +250,11 @@ class Blocks:
 def blocks_of(tokens: int) -> int:
     """Blocks that hold that many positions."""
     return -(-tokens // BLOCK_SIZE)
+
+
+def is_static(group: StateGroup, block: int) -> bool:
+    """True for a block that a window group keeps for good."""
+    return block < group.sink // BLOCK_SIZE or bool(group.stride and block % group.stride == 0)
 
 
 def first_block(window: int, first: int) -> int:

@@ -10,13 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from inhouse.core.errors import CapacityError
 from inhouse.runtime.executor import KV_DTYPES, Weight
+from inhouse.runtime.kv_codes import element_type
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.program import Axis, DType, Program, ProgramSet, StateGroup
-from inhouse.runtime.step import BLOCK_SIZE
+from inhouse.runtime.step import BLOCK_SIZE, static_blocks
 
 STATE_SHARE = 0.6  # of the memory left beside a step's own that state may take when no budget is given
 CGROUP = Path("/sys/fs/cgroup")
@@ -30,15 +32,17 @@ def weight_bytes(weights: Mapping[str, Weight]) -> int:
 
 def block_bytes(group: StateGroup, kv_dtype: str) -> int:
     """Bytes of one block of a state group, over all its layers."""
-    return group.bytes_per_token(KV_DTYPES[kv_dtype]) * BLOCK_SIZE
+    return group.bytes_per_token(KV_DTYPES[element_type(kv_dtype)]) * BLOCK_SIZE
 
 
 def blocks_per_sequence(group: StateGroup, context: int, step_tokens: int) -> int:
-    """Blocks that one sequence of `context` tokens holds at most; a window group holds its window and one step."""
+    """Blocks that one sequence of `context` tokens holds at most; a window group holds its window, one step, and what
+    it keeps for good."""
     whole = -(-context // BLOCK_SIZE)
     if not group.window:
         return whole
-    return min(whole, -(-(group.window + step_tokens) // BLOCK_SIZE) + 1)
+    static = int(static_blocks(np.arange(whole), group.sink, group.stride).sum())
+    return min(whole, -(-(group.window + step_tokens) // BLOCK_SIZE) + 1 + static)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +59,8 @@ def share_groups(programs: ProgramSet) -> Shares:
     step = programs.programs.get("step")
     ops = step.ops if step else ()
     cross = {op.attrs["group"] for op in ops if op.attrs.get("cross")}
-    own = {op.attrs["group"] for op in ops if "group" in op.attrs} - cross
+    named = {op.attrs.get(name) for op in ops for name in ("group", "recent")}
+    own = named - cross - {None, ""}
     return Shares(
         tuple(g for g in programs.groups if g.name in own),
         tuple(g for g in programs.groups if g.name in cross),

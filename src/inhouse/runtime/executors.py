@@ -5,7 +5,8 @@ from importlib import import_module
 from typing import cast
 
 from inhouse.core.errors import UnavailableError, UnsupportedError, UsageError
-from inhouse.runtime.executor import KV_DTYPES, Executor, Weight
+from inhouse.runtime.executor import Executor, Weight
+from inhouse.runtime.kv_codes import element_type
 from inhouse.runtime.program import ProgramSet
 
 NAMES = ("native", "torch")
@@ -24,7 +25,7 @@ def create(
 
     Args:
         name: `native` or `torch`.
-        kv_dtype: a key of KV_DTYPES.
+        kv_dtype: one of KV_TYPES (runtime/kv_codes.py).
         threads: of the native executor; None: what the machine or its cgroup grants.
         device: of the torch executor.
 
@@ -34,8 +35,7 @@ def create(
     """
     if name not in NAMES:
         raise UsageError(f"unknown executor {name!r}", remedy=f"Use {' or '.join(NAMES)}.", param="executor")
-    if kv_dtype not in KV_DTYPES:
-        raise UsageError(f"unknown KV type {kv_dtype!r}", remedy=f"Use {', '.join(KV_DTYPES)}.", param="kv_dtype")
+    element_type(kv_dtype)
     if name == "native":
         if device != "cpu":
             raise UnsupportedError(

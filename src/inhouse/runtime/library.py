@@ -11,7 +11,7 @@ from pathlib import Path
 import inhouse
 from inhouse.core.errors import UnavailableError
 
-ABI_VERSION = 3  # IH_ABI_VERSION of native/include/inhouse.h
+ABI_VERSION = 4  # IH_ABI_VERSION of native/include/inhouse.h
 NAME = "libinhouse.so"
 
 

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.adapters import Adapter, check_adapter, check_slots
 from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
+from inhouse.runtime.kv_codes import code_state, element_type
 from inhouse.runtime.library import last_error
 from inhouse.runtime.native_flat import flatten
 from inhouse.runtime.native_library import CAdapterPair, COutput, CWeight, check, library
@@ -41,7 +42,7 @@ class NativeExecutor:
         programs: what to run; an op, mask or state that the library lacks raises UnsupportedError naming it.
         weights: every canonical weight, packed, vectors as float32; kept by reference.
         threads: threads of a step; None: $INHOUSE_THREADS, else the CPUs that this process may use.
-        kv_dtype: element type of cached K and V.
+        kv_dtype: element type of cached K and V, or one of CODED_KV, which adds a state group (`code_state`).
         isa: instruction set level; None: $INHOUSE_ISA, else the highest of this machine.
 
     Raises UnavailableError where the library is missing, UsageError for a weight that does not fit its spec.
@@ -58,12 +59,12 @@ class NativeExecutor:
         kv_dtype: str = "f16",
         isa: str | None = None,
     ) -> None:
-        if kv_dtype not in _KV_NUMBERS:
-            raise UnsupportedError(f"unknown KV dtype {kv_dtype!r}", remedy=f"Known: {', '.join(KV_DTYPES)}")
+        elements = element_type(kv_dtype)
+        programs = code_state(programs, kv_dtype)
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads; at least 1 is needed", param="threads")
         self._lib = library()
-        self._programs, self._kv_dtype = programs, kv_dtype
+        self._programs, self._kv_dtype, self._kv_number = programs, kv_dtype, _KV_NUMBERS[elements]
         self._kept = self._gather(programs, weights)
         self._numbers = {name: i for i, name in enumerate(programs.programs)}
         self._groups = {group.name: i for i, group in enumerate(programs.groups)}
@@ -98,9 +99,8 @@ class NativeExecutor:
         entries = [_c_weight(name, weight) for name, weight in self._kept.items()]
         array = (CWeight * len(entries))(*entries)
         status = ctypes.c_int32()
-        kv = _KV_NUMBERS[self._kv_dtype]
         handle = self._lib.ih_model_create(
-            pointer(flat), flat.size, array, len(entries), isa, threads, kv, ctypes.byref(status)
+            pointer(flat), flat.size, array, len(entries), isa, threads, self._kv_number, ctypes.byref(status)
         )
         check(self._lib, status.value)
         return int(handle)

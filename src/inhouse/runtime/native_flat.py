@@ -15,7 +15,7 @@ from inhouse.runtime.packed_layout import TILE_ROWS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
 MAGIC = 0x31575048494E
-FLAT_VERSION = 2
+FLAT_VERSION = 3
 
 AXES = (Axis.TOKENS, Axis.SAMPLED, Axis.SEQUENCES, Axis.ROUTED)
 DTYPES = (DType.F32, DType.I8)
@@ -70,12 +70,13 @@ def _attention(c: _Context) -> list[int]:
     shape = c.attrs("heads", "kv_heads", "head_dim", "v_dim", "scale", "softcap", "window", real=["scale", "softcap"])
     mask = "bidirectional" if a["cross"] else str(a["mask"])  # all that the encoder stored is seen
     kind = [MASKS.index(mask), *c.attrs("cross"), BIASES.index(str(a["bias"]))]
-    return [*_slot(c), *shape, *kind, *c.attrs("buckets", "max_distance", "v_from_k")]
+    recent = _slot(c, "recent") if a["recent"] else [-1, 0]
+    return [*_slot(c), *shape, *kind, *c.attrs("buckets", "max_distance", "v_from_k"), *recent, *c.attrs("sink", "stride")]
 
 
-def _slot(c: _Context) -> list[int]:
-    """The state group of an op, and its layer's place there."""
-    group = c.programs.group(str(c.op.attrs["group"]))
+def _slot(c: _Context, name: str = "group") -> list[int]:
+    """The state group that an attribute of an op names, and its layer's place there."""
+    group = c.programs.group(str(c.op.attrs[name]))
     if c.op.layer not in group.layers:
         raise c.refuse(f"state group {group.name} has no such layer")
     return [c.programs.groups.index(group), group.layers.index(c.op.layer)]
@@ -146,7 +147,8 @@ def _group(group: StateGroup) -> list[int]:
             remedy="Use the torch executor",
         )
     kind = GROUP_KINDS.index(group.kind)
-    return [kind, group.kv_heads, group.head_dim, group.v_dim, group.window, len(group.layers)]
+    sizes = [kind, group.kv_heads, group.head_dim, group.v_dim, group.window, len(group.layers)]
+    return [*sizes, group.k_bits, group.v_bits]
 
 
 def _program(programs: ProgramSet, program: Program, weights: Mapping[str, int]) -> list[int]:

@@ -46,7 +46,14 @@ class CStep(ctypes.Structure):
 class CStepGroup(ctypes.Structure):
     """`ih_step_group`."""
 
-    _fields_ = [("index", c_int32), ("cross", c_int32), ("window", c_int64), ("blocks", c_int64)]
+    _fields_ = [
+        ("index", c_int32),
+        ("cross", c_int32),
+        ("window", c_int64),
+        ("blocks", c_int64),
+        ("sink", c_int64),
+        ("stride", c_int64),
+    ]
 
 
 class CStepRules(ctypes.Structure):

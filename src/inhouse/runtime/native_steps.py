@@ -6,6 +6,7 @@ definition, and says what is wrong where the library says no.
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 import numpy as np
@@ -46,10 +47,12 @@ class NativeSteps:
 
     def _native_rules(self, blocks: Mapping[str, int]) -> CStepRules:
         rules = self._rules
-        named = [(group, 0, group.window) for group in rules.groups] + [(group, 1, 0) for group in rules.cross]
+        named = [(group, 0) for group in rules.groups] + [(replace(group, window=0), 1) for group in rules.cross]
         entries = [
-            CStepGroup(self._groups.index(group.name), cross, window, blocks.get(group.name, 0))
-            for group, cross, window in named
+            CStepGroup(
+                self._groups.index(group.name), cross, group.window, blocks.get(group.name, 0), group.sink, group.stride
+            )
+            for group, cross in named
         ]
         array = (CStepGroup * max(len(entries), 1))(*entries)
         return CStepRules(rules.vocab_size, rules.context_length, rules.types, len(entries), array)

@@ -21,6 +21,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "quick_gelu", "tanh", "sigmo
 POOLINGS = ("cls", "mean", "last", "max")
 SCORINGS = ("softmax", "sigmoid", "softmax_after", "sparsemixer")
 GROUP_SCORES = ("max", "top2")
+BLOCK = 16  # positions of a block of state, as in runtime/step.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +139,22 @@ def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> l
     score = scale * q.k; softcap > 0: cap * tanh(score / cap). Which keys a query at p sees: causal: k <= p;
     prefix: k <= p or k < prefixes[n]; bidirectional: all stored; window > 0: of those |p - k| < window only.
     optional weights: (ALiBi slopes [heads] | relative bias table [buckets, heads] of T5, sinks [heads]); buckets of
-    relative bias look both ways unless the mask is causal."""
+    relative bias look both ways unless the mask is causal.
+
+    recent: `group` keeps codes (runtime/kv_codes.py says which query reads which block as codes), the window group
+    `recent` what they are made from. sink, stride: a causal window also sees the first `sink` positions (whole blocks)
+    and every stride-th block of 16, counted from the first (StreamingLLM, arXiv 2309.17453; strided sparse attention,
+    arXiv 1904.10509)."""
     heads, kv = _int(attrs, "heads"), _int(attrs, "kv_heads")
     head_dim, v_dim = _int(attrs, "head_dim"), _int(attrs, "v_dim")
     _need(attrs["mask"] in MASKS, f"unknown mask {attrs['mask']}")
     _need(attrs["mask"] != "prefix" or not attrs["window"], "the prefix mask takes no window")
     _need(heads % kv == 0 and xs[0].width == heads * head_dim, "q must be heads * head_dim wide")
+    plain = attrs["mask"] == "causal" and not attrs["cross"] and not attrs["v_from_k"]
+    _need(not attrs["recent"] or (plain and not attrs["window"]), "codes go with plain causal attention")
+    if attrs["sink"] or attrs["stride"]:
+        _need(plain and bool(attrs["window"]) and attrs["bias"] == "none", "sink and stride go with a causal window")
+        _need(_int(attrs, "sink") % BLOCK == 0, f"a sink must be a multiple of {BLOCK} positions")
     if attrs["cross"]:
         _need(len(xs) == 1, "cross attention takes q alone")
         _need(attrs["bias"] != "relative" and not attrs["window"], "cross attention has no window or relative bias")
@@ -277,7 +288,7 @@ def _head_linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -
 ATTENTION_ATTRS: Mapping[str, Attr | None] = {
     "group": None, "heads": None, "kv_heads": None, "head_dim": None, "v_dim": None, "scale": None,
     "softcap": 0.0, "window": 0, "mask": "causal", "cross": False, "bias": "none",  # none | alibi | relative
-    "buckets": 0, "max_distance": 0, "v_from_k": False,
+    "buckets": 0, "max_distance": 0, "v_from_k": False, "recent": "", "sink": 0, "stride": 0,
 }  # fmt: skip
 
 ROUTE_ATTRS: Mapping[str, Attr | None] = {

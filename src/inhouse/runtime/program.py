@@ -85,16 +85,29 @@ class StateGroup:
     chunkable: bool = True  # may a prompt be run in several steps
     shareable: bool = True  # may a prefix be shared between sequences
     rollback: bool = True  # may the last positions be dropped again
+    k_bits: int = 0  # K and V are codes of so many bits (runtime/kv_codes.py); 0: elements of the executor's KV type
+    v_bits: int = 0
+    sink: int = 0  # of a window group: the first positions, whole blocks, are kept too,
+    stride: int = 0  # and every stride-th block, counted from the first; 0: none
 
     def bytes_per_token(self, element_bytes: int) -> int:
         """Bytes one position takes over all layers of the group, with `element_bytes` an element. 1 stands for int8
         codes: K padded to 4 elements, V to 16, and a float scale for each (a latent group, which stores no V, has room
         for both scales)."""
         v_dim = 0 if self.kind is StateKind.LATENT else self.v_dim
+        if self.k_bits:
+            return len(self.layers) * self.kv_heads * self._coded_bytes()
         if element_bytes == 1:
             head = -(-self.head_dim // 4) * 4 + -(-v_dim // 16) * 16 + 8
             return len(self.layers) * self.kv_heads * head
         return len(self.layers) * self.kv_heads * (self.head_dim + v_dim) * element_bytes
+
+    def _coded_bytes(self) -> int:
+        """A sixteenth of a head's block of codes, as native/src/kv_codes.h lays it out: codes, two bytes for each
+        channel of K, four for each position and 32 elements of V, four floats for the head."""
+        codes = 2 * (self.k_bits * self.head_dim + self.v_bits * self.v_dim)
+        block = 16 + 64 * -(-self.v_dim // 32) + codes + 2 * self.head_dim
+        return -(-block // 16)
 
 
 @dataclass(frozen=True, slots=True)

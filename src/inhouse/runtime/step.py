@@ -18,6 +18,12 @@ I32 = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
 
 
+def static_blocks(column: npt.NDArray[np.integer], sink: int, stride: int) -> Bools:
+    """Which blocks, by their place in the sequence, a window group keeps for good."""
+    kept: Bools = column < sink // BLOCK_SIZE
+    return kept | (column % stride == 0) if stride else kept
+
+
 def _zeros() -> I32:
     return np.zeros(0, np.int32)
 
@@ -69,6 +75,8 @@ def step_rules(programs: ProgramSet, program: str) -> StepRules:
     for op in programs.programs[program].ops:
         if "group" in op.attrs and isinstance(op.attrs["group"], str):
             (cross if op.attrs.get("cross") else own)[op.attrs["group"]] = programs.group(op.attrs["group"])
+        if op.attrs.get("recent"):
+            own[str(op.attrs["recent"])] = programs.group(str(op.attrs["recent"]))
         if op.kind == "embed" and op.attrs["source"] == "types":
             types.append(programs.weights[op.weights[0]].shape[0] - int(op.attrs["offset"]))
     kept = tuple(group for group in own.values() if group.kind is not StateKind.RECURRENT)
@@ -113,10 +121,10 @@ def check_step(rules: StepRules, step: Step, blocks: Mapping[str, int]) -> None:
     used = first != np.iinfo(np.int32).max
     for group in rules.groups:
         start = np.maximum(first - group.window + 1, 0) if group.window else np.zeros_like(first)
-        _check_table(group.name, step, blocks, used, start, step.lengths)
+        _check_table(group, step, blocks, used, start, step.lengths)
     for group in rules.cross:
         _need(bool(np.all(step.encoder_lengths[used] > 0)), "a sequence reads cross state and has encoder_lengths 0")
-        _check_table(group.name, step, blocks, used, np.zeros_like(first), step.encoder_lengths)
+        _check_table(group, step, blocks, used, np.zeros_like(first), step.encoder_lengths)
 
 
 def _check_arrays(rules: StepRules, step: Step) -> None:
@@ -139,8 +147,10 @@ def _check_arrays(rules: StepRules, step: Step) -> None:
     _within("encoder_lengths", step.encoder_lengths, 0, rules.context_length + 1)
 
 
-def _check_table(name: str, step: Step, blocks: Mapping[str, int], used: Bools, start: I32, end: I32) -> None:
-    """Every block that the step writes or reads must be lent: positions start[n] to end[n] of each sequence used."""
+def _check_table(group: StateGroup, step: Step, blocks: Mapping[str, int], used: Bools, start: I32, end: I32) -> None:
+    """Every block that the step writes or reads must be lent: positions start[n] to end[n] of each sequence used, and
+    the static blocks before them."""
+    name = group.name
     table = step.tables.get(name)
     if table is None:
         raise UsageError(f"ill-formed step: no block table for state group {name}")
@@ -150,5 +160,6 @@ def _check_table(name: str, step: Step, blocks: Mapping[str, int], used: Bools, 
     last = (end + BLOCK_SIZE - 1) // BLOCK_SIZE  # one past the last block
     _need(bool(np.all(last[used] <= table.shape[1])), f"tables[{name}] is too short for the lengths")
     column = np.arange(table.shape[1], dtype=np.int32)[None, :]
-    needed = (column >= start[:, None] // BLOCK_SIZE) & (column < last[:, None]) & used[:, None]
+    needed = (column >= start[:, None] // BLOCK_SIZE) | static_blocks(column, group.sink, group.stride)
+    needed &= (column < last[:, None]) & used[:, None]
     _need(bool(np.all(table[needed] >= 0)), f"tables[{name}] lacks a block that the step needs")

@@ -1,6 +1,8 @@
 """Attention in torch: which keys a query sees, and the weighted sum over them. Knows no cache."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -8,22 +10,52 @@ from torch import Tensor
 
 from inhouse.core.errors import UnsupportedError
 from inhouse.runtime.program import Op
+from inhouse.runtime.step import BLOCK_SIZE
 
 
-def visible(
-    queries: Tensor, keys: Tensor, *, mask: str = "causal", window: int = 0, prefixes: Tensor | None = None
-) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """Which keys a query sees, as the attributes of an attention op say it (runtime/ops.py)."""
+
+    kind: str = "causal"
+    window: int = 0
+    sink: int = 0
+    stride: int = 0
+    recent: int = 0  # with codes: positions before a query, in whole blocks, that are read as they are,
+    coded: bool = False  # and whether these are the others
+
+    @classmethod
+    def of(cls, op: Op) -> Self:
+        """The mask of an attention op, codes apart."""
+        a = op.attrs
+        return cls(str(a["mask"]), int(a["window"]), int(a["sink"]), int(a["stride"]))
+
+
+def visible(queries: Tensor, keys: Tensor, mask: Mask, prefixes: Tensor | None = None) -> Tensor:
     """bool [..., Q, K]: whether the query at a position sees the key at a position (positions [..., Q], [..., K]).
     `prefixes` [...]: with the mask `prefix`, every query sees the keys below it."""
     gap = queries[..., :, None] - keys[..., None, :]
-    if mask == "causal":
-        seen = gap >= 0
-        return seen & (gap < window) if window else seen
-    if mask == "bidirectional":
-        return gap.abs() < window if window else torch.ones_like(gap, dtype=torch.bool)
-    if mask == "prefix" and prefixes is not None and not window:
+    if mask.kind == "causal":
+        return (gap >= 0) & _near(gap, queries, keys, mask)
+    if mask.kind == "bidirectional":
+        return gap.abs() < mask.window if mask.window else torch.ones_like(gap, dtype=torch.bool)
+    if mask.kind == "prefix" and prefixes is not None and not mask.window:
         return (gap >= 0) | (keys < prefixes[..., None])[..., None, :]
-    raise UnsupportedError(f"the torch executor has no attention mask {mask!r} here (window {window})")
+    raise UnsupportedError(f"the torch executor has no attention mask {mask.kind!r} here (window {mask.window})")
+
+
+def _near(gap: Tensor, queries: Tensor, keys: Tensor, mask: Mask) -> Tensor:
+    """What a causal mask leaves of the keys at or before a query."""
+    if mask.recent:
+        boundary = (queries - mask.recent).clamp(min=0) // BLOCK_SIZE * BLOCK_SIZE
+        far = keys[..., None, :] < boundary[..., :, None]
+        return far if mask.coded else ~far
+    if not mask.window:
+        return torch.ones_like(gap, dtype=torch.bool)
+    seen, blocks = gap < mask.window, (keys // BLOCK_SIZE)[..., None, :]
+    if mask.sink:
+        seen = seen | (keys < mask.sink)[..., None, :]
+    return seen | (blocks % mask.stride == 0) if mask.stride else seen
 
 
 def relative_buckets(gap: Tensor, *, buckets: int, max_distance: int, both_ways: bool) -> Tensor:

@@ -2,13 +2,14 @@
 evaluation run. Gradients flow to whatever weights the caller passes; autocast and every device work."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.program import Axis, Op, Program
-from inhouse.runtime.torch_attention import attend_op, visible
+from inhouse.runtime.torch_attention import Mask, attend_op, visible
 from inhouse.runtime.torch_program import Observe, TorchValue, evaluate
 
 
@@ -60,7 +61,7 @@ class DenseRows:
         self._tokens = tokens
         self._positions = self._index.expand(self._batch, -1) if positions is None else positions
         self._segments, self._rows = segments, rows
-        self._masks: dict[tuple[str, int], Tensor | None] = {}
+        self._masks: dict[Mask, Tensor | None] = {}
 
     def ids(self, source: str, axis: Axis) -> Tensor:
         if axis is not Axis.TOKENS:
@@ -83,7 +84,7 @@ class DenseRows:
             raise UnsupportedError("whole-sequence mode has no cross attention")
         q = inputs[0]
         heads, kv_heads = int(op.attrs["heads"]), int(op.attrs["kv_heads"])
-        seen = self._seen(str(op.attrs["mask"]), int(op.attrs["window"]))
+        seen = self._seen(Mask.of(op))
         at = (self._positions, self._positions)
         k = self._heads(inputs[1], kv_heads)
         v = k[..., : int(op.attrs["v_dim"])] if op.attrs["v_from_k"] else self._heads(inputs[2], kv_heads)
@@ -100,16 +101,16 @@ class DenseRows:
         """[B * L, heads * D] -> [B, heads, L, D]."""
         return x.reshape(self._batch, self._length, heads, -1).transpose(1, 2)
 
-    def _seen(self, mask: str, window: int) -> Tensor | None:
+    def _seen(self, mask: Mask) -> Tensor | None:
         """bool [B or 1, L, L]; None: plain causal, which has the fastest kernels."""
-        window = window if window < self._length else 0
-        key = (mask, window)
-        if key not in self._masks:
-            if mask == "causal" and not window and self._segments is None:
-                self._masks[key] = None
+        if mask.window >= self._length:
+            mask = replace(mask, window=0, sink=0, stride=0)
+        if mask not in self._masks:
+            if mask == Mask() and self._segments is None:
+                self._masks[mask] = None
             else:
-                seen = visible(self._index[None], self._index[None], mask=mask, window=window)
+                seen = visible(self._index[None], self._index[None], mask)
                 if self._segments is not None:
                     seen = seen & (self._segments[:, :, None] == self._segments[:, None, :])
-                self._masks[key] = seen
-        return self._masks[key]
+                self._masks[mask] = seen
+        return self._masks[mask]

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from inhouse.core.errors import CapacityError, ExecutorError, InhouseError, UnsupportedError, UsageError
 from inhouse.runtime.adapters import Adapter, check_adapter, check_slots
-from inhouse.runtime.executor import F32, KV_DTYPES, Weight, require
+from inhouse.runtime.executor import F32, Weight, require
+from inhouse.runtime.kv_codes import code_state, element_type
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.program import Program, ProgramSet
 from inhouse.runtime.step import I32, Step, check_step, step_rules
-from inhouse.runtime.torch_cache import GroupCache, StepRows
+from inhouse.runtime.torch_cache import CodedCache, GroupCache, StepRows
 from inhouse.runtime.torch_dense import forward
 from inhouse.runtime.torch_program import Observe, evaluate
 
@@ -47,7 +48,7 @@ class TorchExecutor:
         programs: the model's Programs; those that a rewrite gave run too.
         weights: canonical name -> packed matrix or float32 vector; every name that the Programs list.
         device: any torch device (`cpu`, `cuda`, `cuda:1`, `mps`).
-        kv_dtype: type of the cached K and V, a key of KV_DTYPES.
+        kv_dtype: type of the cached K and V, one of KV_TYPES (runtime/kv_codes.py).
         dtype: type of matrices and activations: `f32`, `bf16` or `f16`.
 
     Raises:
@@ -63,8 +64,8 @@ class TorchExecutor:
         kv_dtype: str = "f32",
         dtype: str = "f32",
     ) -> None:
-        if kv_dtype not in KV_DTYPES:
-            raise UnsupportedError(f"no KV type {kv_dtype!r}; there are {', '.join(KV_DTYPES)}", param="kv_dtype")
+        self._elements = element_type(kv_dtype)
+        programs = code_state(programs, kv_dtype)
         for spec in programs.weights.values():
             if spec.name not in weights or tuple(weights[spec.name].shape) != spec.shape:
                 found = tuple(weights[spec.name].shape) if spec.name in weights else "nothing"
@@ -74,7 +75,7 @@ class TorchExecutor:
         given = {name: weights[name] for name in programs.weights}
         self._weights = to_torch(given, self._device, dtype) | to_torch(programs.constants, self._device)
         self._adapters: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
-        self._caches: dict[str, GroupCache] = {}
+        self._caches: dict[str, GroupCache | CodedCache] = {}
         self._blocks: dict[str, int] = {}
 
     @property
@@ -97,11 +98,12 @@ class TorchExecutor:
     def allocate(self, blocks: Mapping[str, int]) -> None:
         """See Executor.allocate."""
         self._caches, self._blocks = {}, {}
-        dtype = torch.int8 if self._kv_dtype == "int8" else DTYPES[self._kv_dtype]
+        dtype = torch.int8 if self._elements == "int8" else DTYPES[self._elements]
         try:
             for group in self._programs.groups:
                 count = blocks.get(group.name, 0)
-                self._caches[group.name] = GroupCache(group, count, dtype, self._device)
+                coded = CodedCache(group, count, self._device) if group.k_bits else None
+                self._caches[group.name] = coded or GroupCache(group, count, dtype, self._device)
                 self._blocks[group.name] = count
         except (RuntimeError, MemoryError) as error:
             self._caches, self._blocks = {}, {}
@@ -169,7 +171,7 @@ class TorchExecutor:
         """See Executor.close."""
         self._caches, self._blocks, self._weights = {}, {}, {}
 
-    def _cache(self, group: str) -> GroupCache:
+    def _cache(self, group: str) -> GroupCache | CodedCache:
         self._programs.group(group)
         if group not in self._caches:
             raise UsageError(f"no blocks are allocated in state group {group!r}", remedy="Call allocate first")

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 
 from inhouse.core.errors import ExecutorError
 from inhouse.runtime.executor import KV_DTYPES, Weight
+from inhouse.runtime.kv_codes import element_type
 from inhouse.runtime.packed import Packed, is_float
 from inhouse.runtime.probe import Peaks, measure_peaks
 from inhouse.runtime.program import Axis, Op, ProgramSet
@@ -81,10 +82,10 @@ def _linears(op: Op, weights: Mapping[str, Weight], rows: int) -> Work:
 
 
 def _attention(op: Op, programs: ProgramSet, kv_dtype: str, chunks: Sequence[Chunk]) -> Work:
-    window, heads = int(op.attrs["window"]), int(op.attrs["heads"])
+    window, heads = int(op.attrs["window"]), int(op.attrs["heads"])  # codes: recent positions count as codes too
     width = int(op.attrs["head_dim"]) + int(op.attrs["v_dim"])
     group = programs.group(str(op.attrs["group"]))
-    a_position = group.bytes_per_token(KV_DTYPES[kv_dtype]) / len(group.layers)
+    a_position = group.bytes_per_token(KV_DTYPES[element_type(kv_dtype)]) / len(group.layers)
     seen = stored = 0
     for chunk in chunks:
         lengths = range(chunk.past + 1, chunk.past + chunk.new + 1)
