@@ -47,7 +47,10 @@ def path_of(stories: Path, file: str) -> str:
 def run(
     model: LoadedModel, requests: list[Request], sampler: NativeSampler | None = None, **limits: Any
 ) -> tuple[list[Result], Engine]:
-    config = EngineConfig(**({"blocks": {"full": 160}} | limits))
+    limits = {"blocks": {"full": 160}} | limits
+    count = limits["blocks"]["full"]
+    limits["blocks"] = {group.name: count for group in model.executor.programs.groups}
+    config = EngineConfig(**limits)
     engine = Engine(model.executor, config, model.tokenizer.eos_ids, model.digest, sampler=sampler, start=False)
     results = run_all(engine, requests)
     assert not any(result.failed for result in results), [result.failed for result in results if result.failed]
@@ -109,7 +112,10 @@ def requests_for_bits() -> list[Request]:
     return requests
 
 
-@pytest.fixture(scope="module", params=[("hf", "f32"), ("Q8_0", "f16"), ("Q4_0", "bf16")], ids=lambda p: "-".join(p))
+SOURCES = (("hf", "f32"), ("Q8_0", "f16"), ("Q4_0", "bf16"), ("hf", "int4"))
+
+
+@pytest.fixture(scope="module", params=SOURCES, ids="-".join)
 def source(request: pytest.FixtureRequest) -> Any:
     return request.param
 
@@ -192,10 +198,28 @@ def test_score_equals_the_logprobs_of_generation(stories: Path) -> None:
     engine.close()
 
 
-def test_memory_formula_is_what_the_executor_takes(stories: Path) -> None:
-    model = open_model(path_of(stories, "hf"), cache=False)
+@pytest.mark.parametrize("kv_dtype", ["f32", "int8", "int4", "k=int8,v=int4"])
+def test_memory_formula_is_what_the_executor_takes(stories: Path, kv_dtype: str) -> None:
+    model = open_model(path_of(stories, "hf"), kv_dtype=kv_dtype, cache=False)
     engine = Engine(model.executor, EngineConfig(kv_budget=1 << 20), start=False)
-    block = model.executor.read_blocks("full", np.zeros(1, np.int32)).nbytes
-    assert engine.state_bytes % block == 0
+    for group in model.executor.programs.groups:
+        block = model.executor.read_blocks(group.name, np.zeros(1, np.int32)).nbytes
+        assert block == memory.block_bytes(group, kv_dtype)
     assert engine.state_bytes <= 1 << 20
     engine.close()
+    model.close()
+
+
+def test_recent_positions_are_given_back(stories: Path) -> None:
+    """Codes are kept of a whole sequence, their f16 form of what a query may still read so."""
+    model = open_model(path_of(stories, "hf"), kv_dtype="int4", cache=False)
+    params = SamplingParams(temperature=0, ignore_eos=True)
+    config = EngineConfig(blocks={"full": 32, "full.recent": 13}, step_tokens=32, prefix_cache=False)
+    engine = Engine(model.executor, config, model.tokenizer.eos_ids, model.digest, start=False)
+    (result,) = run_all(engine, [make_request("long", range(1, 200), params, 300)])
+    assert not result.failed
+    assert len(result.tokens[0]) == 300
+    roomy, _ = run(model, [make_request("long", range(1, 200), params, 300)], prefix_cache=False)
+    assert result.tokens == roomy[0].tokens
+    engine.close()
+    model.close()

@@ -38,7 +38,7 @@ class Model:
     ) -> NativeExecutor:
         """A NativeExecutor with that many blocks in every group."""
         executor = NativeExecutor(self.programs, self.weights, isa=isa, threads=threads, kv_dtype=kv_dtype)
-        executor.allocate({group.name: blocks for group in self.programs.groups})
+        executor.allocate({group.name: blocks for group in executor.programs.groups})
         return executor
 
     def torch(self, blocks: int = 160, **options: str) -> Executor:
@@ -46,7 +46,7 @@ class Model:
         from inhouse.runtime.torch_executor import TorchExecutor
 
         executor = TorchExecutor(self.programs, self.weights, **options)
-        executor.allocate({group.name: blocks for group in self.programs.groups})
+        executor.allocate({group.name: blocks for group in executor.programs.groups})
         return executor
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from inhouse.core.errors import UsageError
 from inhouse.runtime.executor import KV_DTYPES, Executor
+from inhouse.runtime.kv_codes import CODED_KV
 from inhouse.runtime.ops import OPS, Builder
 from inhouse.runtime.packed import pack_float
 from inhouse.runtime.program import Attr, ProgramSet, StateGroup, StateKind, WeightSpec
@@ -48,6 +49,7 @@ class Case:
         window = int(attrs.get("window", 0))
         kept = group(1, self.kv_heads, self.head_dim, self.v_dim, window)
         kept = replace(kept, kind=self.kind) if self.kind is not StateKind.PAGED else kept
+        kept = replace(kept, sink=int(attrs.get("sink", 0)), stride=int(attrs.get("stride", 0)))
         return one.build("attention", widths, names, attrs, groups=[kept])
 
 
@@ -60,6 +62,14 @@ CASES = {
     "long-heads": Case(heads=3, kv_heads=1, head_dim=128, v_dim=128),
     "window": Case(attrs={"window": 37}),
     "wide-window": Case(attrs={"window": 300}),
+    "sink": Case(attrs={"window": 37, "sink": 16}),
+    "stride": Case(attrs={"window": 50, "stride": 3}),
+    "sink-and-stride": Case(
+        attrs={"window": 33, "sink": 48, "stride": 2, "softcap": 4.0},
+        sinks=True,
+        chunks=((300, 5, 20), (1, 250, 1), (300, 1, 550)),
+    ),
+    "sink-of-the-whole": Case(attrs={"window": 20, "sink": 1024}),
     "softcap": Case(attrs={"softcap": 2.0}),
     "alibi": Case(slopes=True),
     "sinks": Case(sinks=True),
@@ -118,6 +128,27 @@ def test_attention_agrees_with_torch(name: str, kv_dtype: str) -> None:
         for native in natives:
             found = native.run("step", step)["out0"]
             assert worst(found, expected) <= tolerance(kv_dtype), (native.name, number)
+        firsts = [first + size for first, size in zip(firsts, sizes, strict=True)]
+
+
+CODED = ("gqa", "mha-tiny-heads", "mqa", "odd-heads", "v-differs", "long-heads", "softcap", "alibi", "sinks",
+         "head-dim-80", "relative-decoder")  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_dtype", CODED_KV)
+@pytest.mark.parametrize("name", CODED)
+def test_codes_agree_with_torch(name: str, kv_dtype: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    torch = model.torch(kv_dtype=kv_dtype)
+    natives = [model.native(isa=level, kv_dtype=kv_dtype, threads=t) for level in LEVELS for t in (1, 3)]
+    firsts = [0] * len(case.chunks[0])
+    for number, sizes in enumerate(case.chunks):
+        chunks = [(tokens(100 * number + n, size), firsts[n]) for n, size in enumerate(sizes)]
+        step = steps(torch.programs, chunks, blocks_each=40)
+        expected = torch.run("step", step)["out0"]
+        for native in natives:
+            assert worst(native.run("step", step)["out0"], expected) <= 2e-5, (native.name, number)
         firsts = [first + size for first, size in zip(firsts, sizes, strict=True)]
 
 

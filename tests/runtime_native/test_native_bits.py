@@ -7,6 +7,7 @@ import pytest
 
 from inhouse.model.rewrite import quantize_activations
 from inhouse.runtime.executor import KV_DTYPES, Weight
+from inhouse.runtime.kv_codes import KV_TYPES
 from inhouse.runtime.native import NativeExecutor
 from inhouse.runtime.packed import Packed, quantize
 from tests.runtime_native.making import F32, LEVELS, Model, decoder, noise, steps, tokens
@@ -53,7 +54,7 @@ def quantised() -> Model:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_TYPES)
 def test_alone_batched_chunked_and_threaded_are_one(level: str, kv_dtype: str) -> None:
     model = decoder()
     expected = run(model.native(threads=1, isa=level, kv_dtype=kv_dtype))
@@ -74,28 +75,41 @@ def test_quantised_bits_too(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_stale_memory_is_never_touched(level: str) -> None:
+@pytest.mark.parametrize("kv_dtype", ["f32", "int4"])
+def test_stale_memory_is_never_touched(level: str, kv_dtype: str) -> None:
     """NaN in every block beforehand changes nothing: what a row may not see is not multiplied."""
     model = decoder()
-    expected = run(model.native(isa=level, kv_dtype="f32"))
-    poisoned = model.native(isa=level, kv_dtype="f32")
-    for group in model.programs.groups:
+    expected = run(model.native(isa=level, kv_dtype=kv_dtype))
+    poisoned = model.native(isa=level, kv_dtype=kv_dtype)
+    for group in poisoned.programs.groups:
         ids = np.arange(160, dtype=np.int32)
         poisoned.write_blocks(group.name, ids, np.full_like(poisoned.read_blocks(group.name, ids), 0xFF))
     assert same(run(poisoned, CUTS["ragged"]), expected)
 
 
-def test_blocks_are_copied_saved_and_restored() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_static_blocks_beside_a_window_too(level: str, kv_dtype: str) -> None:
+    model = decoder(windows=(40, 40), window_sink=32, window_stride=5)
+    expected = run(model.native(threads=1, isa=level, kv_dtype=kv_dtype))
+    for cuts in CUTS.values():
+        assert same(run(model.native(threads=1, isa=level, kv_dtype=kv_dtype), cuts), expected), cuts
+    for threads in (2, 3):
+        assert same(run(model.native(threads=threads, isa=level, kv_dtype=kv_dtype), strangers=True), expected), threads
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "int4"])
+def test_blocks_are_copied_saved_and_restored(kv_dtype: str) -> None:
     """A sequence goes on from copied or restored blocks with the same bits."""
     model = decoder()
-    executor = model.native()
+    executor = model.native(kv_dtype=kv_dtype)
     expected = run(executor)[400:]
-    names = [group.name for group in model.programs.groups]
+    names = [group.name for group in executor.programs.groups]
     ids = np.arange(40, dtype=np.int32)
     moved = ids + 40
     for name in names:
         executor.copy_blocks(name, ids, moved)
-    other = model.native()
+    other = model.native(kv_dtype=kv_dtype)
     for name in names:
         other.write_blocks(name, moved, executor.read_blocks(name, ids))
     for taker in (executor, other):

@@ -91,7 +91,7 @@ def test_wrong_weights_are_refused() -> None:
 
 def test_bad_options_are_refused() -> None:
     model = decoder()
-    with pytest.raises(UnsupportedError, match="KV dtype"):
+    with pytest.raises(UnsupportedError, match="KV type"):
         model.native(kv_dtype="f8")
     with pytest.raises(UsageError, match="0 threads"):
         model.native(threads=0)

@@ -13,7 +13,7 @@ from inhouse.runtime import torch_moe as moe
 from inhouse.runtime import torch_ops as ops
 from inhouse.runtime.ops import ACTIVATIONS, POOLINGS
 from inhouse.runtime.packed import quantize_rows_reference
-from inhouse.runtime.torch_attention import attend, position_bias, relative_buckets, visible
+from inhouse.runtime.torch_attention import Mask, attend, position_bias, relative_buckets, visible
 
 pytestmark = pytest.mark.torch
 
@@ -152,7 +152,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float,
 def test_attention_in_all_its_forms(softcap: float, with_sinks: bool, with_bias: bool, with_mask: bool) -> None:
     q, k, v = randn(2, 4, 5, 6), randn(2, 2, 5, 6, seed=1), randn(2, 2, 5, 3, seed=2)
     at = torch.arange(5)[None]
-    causal = visible(at, at)
+    causal = visible(at, at, Mask())
     seen = visible(at, at, Mask(window=2)) if with_mask else causal
     bias = position_bias(at, at, torch.tensor([0.5, 0.25, 0.125, 1.0]), bias="alibi", buckets=0, max_distance=0,
                          mask="causal") if with_bias else None  # fmt: skip
@@ -164,7 +164,7 @@ def test_attention_in_all_its_forms(softcap: float, with_sinks: bool, with_bias:
 def test_masks() -> None:
     at = torch.tensor([[4, 5]])
     keys = torch.arange(7)[None]
-    assert visible(at, keys)[0].int().tolist() == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
+    assert visible(at, keys, Mask())[0].int().tolist() == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 0]]
     assert visible(at, keys, Mask(window=2))[0].int().tolist() == [[0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 1, 0]]
     assert visible(at, keys, Mask("bidirectional")).all()
     with pytest.raises(UnsupportedError, match="prefix"):

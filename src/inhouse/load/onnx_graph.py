@@ -213,6 +213,8 @@ def _attention(g: Graph, op: Op, xs: list[str]) -> list[str]:
         distance = g.node("Cast", g.node("Neg", g.node("Abs", g.gap())), to=TensorProto.FLOAT)
         slopes = g.node("Reshape", op.weights[0], g.ints(kv, heads // kv, 1, 1))
         scores = g.node("Add", scores, g.node("Mul", slopes, distance))
+    if a["sink"] or a["stride"]:
+        raise UnsupportedError(f"layer {op.layer} attends static blocks beside its window, which this graph cannot say")
     seen = _seen(g, str(a["mask"]), int(a["window"]))
     if seen:
         scores = g.node("Where", seen, scores, g.number(-np.inf))

@@ -111,7 +111,7 @@ def state_groups(spec: ModelSpec) -> tuple[StateGroup, ...]:
     return tuple(
         StateGroup(
             group_name(window), StateKind.WINDOW if window else StateKind.PAGED, tuple(which),
-            spec.kv_heads, spec.head_dim, spec.head_dim, window,
+            spec.kv_heads, spec.head_dim, spec.head_dim, window, **spec.static(window),
             chunkable=spec.prefix_token < 0, shareable=spec.prefix_token < 0,
         )
         for window, which in layers.items()
@@ -236,7 +236,7 @@ def _attention(builder: Builder, spec: ModelSpec, i: int, h: Value, rotary: Valu
         "attention", q, k, v, weights=_attention_extras(spec, attn), group=group_name(window), heads=spec.heads,
         kv_heads=spec.kv_heads, head_dim=spec.head_dim, v_dim=spec.head_dim, scale=spec.scale, window=window,
         softcap=spec.attention_softcap, bias="alibi" if spec.alibi else "none",
-        mask="prefix" if spec.prefix_token >= 0 else "causal",
+        mask="prefix" if spec.prefix_token >= 0 else "causal", **spec.static(window),
     )  # fmt: skip
     (o,) = _linears(builder, a, [f"{attn}.o"], spec.o_bias)
     return o

@@ -74,6 +74,8 @@ class ModelSpec:
     windows: tuple[int, ...] = field(
         default=()
     )  # [layers] positions that attention sees, 0: all; (): all in every layer
+    window_sink: int = 0  # of layers with a window: the first positions, whole blocks of 16, are seen as well,
+    window_stride: int = 0  # and every stride-th block; 0: none
     norm: str = "rms"  # rms | layer; of every norm
     norm_bias: bool = False  # layer norms alone
     norm_offset: float = 0.0  # added to the weight of an RMS norm (Gemma: 1)
@@ -117,6 +119,10 @@ class ModelSpec:
         """Positions that attention of `layer` sees; 0: all."""
         return self.windows[layer] if self.windows else 0
 
+    def static(self, window: int) -> dict[str, int]:
+        """What layers of that window see beside it: `sink` and `stride`."""
+        return {"sink": self.window_sink, "stride": self.window_stride} if window else {}
+
     def rope_of(self, layer: int) -> RopeSpec | None:
         """How `layer` rotates q and k; None: not at all."""
         which = self.rope_layers[layer] if self.rope_layers else 0
@@ -130,6 +136,7 @@ def check_spec(spec: ModelSpec) -> ModelSpec:
     need(spec.heads % spec.kv_heads == 0, f"{spec.heads} heads are no multiple of {spec.kv_heads} key-value heads")
     need(not spec.windows or len(spec.windows) == spec.layers, f"{len(spec.windows)} windows for {spec.layers} layers")
     need(all(w >= 0 for w in spec.windows), f"a sliding window is negative: {min(spec.windows, default=0)}")
+    _check_static(spec)
     need(0.0 < spec.norm_eps < 1.0, f"norm_eps is {spec.norm_eps}, allowed above 0 and below 1")
     need(spec.norm in NORMS, f"unknown norm {spec.norm!r}")
     need(spec.norm == "rms" or not spec.norm_offset, "a layer norm has no offset")
@@ -146,6 +153,15 @@ def check_spec(spec: ModelSpec) -> ModelSpec:
     need(not spec.head_bias or spec.logit_scale == 1.0, "a head with a bias has no scale")
     _check_positions(spec)
     return spec
+
+
+def _check_static(spec: ModelSpec) -> None:
+    sink, stride = spec.window_sink, spec.window_stride
+    need(sink >= 0 and sink % 16 == 0, f"the sink of a window is {sink} positions, must be a multiple of 16")
+    need(stride >= 0, f"the stride of a window is {stride}, must be 0 or more")
+    if sink or stride:
+        need(any(spec.windows), "a sink or a stride goes with a window")
+        need(not spec.alibi and spec.mla is None, "ALiBi and latent attention take no sink and no stride")
 
 
 def check_limits(spec: object) -> None:

@@ -6,7 +6,7 @@ from typing import cast
 
 from inhouse.core.errors import UnavailableError, UnsupportedError, UsageError
 from inhouse.runtime.executor import Executor, Weight
-from inhouse.runtime.kv_codes import element_type
+from inhouse.runtime.kv_codes import KV_TYPES
 from inhouse.runtime.program import ProgramSet
 
 NAMES = ("native", "torch")
@@ -35,7 +35,8 @@ def create(
     """
     if name not in NAMES:
         raise UsageError(f"unknown executor {name!r}", remedy=f"Use {' or '.join(NAMES)}.", param="executor")
-    element_type(kv_dtype)
+    if kv_dtype not in KV_TYPES:
+        raise UsageError(f"unknown KV type {kv_dtype!r}", remedy=f"Use {', '.join(KV_TYPES)}.", param="kv_dtype")
     if name == "native":
         if device != "cpu":
             raise UnsupportedError(

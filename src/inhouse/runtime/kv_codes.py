@@ -11,7 +11,7 @@ later ones as f16: the rule knows nothing but positions, so chunks, batches and 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import UnsupportedError
 from inhouse.runtime.executor import KV_DTYPES
 from inhouse.runtime.program import Attr, Op, Program, ProgramSet, StateGroup, StateKind
 
@@ -22,11 +22,11 @@ KV_TYPES = (*KV_DTYPES, *CODED_KV)
 
 
 def element_type(kv_dtype: str) -> str:
-    """The key of KV_DTYPES in which a KV type keeps what is not codes. Raises UsageError for an unknown type."""
+    """The key of KV_DTYPES in which a KV type keeps what is not codes. Raises UnsupportedError for an unknown type."""
     if kv_dtype in CODED_KV:
         return RECENT_DTYPE
     if kv_dtype not in KV_DTYPES:
-        raise UsageError(f"unknown KV type {kv_dtype!r}", remedy=f"Use one of {', '.join(KV_TYPES)}.", param="kv_dtype")
+        raise UnsupportedError(f"no KV type {kv_dtype!r}; there are {', '.join(KV_TYPES)}", param="kv_dtype")
     return kv_dtype
 
 

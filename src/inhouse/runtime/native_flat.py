@@ -70,8 +70,9 @@ def _attention(c: _Context) -> list[int]:
     shape = c.attrs("heads", "kv_heads", "head_dim", "v_dim", "scale", "softcap", "window", real=["scale", "softcap"])
     mask = "bidirectional" if a["cross"] else str(a["mask"])  # all that the encoder stored is seen
     kind = [MASKS.index(mask), *c.attrs("cross"), BIASES.index(str(a["bias"]))]
-    recent = _slot(c, "recent") if a["recent"] else [-1, 0]
-    return [*_slot(c), *shape, *kind, *c.attrs("buckets", "max_distance", "v_from_k"), *recent, *c.attrs("sink", "stride")]
+    more = c.attrs("buckets", "max_distance", "v_from_k")
+    more += _slot(c, "recent") if a["recent"] else [-1, 0]
+    return [*_slot(c), *shape, *kind, *more, *c.attrs("sink", "stride")]
 
 
 def _slot(c: _Context, name: str = "group") -> list[int]:

@@ -65,7 +65,7 @@ class CodedCache(_Planes):
     def read(self, layer: int, blocks: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """As GroupCache.read."""
         held = tuple(plane[self.layers[layer]][blocks.flatten()] for plane in self._planes)
-        k, v = (x.unflatten(0, blocks.shape).flatten(1, 2) for x in decode_block(self.group, held))
+        k, v = (x.reshape(len(blocks), -1, *x.shape[2:]) for x in decode_block(self.group, held))
         k, v = (x.masked_fill(~valid[..., None, None], 0.0).transpose(1, 2) for x in (k, v))
         return k, v
 

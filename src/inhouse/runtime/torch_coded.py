@@ -1,5 +1,5 @@
-"""K and V as codes in torch: a block's codes from its f16 form, and back (kv_codes.py says what they are). The truth that
-native/src/ops/attention_codes-inl.h is compared with; knows no steps and no tables."""
+"""K and V as codes in torch: a block's codes from its f16 form, and back (kv_codes.py says what they are). The truth
+that native/src/ops/attention_codes-inl.h is compared with; knows no steps and no tables."""
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def _encode_keys(x: Tensor, levels: int) -> tuple[Tensor, ...]:
 
 
 def _encode_values(x: Tensor, levels: int) -> tuple[Tensor, ...]:
-    groups = x.split(VALUE_GROUP, dim=-1)
+    groups = torch.split(x, VALUE_GROUP, dim=-1)
     minimum = torch.stack([part.amin(dim=-1) for part in groups], dim=-1)
     scale = (torch.stack([part.amax(dim=-1) for part in groups], dim=-1) - minimum) / levels
     finite = torch.stack([part.isfinite().all(dim=-1) for part in groups], dim=-1)

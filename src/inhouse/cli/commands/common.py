@@ -12,7 +12,9 @@ Quantize = Annotated[str | None, typer.Option(help="pack float weights at load: 
 Threads = Annotated[int | None, typer.Option(help="compute threads; default: all the machine grants")]
 Executor = Annotated[str | None, typer.Option(help="native or torch")]
 Device = Annotated[str | None, typer.Option(help="device of the torch executor")]
-KvDtype = Annotated[str | None, typer.Option("--kv", help="KV cache elements: auto, f32, f16, bf16, int8, int4, or K and V apart: k=int8,v=int4")]
+KvDtype = Annotated[
+    str | None, typer.Option("--kv", help="KV cache: auto, f32, f16, bf16, int8, int4, or apart: k=int8,v=int4")
+]
 Activations = Annotated[str | None, typer.Option(help="what quantised weights are multiplied with: int8 or float")]
 Context = Annotated[int | None, typer.Option(help="context limit in tokens")]
 

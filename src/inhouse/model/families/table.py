@@ -23,6 +23,7 @@ from inhouse.model.families import (
 )
 from inhouse.model.families.family import Family, Tensors
 from inhouse.model.families.fields import Fields
+from inhouse.model.families.sparse_attention import narrow, split_key
 
 FAMILIES: tuple[Family, ...] = (
     *llama.ROWS, *qwen.ROWS, *remote.ROWS, *chatglm.ROWS, *phi3.ROWS, *alibi.ROWS, *gpt.ROWS, *gemma.ROWS,
@@ -58,9 +59,10 @@ def resolve(
         raise FormatError(
             f"config.json has architectures = {architectures!r}, expected one name", param="architectures"
         )
+    config, narrowed = split_key(config)
     for family in FAMILIES:
         if architectures[0] in family.architectures and family.claims(Fields(config, "config.json")):
-            return family.from_hf(Fields(config, "config.json"), tensors), family
+            return narrow(family.from_hf(Fields(config, "config.json"), tensors), narrowed), family
     known = [name for family in FAMILIES for name in family.architectures]
     raise _unknown(architectures[0], known)
 
