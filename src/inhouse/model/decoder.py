@@ -111,7 +111,8 @@ def state_groups(spec: ModelSpec) -> tuple[StateGroup, ...]:
     return tuple(
         StateGroup(
             group_name(window), StateKind.WINDOW if window else StateKind.PAGED, tuple(which),
-            spec.kv_heads, spec.head_dim, spec.head_dim, window, **spec.static(window),
+            spec.kv_heads, spec.head_dim, spec.head_dim, window,
+            sink=spec.window_sink if window else 0, stride=spec.window_stride if window else 0,
             chunkable=spec.prefix_token < 0, shareable=spec.prefix_token < 0,
         )
         for window, which in layers.items()
