@@ -11,7 +11,8 @@ enum Scalar : uint8_t { kF32, kF16, kBF16, kE8M0 };  // kE8M0: a byte e that mea
 // floats, too.
 enum Table : uint8_t { kPlain, kIQ4, kE2M1, kLog4, kNF4, kFP4, kE4M3, kE5M2 };
 
-// How the codes are kept: all of them; or of sparse and vector-coded matrices, which runtime/packed_expand.py describes.
+// How the codes are kept: all of them; or of sparse and vector-coded matrices, which runtime/packed_expand.py
+// describes.
 enum Coding : uint8_t { kDense, kMask, kPairs, kVectors, kColumns };
 
 struct Format {
@@ -71,11 +72,11 @@ alignas(64) constexpr float kFloatTables[2][16] = {
       IH_SCALES(NAME "_g128", LOW, HIGH, ZERO, 128, ZEROS), IH_SCALES(NAME "_row", LOW, HIGH, ZERO, 0, ZEROS)
 
 // Four formats with the values of the f16 members of the family that begins at BASE.
-#define IH_CODED(NAME, LOW, ZERO, CODING, BASE, BOOKS)                                                            \
-  {NAME "_g32", LOW, 0, ZERO, 32, kF16, false, false, kPlain, false, false, CODING, BASE, BOOKS},                 \
-      {NAME "_g64", LOW, 0, ZERO, 64, kF16, false, false, kPlain, false, false, CODING, BASE + 3, BOOKS},         \
-      {NAME "_g128", LOW, 0, ZERO, 128, kF16, false, false, kPlain, false, false, CODING, BASE + 6, BOOKS}, {     \
-    NAME "_row", LOW, 0, ZERO, 0, kF16, false, false, kPlain, false, false, CODING, BASE + 9, BOOKS               \
+#define IH_CODED(NAME, LOW, ZERO, CODING, BASE, BOOKS)                                                        \
+  {NAME "_g32", LOW, 0, ZERO, 32, kF16, false, false, kPlain, false, false, CODING, BASE, BOOKS},             \
+      {NAME "_g64", LOW, 0, ZERO, 64, kF16, false, false, kPlain, false, false, CODING, BASE + 3, BOOKS},     \
+      {NAME "_g128", LOW, 0, ZERO, 128, kF16, false, false, kPlain, false, false, CODING, BASE + 6, BOOKS}, { \
+    NAME "_row", LOW, 0, ZERO, 0, kF16, false, false, kPlain, false, false, CODING, BASE + 9, BOOKS           \
   }
 
 constexpr Format kFormats[] = {

@@ -11,6 +11,7 @@
 #include "dispatch.h"
 #include "formats.h"
 #include "guard.h"
+#include "sparse.h"
 #include "step.h"
 #include "threads.h"
 
@@ -23,6 +24,10 @@ constexpr int64_t kGuardGap = 4096;
 
 Status fault(int64_t i, const char* what) { return Status::usage("weight " + std::to_string(i) + ": " + what); }
 
+Weight weight_of(const ih_weight& w) {
+  return {w.format, w.out, w.in, static_cast<const uint8_t*>(w.data), static_cast<size_t>(w.bytes)};
+}
+
 Status check_weight(int64_t i, const ih_weight& w) {
   if (w.data == nullptr) return fault(i, "no data");
   if (w.format < -1 || w.format >= kFormatCount) return fault(i, "unknown format");
@@ -34,9 +39,12 @@ Status check_weight(int64_t i, const ih_weight& w) {
     return w.bytes >= w.out * w.in * 4 ? Status{} : fault(i, "fewer bytes than its shape needs");
   }
   const Format& format = kFormats[w.format];
-  if (format.coding != kDense) return fault(i, "coded formats do not run yet");
   if (!layout_of(format, w.in).valid) return fault(i, "its width does not fit its format");
   if (reinterpret_cast<uintptr_t>(w.data) % 64 != 0) return fault(i, "data are not aligned to 64 bytes");
+  if (format.coding != kDense) {
+    const char* damage = coded_fault(weight_of(w));
+    return damage == nullptr ? Status{} : fault(i, damage);
+  }
   return w.bytes >= packed_bytes(format, w.out, w.in) ? Status{} : fault(i, "fewer bytes than its shape needs");
 }
 
@@ -82,8 +90,7 @@ Status Model::take_weights(const ih_weight* weights, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const Status status = check_weight(i, weights[i]);
     if (!status.ok()) return status;
-    weights_.push_back({weights[i].format, weights[i].out, weights[i].in, static_cast<const uint8_t*>(weights[i].data),
-                        static_cast<size_t>(weights[i].bytes)});
+    weights_.push_back(weight_of(weights[i]));
   }
   return {};
 }

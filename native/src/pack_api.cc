@@ -7,24 +7,28 @@
 #include "formats.h"
 #include "inhouse.h"
 #include "kernels.h"
+#include "sparse.h"
 
 using inhouse::kFormats;
 using inhouse::Status;
 
 namespace {
 
+inhouse::Weight weight_of(const ih_weight& w) {
+  return {w.format, w.out, w.in, static_cast<const uint8_t*>(w.data), static_cast<size_t>(w.bytes)};
+}
+
 Status check_packed(const ih_weight& w) {
   if (w.format < 0 || w.format >= inhouse::kFormatCount) return Status::usage("unknown format");
   if (w.out < 1 || w.in < 1 || w.out > INT32_MAX || w.in > INT32_MAX) return Status::usage("impossible shape");
-  if (kFormats[w.format].coding != inhouse::kDense) return Status::unsupported("coded formats do not run yet");
   if (!inhouse::layout_of(kFormats[w.format], w.in).valid) return Status::usage("the width does not fit the format");
   if (w.data == nullptr || reinterpret_cast<uintptr_t>(w.data) % 64 != 0) return Status::usage("data are not aligned");
+  if (kFormats[w.format].coding != inhouse::kDense) {
+    const char* damage = inhouse::coded_fault(weight_of(w));
+    return damage == nullptr ? Status{} : Status::usage(damage);
+  }
   if (w.bytes < inhouse::packed_bytes(kFormats[w.format], w.out, w.in)) return Status::usage("fewer bytes than needed");
   return {};
-}
-
-inhouse::Weight weight_of(const ih_weight& w) {
-  return {w.format, w.out, w.in, static_cast<const uint8_t*>(w.data), static_cast<size_t>(w.bytes)};
 }
 
 Status quantized_linear(const inhouse::Kernels& k, const ih_weight& w, const float* x, int64_t rows, float* y) {

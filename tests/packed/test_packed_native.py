@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.sparse
 
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.native_library import available_levels
@@ -19,6 +20,7 @@ from inhouse.runtime.packed_layout import F32
 from inhouse.runtime.packed_native import fill_tiles, linear, unpack_rows
 from inhouse.runtime.packed_quantize import Kind
 
+from .sparse_matrices import coded_matrix
 from .test_packed_exact import BLOCK_TYPES, random_blocks
 
 pytestmark = pytest.mark.native
@@ -33,6 +35,7 @@ def matrices() -> list[Packed]:
         *blocks,
         *(float_table(name) for name in ("nf4_g64", "fp4_g64")),
         *(own_codes(name) for name, fmt in FORMATS.items() if fmt.zeros or name.startswith(("i4", "i8", "f8"))),
+        *(coded_matrix(name, (37, 256)) for name, fmt in FORMATS.items() if fmt.coding),
         *(pack_float(floats, name) for name in ("f32", "f16", "bf16")),
         quantize(floats, "q4"),
         quantize(floats, "q6"),
@@ -106,6 +109,31 @@ def test_bits_do_not_depend_on_the_number_of_rows(name: str) -> None:
             whole = linear(packed, x, quantized=quantized, isa=isa)
             for n in (1, 2, 3, 7, 8, 9, 31, 64, 65):
                 assert np.array_equal(linear(packed, x[:n], quantized=quantized, isa=isa), whole[:n]), (isa, n)
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.coding])
+def test_a_coded_matrix_gives_the_bits_of_its_plain_form(name: str) -> None:
+    """Where the order is the same; columns have an order of their own, the same for any number of rows."""
+    packed = coded_matrix(name, (80, 896), share=0.5 if FORMATS[name].coding != "columns" else 0.05)
+    plain = packed.plain()
+    x = np.random.default_rng(4).normal(size=(19, 896)).astype(np.float32)
+    for isa in available_levels():
+        for quantized in (True, False) if activation_group(name) else (False,):
+            whole = linear(packed, x, quantized=quantized, isa=isa)
+            if FORMATS[name].coding != "columns":
+                assert np.array_equal(whole, linear(plain, x, quantized=quantized, isa=isa)), isa
+            for n in (1, 2, 3, 8, 9):
+                assert np.array_equal(linear(packed, x[:n], quantized=quantized, isa=isa), whole[:n]), (isa, n)
+
+
+@pytest.mark.parametrize("name", ["csr_i8", "csr_bf16", "s8_row"])
+def test_products_are_scipys(name: str) -> None:
+    packed = coded_matrix(name, (80, 896), share=0.05)
+    theirs = scipy.sparse.csr_array(packed.dequantize().astype(np.float64))
+    x = np.random.default_rng(4).normal(size=(3, 896)).astype(np.float32)
+    exact, size = theirs.dot(x.T.astype(np.float64)).T, abs(theirs).dot(np.abs(x.T)).T
+    for isa in available_levels():
+        assert (np.abs(linear(packed, x, quantized=False, isa=isa) - exact) <= 2e-6 * size).all(), isa
 
 
 @pytest.mark.parametrize("kind", ["q8", "q6", "q4"])

@@ -1,6 +1,7 @@
 // The packed bodies at the level avx2, apart from the others because they take long to compile.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
+#include "sparse.h"
 #include "simd/avx2.h"
 #include "simd/avx2_bytes.h"
 #include "ops/linear-inl.h"

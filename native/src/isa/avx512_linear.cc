@@ -1,6 +1,7 @@
 // The packed bodies at the level avx512, apart from the others because they take long to compile.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
+#include "sparse.h"
 #include "simd/avx512.h"
 #include "simd/avx512_bytes.h"
 #include "ops/linear-inl.h"

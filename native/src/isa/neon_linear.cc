@@ -1,6 +1,7 @@
 // The packed bodies at the level neon, apart from the others because they take long to compile.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
+#include "sparse.h"
 #include "simd/neon.h"
 #include "simd/neon_bytes.h"
 #include "ops/linear-inl.h"

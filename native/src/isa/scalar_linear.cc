@@ -1,6 +1,7 @@
 // The packed bodies at the level scalar, apart from the others because they take long to compile.
 // clang-format off: the bodies need the vocabulary.
 #include "kernels.h"
+#include "sparse.h"
 #include "simd/scalar.h"
 #include "simd/scalar_bytes.h"
 #include "ops/linear-inl.h"

@@ -7,5 +7,6 @@
 #include "ops/quantize_tile-inl.h"
 #include "ops/linear_floats-inl.h"
 #include "ops/linear_codes-inl.h"
+#include "ops/linear_i8-inl.h"
 #include "ops/probe-inl.h"
 // clang-format on

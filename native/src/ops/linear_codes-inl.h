@@ -188,14 +188,5 @@ void codes_linear(const Weight& w, const QuantRows& x, int64_t rows, int64_t til
   }
 }
 
-void linear_i8(const Weight& w, const QuantRows& x, int rows, int64_t tile_begin, int64_t tile_end, const float* bias,
-               float* y, int64_t ldy) {
-  with_codes_of(w.format, [&](auto id) {
-    if constexpr (takes_int8(kFormats[id.value])) {
-      codes_linear<id.value>(w, x, rows, tile_begin, tile_end, bias, y, ldy);
-    }
-  });
-}
-
 }  // namespace
 }  // namespace inhouse::IH_ISA

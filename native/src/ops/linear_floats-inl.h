@@ -93,6 +93,9 @@ void linear_f32(const Weight& w, const float* x, int64_t ldx, int rows, int64_t 
   if (w.format == 0) return linear_floats<kF32>(w, x, ldx, rows, tile_begin, tile_end, bias, y, ldy);
   if (w.format == 1) return linear_floats<kF16>(w, x, ldx, rows, tile_begin, tile_end, bias, y, ldy);
   if (w.format == 2) return linear_floats<kBF16>(w, x, ldx, rows, tile_begin, tile_end, bias, y, ldy);
+  if (w.format >= kFirstCoded) {
+    return sparse_kernels().linear_f32(w, x, ldx, rows, tile_begin, tile_end, bias, y, ldy);
+  }
   const Layout l = layout_of(kFormats[w.format], w.in);
   UnpackBlock unpack = nullptr;
   with_codes_of(w.format, [&](auto id) { unpack = unpack_block<id.value>; });

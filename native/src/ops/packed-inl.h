@@ -11,6 +11,11 @@ namespace {
 #define IH_UNROLL _Pragma("GCC unroll 16")
 #endif
 
+// The coded bodies of this level (isa/*_sparse.cc).
+#define IH_JOINED(a, b) a##b
+#define IH_JOIN(a, b) IH_JOINED(a, b)
+IH_INLINE const SparseKernels& sparse_kernels() { return inhouse::IH_JOIN(sparse_kernels_, IH_ISA)(); }
+
 template <int N>
 struct Int {
   static constexpr int value = N;

@@ -52,6 +52,7 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
   if (w.format == 0) return unpack_floats<kF32>(w, row, out);
   if (w.format == 1) return unpack_floats<kF16>(w, row, out);
   if (w.format == 2) return unpack_floats<kBF16>(w, row, out);
+  if (w.format >= kFirstCoded) return sparse_kernels().unpack_row(w, row, out);
   const Layout l = layout_of(kFormats[w.format], w.in);
   with_codes_of(w.format, [&](auto id) {
     unpack_codes(tile_of<id.value>(w, l, row / kTileRows), static_cast<int>(row % kTileRows), w.in, out);
