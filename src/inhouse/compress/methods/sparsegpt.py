@@ -26,14 +26,14 @@ Round = Callable[[Tensor, int], Tensor]
 @dataclass(frozen=True, slots=True)
 class SparseGptOptions:
     """sparsity: a share (0.5, 50%) or N:M (2:4). block: columns whose mask is chosen at once. damping: of the mean
-    diagonal of H. by_row: each row of a block gives the same share; the published code takes it over all rows of the
-    block, which starves rows of small weights in narrow models. refit: conjugate-gradient steps that fit all kept
+    diagonal of H. by_row: each row of a block gives the same share; False: the share is taken over all rows of the
+    XX conjugate-gradient steps that fit all kept
     weights to the mask afterwards (0: none; not with a grid): the sweep alone cannot change columns it has passed."""
 
     sparsity: str | float = 0.5
     block: int = 128
     damping: float = 0.01
-    by_row: bool = False
+    by_row: bool = True
     refit: int = 0
 
     def __post_init__(self) -> None:

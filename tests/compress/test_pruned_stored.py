@@ -1,0 +1,131 @@
+"""Pruned models on disk: exact zeros in the smallest form, cut models in our engine and in transformers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from inhouse.compress.calibrate import Calibration
+from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude_mask
+from inhouse.compress.methods.sparse import SparseOptions, sparse
+from inhouse.compress.methods.structured import StructuredOptions, structured
+from inhouse.compress.pack_as import pack_as
+from inhouse.compress.sparsity import masked
+from inhouse.compress.work import Work
+from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.load.export import export_model
+from inhouse.load.model import open_model
+from inhouse.load.prove import logits_of
+from inhouse.load.stored import stored_config, stored_sides
+from inhouse.model.spec import ModelSpec
+from inhouse.runtime.form import Form
+from inhouse.runtime.torch_dense import forward
+from inhouse.store.stored_model import write_stored
+from tests.compress.tiny_models import make
+
+pytestmark = [pytest.mark.torch, pytest.mark.realdata]
+
+
+def pruned(sparsity: str | float, shape: tuple[int, int] = (96, 256)) -> Tensor:
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    return masked(weight, magnitude_mask(weight, MagnitudeOptions(sparsity, by_row=True)))
+
+
+@pytest.mark.parametrize(("sparsity", "fmt", "coding"), [
+    (0.5, "i8_g32", "s8_g32"), (0.5, "i4_g32", "s4_g32"), ("2:4", "i8_g64", "p8_g64"), ("2:4", "i4_g64", "p4_g64"),
+    (0.99, "i8_row", "csr_i8"), (0.99, "bf16", "csr_bf16"), (0.05, "i8_g32", "i8_g32"), (0.1, "i4_g32", "i4_g32"),
+    (0.5, "bf16", "bf16"),
+])  # fmt: skip
+def test_the_smallest_form_is_chosen_and_zeros_stay(sparsity: str | float, fmt: str, coding: str) -> None:
+    weight = pruned(sparsity)
+    form = sparse(weight, None, SparseOptions(), fmt)
+    assert form.main is not None
+    assert form.main.format == coding
+    value = torch.from_numpy(form.value())
+    assert not value[weight == 0].any()
+    assert torch.equal(value, torch.from_numpy(sparse(weight, None, SparseOptions(), coding).value()))
+    assert (value - weight).abs().max() < (0.5 if fmt.startswith("i4") else 0.03)
+
+
+def test_bytes_are_those_of_the_mask_and_the_values() -> None:
+    weight = pruned(0.5, (64, 1024))
+    dense, masked_form = (sparse(weight, None, SparseOptions(), name) for name in ("i8_g128", "s8_g128"))
+    scales = 64 * 8 * 2
+    assert dense.nbytes == 64 * 1024 + scales or dense.nbytes - 64 * 1024 - scales < 64
+    # a bit a weight and a byte for each that is not 0; tiles are padded to 64 bytes
+    wanted = 64 * 1024 // 8 + int((weight != 0).sum()) + scales
+    assert wanted - 4096 < masked_form.nbytes < wanted + 4 * 192 + 128
+
+
+def test_forms_that_cannot_be_are_refused() -> None:
+    with pytest.raises(UsageError, match="2:4|two of every four"):
+        sparse(pruned(0.5), None, SparseOptions(), "p8_g32")
+    with pytest.raises(UnsupportedError, match="zeros"):
+        sparse(pruned(0.5), None, SparseOptions(), "q4_1")
+    with pytest.raises(UnsupportedError, match="sparse form"):
+        sparse(pruned(0.5), None, SparseOptions(keep_dense=False), "q8_0")
+
+
+def cut(
+    family: str, stories: Path, tmp_path: Path, options: dict[str, Any], **more: Any
+) -> tuple[Path, Tensor, Tensor]:
+    """A model of a family, cut and stored; (its folder, tokens, logits in memory)."""
+    folder = make(family, stories, tmp_path / "model", **more)
+    rng = torch.Generator().manual_seed(3)
+    tokens, asked = torch.randint(3, 512, (8, 32), generator=rng), torch.randint(3, 512, (1, 24), generator=rng)
+    with Work.open(str(folder), tmp_path / "run") as work:
+        work.begin("structured")
+        calibration = Calibration(tokens, torch.full((8,), 32), "", ())
+        structured(work, calibration, StructuredOptions(**options), {})
+        work.save("structured")
+        with torch.no_grad():
+            logits = forward(work.program, asked, work.weights())["logits"][0]
+        spec = work.spec
+        assert isinstance(spec, ModelSpec)
+        forms = [(name, Form(pack_as(work.value(name), "f32"))) for name in work.matrices()]
+        vectors = [(n, np.array(work.value(n).numpy())) for n in work.names() if n not in work.matrices()]
+        config, sides = stored_config(work.described, spec), stored_sides(work.described)
+        write_stored(tmp_path / "new", config, forms, vectors, {}, sides)
+    return tmp_path / "new", asked, logits
+
+
+CUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("Llama", {"ffn": 0.4, "layers": 1, "kv_groups": 1, "hidden": 0.3, "multiple": 16}, {"num_key_value_heads": 3}),
+    ("Llama", {"heads_per_group": 1, "layers": 1, "contiguous": True}, {}),
+    ("Gemma2", {"ffn": 0.4, "layers": 1, "heads_per_group": 1, "multiple": 16}, {}),
+]
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("family", "options", "more"), CUTS)
+def test_our_engine_and_transformers_open_what_was_cut(
+    family: str, options: dict[str, Any], more: dict[str, Any], stories: Path, tmp_path: Path
+) -> None:
+    folder, tokens, wanted = cut(family, stories, tmp_path, options, **more)
+    model = open_model(str(folder), activations="float", kv_dtype="f32", cache=False, threads=1)
+    try:
+        found = torch.from_numpy(logits_of(model, tokens[0].numpy()))
+    finally:
+        model.close()
+    assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    export_model(str(folder), "safetensors", tmp_path / "hf", wish="f32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    with torch.no_grad():
+        other = theirs(tokens).logits[0]
+    assert (other - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["num_hidden_layers"] == 2
+    assert sum(p.numel() for p in theirs.parameters()) == sum(
+        int(np.prod(weight.shape)) for weight in model.plain_programs.weights.values()
+    )
+
+
+def test_widths_that_a_config_cannot_say_are_refused(stories: Path, tmp_path: Path) -> None:
+    """Gemma scales its embedding by its width: a narrower one would mean another model."""
+    with pytest.raises(UnsupportedError, match="embed_scale"):
+        cut("Gemma2", stories, tmp_path, {"hidden": 0.3, "multiple": 16})
