@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from inhouse.compress.methods.sparse import SparseOptions, sparse
 from torch import Tensor
 
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude_mask
-from inhouse.compress.methods.sparse import SparseOptions, sparse
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.sparsity import masked

@@ -51,7 +51,7 @@ def swept(weight: Tensor, stats: LinearStats | None, options: SparseGptOptions) 
 
 @pytest.mark.parametrize(("text", "n", "m", "share"), [
     ("0.5", 0, 0, 0.5), (0.25, 0, 0, 0.25), ("30%", 0, 0, 0.3), ("2:4", 2, 4, 0.5), ("1:8", 1, 8, 0.875),
-    (124, 2, 4, 0.5),  # what YAML 1.1 makes of an unquoted 2:4
+    (124, 2, 4, 0.5), (124.0, 2, 4, 0.5),  # what YAML 1.1 makes of an unquoted 2:4
 ])  # fmt: skip
 def test_patterns_are_read(text: str | float, n: int, m: int, share: float) -> None:
     pattern = parse_pattern(text)
@@ -220,12 +220,20 @@ def test_a_grid_keeps_zeros_and_rounds_what_stays() -> None:
         sparse_gpt(weight, stats, SparseGptOptions(0.5), "q4_1")
 
 
+def test_without_statistics_magnitudes_count() -> None:
+    weight = matrix(6, 16)
+    wanted = magnitude_mask(weight, MagnitudeOptions("1:4"))
+    assert torch.equal(wanda(weight, None, WandaOptions("1:4", refit=9)), wanted)
+    assert torch.equal(swept(weight, None, SparseGptOptions("1:4")), masked(weight, wanted))
+
+
 def test_bad_statistics_are_refused() -> None:
     weight = matrix(4, 8)
-    with pytest.raises(UsageError, match="statistics"):
-        wanda(weight, None, WandaOptions())
-    with pytest.raises(UsageError, match="statistics"):
-        swept(weight, None, SparseGptOptions())
+    bare = LinearStats(1, torch.ones(8), torch.ones(8), torch.ones(8))
+    with pytest.raises(UsageError, match="Gram"):
+        wanda(weight, bare, WandaOptions(refit=3))
+    with pytest.raises(UsageError, match="Gram"):
+        swept(weight, bare, SparseGptOptions())
     with pytest.raises(UsageError, match="8 inputs"):
         sparsegpt(weight, torch.eye(9), SparseGptOptions())
     with pytest.raises(UsageError, match="8 inputs"):

@@ -103,10 +103,10 @@ def _packed(chosen: Chosen, weight: Tensor, mask: Tensor | None, form: Form | No
         return made
     if wanted:
         return replace(made, main=to_sparse(made.main, wanted))
-    return replace(made, main=_sparsest(made.main)) if mask is not None else made
+    return replace(made, main=sparsest(made.main)) if mask is not None else made
 
 
-def _sparsest(main: Packed) -> Packed:
+def sparsest(main: Packed) -> Packed:
     """The matrix in whichever of its plain and sparse forms is stored in the fewest bytes."""
     best = main
     for name in sparse_formats(main.format):

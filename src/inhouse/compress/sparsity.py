@@ -38,8 +38,8 @@ def parse_pattern(text: str | float) -> Pattern:
     YAML 1.1 reads an unquoted 2:4 as a number of base 60, 124; whole numbers above 60 are read back as
     what was meant.
     """
-    if isinstance(text, int) and text > 60:
-        text = f"{text // 60}:{text % 60}"
+    if isinstance(text, int | float) and text > 60 and text == int(text):
+        text = f"{int(text) // 60}:{int(text) % 60}"
     told = str(text).strip()
     groups = re.fullmatch(r"(\d{1,3}):(\d{1,3})", told)
     if groups:

@@ -26,7 +26,7 @@ from inhouse.compress.methods.signround import SignRoundOptions, signround_block
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.methods.vector import VectorMethod, vector, vector_shared
-from inhouse.compress.methods.wanda import WandaOptions, wanda
+from inhouse.compress.methods.wanda import WandaOptions, wanda, wanda_needs
 from inhouse.core.errors import UsageError
 
 METHODS: Mapping[str, Method] = {
@@ -109,7 +109,8 @@ METHODS: Mapping[str, Method] = {
             summary="the smallest weights become 0; a share or N:M; needs no text",
         ),
         Method(
-            "wanda", "prune", "matrix", wanda, WandaOptions, needs="gram", paper="Sun et al. 2023, arXiv 2306.11695",
+            "wanda", "prune", "matrix", wanda, WandaOptions, needs=wanda_needs,
+            paper="Sun et al. 2023, arXiv 2306.11695",
             summary="weight times norm of its input, by row; a share or N:M; may fit what stays (refit)",
         ),
         Method(
@@ -118,11 +119,11 @@ METHODS: Mapping[str, Method] = {
             summary="optimal brain surgeon by columns; a share or N:M; with a format it rounds in the same sweep",
         ),
         Method(
-            "neurons", "structured", "model", neurons, NeuronOptions, needs="moments",
+            "neurons", "prune", "model", neurons, NeuronOptions, needs="moments", place="structured",
             paper="Srinivas and Babu 2015, arXiv 1507.06149", summary="constant and duplicate FFN channels are folded",
         ),
         Method(
-            "structured", "structured", "model", structured, StructuredOptions, needs="gram",
+            "structured", "prune", "model", structured, StructuredOptions, needs="gram", place="structured",
             paper="Muralidharan et al. 2024, arXiv 2407.14679; Men et al. 2024, arXiv 2403.03853",
             summary="FFN channels, heads with their key-value groups, layers, width; what stays is fitted",
         ),

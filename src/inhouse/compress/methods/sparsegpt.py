@@ -27,8 +27,9 @@ Round = Callable[[Tensor, int], Tensor]
 class SparseGptOptions:
     """sparsity: a share (0.5, 50%) or N:M (2:4). block: columns whose mask is chosen at once. damping: of the mean
     diagonal of H. by_row: each row of a block gives the same share; False: the share is taken over all rows of the
-    XX conjugate-gradient steps that fit all kept
-    weights to the mask afterwards (0: none; not with a grid): the sweep alone cannot change columns it has passed."""
+    block, as the published code does, which starves rows of small weights (stories260K: perplexity 15.9, not 12.7).
+    refit: conjugate-gradient steps that fit all kept weights to the mask afterwards (0: none; not with a grid): the
+    sweep alone cannot change columns that it has passed."""
 
     sparsity: str | float = 0.5
     block: int = 128
@@ -133,12 +134,16 @@ def _sweep(
 
 def sparse_gpt(weight: Tensor, stats: LinearStats | None, options: SparseGptOptions, fmt: str = "") -> Tensor | Form:
     """The pruned weights, f32 [out, in]; with a code format the Form of what was pruned and rounded in one sweep, its
-    scales fitted to what pruning alone leaves. Weights that are 0 already stay so.
+    scales fitted to what pruning alone leaves. Weights that are 0 already stay so. Without statistics (embeddings of
+    their own, experts that saw no token) inputs count alike and apart: magnitudes by row.
 
-    Raises UsageError without a Gram matrix, UnsupportedError for a format whose groups need not hold 0.
+    Raises UsageError where there is no Gram matrix among the statistics, UnsupportedError for a format whose groups
+    need not hold 0.
     """
-    if stats is None or stats.gram is None:
-        raise UsageError("sparsegpt needs statistics of the inputs", remedy="Give calibration texts")
+    if stats is None:
+        stats = _alike(weight.shape[1])
+    if stats.gram is None:
+        raise UsageError("sparsegpt needs the Gram matrix of the inputs", remedy="Give calibration texts")
     prior = weight != 0
     pruned, _ = sparsegpt(weight, stats.gram, options, prior=prior)
     if not fmt or is_float(fmt):
@@ -154,3 +159,8 @@ def sparse_gpt(weight: Tensor, stats: LinearStats | None, options: SparseGptOpti
 
     rounded, _ = sparsegpt(weight, stats.gram, options, prior=prior, grid=column)
     return Form(grid.pack(grid.round(rounded, params, index), params))
+
+
+def _alike(inputs: int) -> LinearStats:
+    ones = torch.ones(inputs)
+    return LinearStats(1, ones, ones, ones, torch.eye(inputs))

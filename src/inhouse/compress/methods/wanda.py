@@ -6,6 +6,7 @@ input is all that the mask asks of the data; the fit asks for the Gram matrix.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from inhouse.compress.sparsity import held, keep, masked, parse_pattern, refit
@@ -47,13 +48,20 @@ def wanda_mask(weight: Tensor, mean_square: Tensor, options: WandaOptions, prior
 
 
 def wanda(weight: Tensor, stats: LinearStats | None, options: WandaOptions, fmt: str = "") -> Tensor:
-    """The mask, bool [out, in], or with `refit` the weights f32 [out, in]; weights that are 0 already stay so.
+    """The mask, bool [out, in], or with `refit` the weights f32 [out, in]; weights that are 0 already stay so. Without
+    statistics (embeddings of their own, experts that saw no token) inputs count alike: magnitudes by row.
 
-    Raises UsageError without the statistics that it needs.
+    Raises UsageError where `refit` finds no Gram matrix among the statistics.
     """
-    if stats is None or (options.refit and stats.gram is None):
-        raise UsageError("wanda needs statistics of the inputs", remedy="Give calibration texts", param="calibration")
-    mask = wanda_mask(weight, stats.mean_square, options, weight != 0)
-    if not options.refit or stats.gram is None:
+    mean_square = torch.ones(weight.shape[1]) if stats is None else stats.mean_square
+    mask = wanda_mask(weight, mean_square, options, weight != 0)
+    if not options.refit or stats is None:
         return mask
+    if stats.gram is None:
+        raise UsageError("refit needs the Gram matrix of the inputs", param="refit")
     return refit(masked(weight, weight != 0), mask, stats.gram, steps=options.refit)
+
+
+def wanda_needs(options: WandaOptions) -> str:
+    """What calibration must give."""
+    return "gram" if options.refit else "moments"
