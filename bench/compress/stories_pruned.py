@@ -6,8 +6,8 @@
 Prints one JSON object: perplexity of stories 0-39 of the stored model by the native engine, before and after healing.
 Every linear of the layers is pruned (35 matrices); `--embedding` prunes the tied embedding, which is the head too, with
 them. Statistics and healing see stories from number 100 on and text that the float model wrote itself; what is learned
-is the float model's own distribution (forward KL). The healed model is stored in the smallest of the formats given by
-`--store` for each matrix; zeros are counted in what is stored, read back from disk.
+is the float model's own distribution (forward KL). The healed model is scored as floats and as stored: codes of
+`--store`, with a bitmask or as 2:4 where that takes fewer bytes; zeros are counted in what is read back from disk.
 """
 
 import argparse
@@ -26,9 +26,12 @@ from bench.compress.scoring import score
 from bench.compress.teacher_text import as_dataset, model_folder, teacher_text, training_stories
 from torch import Tensor
 
+from inhouse.compress.activations import observe
 from inhouse.compress.blocks import BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.fit import FitConfig, FitResult, Setup, fit
+from inhouse.compress.grids import Grid
+from inhouse.compress.matrix import sparsest
 from inhouse.compress.objective import Response
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.sparsity import masked, zeros_of
@@ -37,6 +40,7 @@ from inhouse.compress.teacher import LiveTeacher
 from inhouse.compress.work import Work
 from inhouse.load.describe import describe
 from inhouse.runtime.form import Form
+from inhouse.runtime.packed import is_float
 from inhouse.store.stored_model import write_stored
 from inhouse.store.stored_source import StoredSource
 
@@ -93,21 +97,35 @@ def heal(
     )  # fmt: skip
 
 
+def squares(work: Work, weights: Mapping[str, Tensor], stories: list[list[int]]) -> dict[str, Tensor]:
+    """Mean square of the inputs of each linear of the healed model: what rounding errors weigh by."""
+    text = rows(stories[:64])
+    seen = observe(work.program, {**weights, **work.constants()}, text.tokens, lengths=text.lengths)
+    return {name: moments.mean_square.float() for name, moments in seen.inputs.items()}
+
+
 def tell(label: str, done: int, total: int) -> None:
     if done % 50 == 0:
         print(f"{label} {done}/{total} {time.process_time():.0f} s", file=sys.stderr, flush=True)
 
 
-def smallest(value: Tensor, formats: list[str], fitting: bool) -> Form:
-    """The Form of the fewest bytes; formats that have no place for the matrix are passed over."""
-    del fitting
-    return min((Form(pack_as(value, name)) for name in formats), key=lambda form: form.nbytes)
+def form_of(name: str, value: Tensor, fmt: str, importance: Tensor | None) -> Form:
+    """Floats as they are; codes by weighted least squares, as bitmask, 2:4 or columns where that is smaller. The
+    embedding, which is the head too, keeps 8 bits."""
+    if name == "embed.weight":
+        fmt = fmt.replace("i4", "i8")
+    if value.shape[1] % 64:
+        fmt = fmt.replace("g64", "row")
+    plain = pack_as(value, fmt) if is_float(fmt) else Grid(fmt, value.shape[1]).quantize(value, importance)
+    return Form(sparsest(plain))
 
 
-def write(work: Work, weights: Mapping[str, Tensor], formats: list[str], folder: Path) -> dict[str, Any]:
+def write(
+    work: Work, weights: Mapping[str, Tensor], fmt: str, folder: Path, stats: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """The stored model; its bytes, formats, and the zeros of what is read back."""
     shutil.rmtree(folder, ignore_errors=True)
-    forms = {n: smallest(weights[n], formats, True) for n in work.programs.weights if weights[n].dim() == 2}
+    forms = {n: form_of(n, weights[n], fmt, stats.get(n)) for n in work.programs.weights if weights[n].dim() == 2}
     vectors = {n: np.array(weights[n].detach(), np.float32) for n in work.programs.weights if weights[n].dim() == 1}
     files = {path.name: path for path in model_folder().glob("*.json") if path.name != "config.json"}
     stored = write_stored(folder, work.config, forms.items(), vectors.items(), {}, files)
@@ -134,15 +152,15 @@ def measure(work: Work, given: argparse.Namespace) -> dict[str, Any]:
     prune_seconds = time.monotonic() - begun
     weights = {name: tensor.clone() for name, tensor in work.weights().items()}
     found: dict[str, Any] = {"prune_seconds": round(prune_seconds, 1)}
-    found["unhealed"] = write(work, weights, ["f32"], given.run / "unhealed")
+    found["unhealed"] = write(work, weights, "f32", given.run / "unhealed", {})
     found["unhealed"] |= score(given.run / "unhealed").to_dict()
     print(json.dumps(found), file=sys.stderr, flush=True)
     if given.steps:
         result = heal(work, weights, teacher, given)
         found |= {"steps": result.steps, "best_step": result.step, "heal_seconds": round(result.seconds)}
         found |= {"validation": result.validation[-3:]}
-        for name, formats in (("healed", ["f32"]), ("stored", given.store.split(","))):
-            found[name] = write(work, result.weights, formats, given.run / name)
+        for name, fmt in (("healed", "f32"), ("stored", given.store)):
+            found[name] = write(work, result.weights, fmt, given.run / name, squares(work, result.weights, stories))
             found[name] |= score(given.run / name).to_dict()
     return found
 
@@ -183,7 +201,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200, help="0: do not heal")
     parser.add_argument("--batch", type=int, default=3072)
     parser.add_argument("--rate", type=float, default=3e-3)
-    parser.add_argument("--store", default="bf16", help="formats of which each matrix takes the smallest")
+    parser.add_argument(
+        "--store", default="i8_g64", help="format of the stored model; bitmask or 2:4 where that is smaller"
+    )
     parser.add_argument("--run", type=Path)
     parser.add_argument("--text", type=Path, default=Path("build/teacher_text.npz"))
     parser.add_argument("--record", action="store_true", help="put the figures into docs/compression-results.json")

@@ -8,22 +8,24 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from inhouse.compress.methods.sparse import SparseOptions, sparse
 from torch import Tensor
 
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.grids import Grid
+from inhouse.compress.matrix import sparsest
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude_mask
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.sparsity import masked
 from inhouse.compress.work import Work
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import UnsupportedError
 from inhouse.load.export import export_model
 from inhouse.load.model import open_model
 from inhouse.load.prove import logits_of
 from inhouse.load.stored import stored_config, stored_sides
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.form import Form
+from inhouse.runtime.packed_stored import stored_nbytes_of
 from inhouse.runtime.torch_dense import forward
 from inhouse.store.stored_model import write_stored
 from tests.compress.tiny_models import make
@@ -42,33 +44,14 @@ def pruned(sparsity: str | float, shape: tuple[int, int] = (96, 256)) -> Tensor:
     (0.5, "bf16", "bf16"),
 ])  # fmt: skip
 def test_the_smallest_form_is_chosen_and_zeros_stay(sparsity: str | float, fmt: str, coding: str) -> None:
+    """Bitmasks, 2:4 and columns win where the number of zeros says so, and hold what the dense codes hold."""
     weight = pruned(sparsity)
-    form = sparse(weight, None, SparseOptions(), fmt)
-    assert form.main is not None
-    assert form.main.format == coding
-    value = torch.from_numpy(form.value())
-    assert not value[weight == 0].any()
-    assert torch.equal(value, torch.from_numpy(sparse(weight, None, SparseOptions(), coding).value()))
-    assert (value - weight).abs().max() < (0.5 if fmt.startswith("i4") else 0.03)
-
-
-def test_bytes_are_those_of_the_mask_and_the_values() -> None:
-    weight = pruned(0.5, (64, 1024))
-    dense, masked_form = (sparse(weight, None, SparseOptions(), name) for name in ("i8_g128", "s8_g128"))
-    scales = 64 * 8 * 2
-    assert dense.nbytes == 64 * 1024 + scales or dense.nbytes - 64 * 1024 - scales < 64
-    # a bit a weight and a byte for each that is not 0; tiles are padded to 64 bytes
-    wanted = 64 * 1024 // 8 + int((weight != 0).sum()) + scales
-    assert wanted - 4096 < masked_form.nbytes < wanted + 4 * 192 + 128
-
-
-def test_forms_that_cannot_be_are_refused() -> None:
-    with pytest.raises(UsageError, match="2:4|two of every four"):
-        sparse(pruned(0.5), None, SparseOptions(), "p8_g32")
-    with pytest.raises(UnsupportedError, match="zeros"):
-        sparse(pruned(0.5), None, SparseOptions(), "q4_1")
-    with pytest.raises(UnsupportedError, match="sparse form"):
-        sparse(pruned(0.5), None, SparseOptions(keep_dense=False), "q8_0")
+    plain = pack_as(weight, fmt) if fmt == "bf16" else Grid(fmt, weight.shape[1]).quantize(weight)
+    found = sparsest(plain)
+    assert found.format == coding
+    assert stored_nbytes_of(found) <= stored_nbytes_of(plain)
+    assert np.array_equal(found.dequantize(), plain.dequantize())
+    assert not found.dequantize()[weight.numpy() == 0].any()
 
 
 def cut(
@@ -114,7 +97,8 @@ def test_our_engine_and_transformers_open_what_was_cut(
         model.close()
     assert (found - wanted).abs().max() < 1e-4 * wanted.abs().max()
     export_model(str(folder), "safetensors", tmp_path / "hf", wish="f32")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", attn_implementation="eager")
+    theirs.train(False)
     with torch.no_grad():
         other = theirs(tokens).logits[0]
     assert (other - wanted).abs().max() < 1e-4 * wanted.abs().max()
