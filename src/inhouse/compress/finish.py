@@ -57,10 +57,10 @@ class Writer:
                 kind = self._work.source_dtype(name)
                 yield name, narrow_bf16(value) if kind == "bf16" else value.astype("<f2" if kind == "f16" else "<f4")
 
-    def value(self, name: str) -> F32:
+    def value(self, name: str) -> F32 | Form:
         """What the written tensor must decode to."""
         if len(self._work.shape(name)) == 2:
-            return self._form(name).value()
+            return self._form(name)
         return self._work.value(name).numpy()
 
     def _form(self, name: str) -> Form:

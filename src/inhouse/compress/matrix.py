@@ -47,6 +47,25 @@ class Chosen:
         self.record["fallback"] = f"{before}; {text}" if before else text
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The floats of a matrix, read by rows so that a large one need not be in memory whole."""
+
+    work: Work
+    name: str
+    floats: bool  # beneath its form
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.work.shape(self.name)
+        return rows, columns
+
+    def __getitem__(self, part: slice) -> Tensor:
+        if part.stop is None:
+            return self.work.float_value(self.name) if self.floats else self.work.value(self.name)
+        return self.work.rows(self.name, part.start, part.stop, floats=self.floats)
+
+
 def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | None) -> dict[str, Any]:
     """Does the stage's method to one matrix and puts the result; what is to be recorded of it."""
     method, fmt, options = stage.choice(name)
@@ -56,8 +75,7 @@ def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | No
         made: Any = _factors(chosen, form)
     else:
         under = chosen.row.family == "quantize" or chosen.row.takes_form
-        weight = work.float_value(name) if under else work.value(name)
-        made = _packed(chosen, weight, work.mask(name), form)
+        made = _packed(chosen, Source(work, name, under), work.mask(name), form)
     _keep(work, name, chosen, made)
     return {"method": chosen.row.name, "format": _format_of(made, chosen), **chosen.record, **_findings(stats)}
 
@@ -89,12 +107,12 @@ def fitting(fmt: str, shape: tuple[int, ...]) -> tuple[str, str]:
         return other, f"{error.message}; {other} instead"
 
 
-def _packed(chosen: Chosen, weight: Tensor, mask: Tensor | None, form: Form | None) -> Any:
+def _packed(chosen: Chosen, weight: Source, mask: Tensor | None, form: Form | None) -> Any:
     """The method's result; in a sparse format where the recipe names one, or where that stores a pruned matrix in
     fewer bytes."""
     fmt = chosen.format
     if fmt:
-        fmt, note = fitting(fmt, tuple(weight.shape))
+        fmt, note = fitting(fmt, weight.shape)
         if note:
             chosen.say(note)
     wanted = fmt if fmt and FORMATS[fmt].coding in SPARSE else ""
@@ -138,7 +156,7 @@ def _factors(chosen: Chosen, form: Form) -> Form:
     return Form(made.get(""), (made["a"], made["b"]), form.columns)
 
 
-def _call(chosen: Chosen, weight: Tensor, fmt: str, mask: Tensor | None, form: Form | None) -> Any:
+def _call(chosen: Chosen, weight: Source | Tensor, fmt: str, mask: Tensor | None, form: Form | None) -> Any:
     """Calls the method; large matrices in runs of rows where it allows."""
     row = chosen.row
     step = max(16, SLAB_BYTES // (4 * weight.shape[1]) // 16 * 16)

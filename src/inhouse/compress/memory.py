@@ -17,15 +17,16 @@ import psutil
 from inhouse.compress.blocks import activation_bytes, matrix_names
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.cut import Piece, segments
+from inhouse.compress.quadratic import WIDE
 from inhouse.compress.stats import WIDE_GRAM
 from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError
 
 STATUS = Path("/proc/self/status")
 SAMPLE_SECONDS = 0.02
-SLAB_BYTES = 256 << 20  # of float32 rows that a method gets at once of a large matrix, where its rows are apart
+SLAB_BYTES = 64 << 20  # of float32 rows that a method gets at once of a large matrix, where its rows are apart
 METHOD_COPIES = 6  # float32 matrices that a method makes of the one it is given
-SOLVER_COPIES = 4  # Gram matrices that a method makes of the one it is given
+SOLVER_COPIES = 5  # Gram matrices that a method makes of the one it is given
 
 
 def anonymous_bytes() -> int:
@@ -74,7 +75,7 @@ class Need:
 
 
 def estimate(work: Work, calibration: Calibration | None, gram: Iterable[str], slabs: bool) -> Need:
-    """What compressing takes at least.
+    """What compressing takes at least, its proof included.
 
     Args:
         calibration: None: no rows are run. gram: names whose Gram matrix is summed up. slabs: large matrices are given
@@ -89,10 +90,10 @@ def estimate(work: Work, calibration: Calibration | None, gram: Iterable[str], s
 
 
 def _matrix(work: Work, name: str, slabs: bool) -> int:
-    rows, columns = work.shape(name)
-    whole = 4 * rows * columns
+    whole = 4 * _size(work, name)
     part = min(whole, SLAB_BYTES) if slabs else whole
-    return (whole if work.source_dtype(name) != "f32" or not slabs else part) + METHOD_COPIES * part
+    packed = whole // 2  # 16-bit floats, or codes twice while runs of rows are joined
+    return (part if slabs else whole) + METHOD_COPIES * part + packed
 
 
 def _piece(work: Work, piece: Piece, wanted: set[str]) -> int:
@@ -104,13 +105,18 @@ def _piece(work: Work, piece: Piece, wanted: set[str]) -> int:
     grams = {name: _gram(work.shape(name)[1]) for name in tapped if name in wanted}
     experts = int(piece.tap.attrs["experts"]) if piece.tap is not None and piece.tap.kind == "expert_linears" else 1
     sums = max(grams.values(), default=0) * experts
-    solver = SOLVER_COPIES * max((8 * work.shape(name)[1] ** 2 for name in grams), default=0)
+    solver = SOLVER_COPIES * max((_factored(work.shape(name)[1]) for name in grams), default=0)
     visited = max((4 * (1 + METHOD_COPIES) * _size(work, name) for name in tapped), default=0)
     return max(weights + sums, sums + solver + (visited if grams else 0))
 
 
 def _gram(width: int) -> int:
     return width * width * (8 if width <= WIDE_GRAM else 4)
+
+
+def _factored(width: int) -> int:
+    """One matrix of a solver: as `quadratic.settled` makes it."""
+    return width * width * (8 if width <= WIDE else 4)
 
 
 def _size(work: Work, name: str) -> int:

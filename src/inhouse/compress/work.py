@@ -21,7 +21,8 @@ from inhouse.core.errors import UsageError
 from inhouse.load.bind import Plan, plan_binding
 from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.locate import Located, content_digest, locate
-from inhouse.load.packing import Part, floats
+from inhouse.load.packing import Part
+from inhouse.load.packing import floats as read_floats
 from inhouse.model.build import Spec, build
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.tokenizer import Tokenizer
@@ -158,9 +159,17 @@ class Work:
         """What `value` gave when the stage began."""
         return self._read(self._before[self._known(name)])
 
-    def gather(self, name: str, ids: npt.NDArray[np.int64]) -> Tensor:
-        """Rows `ids` (int64 [n]) of `value`, float32 [n, in], without the others where that can be."""
+    def rows(self, name: str, start: int, stop: int, *, floats: bool = False) -> Tensor:
+        """Rows start .. stop - 1 of `value` (of `float_value`), float32 [n, in], without the others where that can
+        be."""
+        last = min(stop, self.shape(name)[0])
+        return self.gather(name, np.arange(start, last, dtype=np.int64), floats=floats)
+
+    def gather(self, name: str, ids: npt.NDArray[np.int64], *, floats: bool = False) -> Tensor:
+        """Rows `ids` (int64 [n]) of `value` (of `float_value`), float32 [n, in], without the others where that can
+        be."""
         held = self._held[self._known(name)]
+        held = replace(held, form=None) if floats else held
         if held.form is not None:
             form = read_form(self.journal.data / held.form["file"], held.form["parts"])
             simple = form.main is not None and form.low_rank is None and form.columns is None
@@ -168,7 +177,7 @@ class Work:
         side = isinstance(self.described.source, StoredSource)
         if held.value is None and held.base is not None and held.base not in self._plan.columns and not side:
             with self.described.guard():
-                return torch.from_numpy(floats(self._parts[held.base], self.described.source, ids))
+                return torch.from_numpy(read_floats(self._parts[held.base], self.described.source, ids))
         return self._read(held)[torch.from_numpy(ids)]
 
     def form(self, name: str) -> Form | None:
@@ -223,8 +232,8 @@ class Work:
         """How it will be stored; the floats it was made of are kept beneath. None drops the form."""
         blob = None
         if form is not None:
-            if form.value().shape != self.shape(name):
-                raise UsageError(f"{name} has the shape {self.shape(name)}, its form {form.value().shape}", param=name)
+            if form.shape != self.shape(name):
+                raise UsageError(f"{name} has the shape {self.shape(name)}, its form {form.shape}", param=name)
             blob = write_form(self.journal, form)
         self._set(name, replace(self._held[name], form=blob))
 
@@ -302,7 +311,7 @@ class Work:
             if isinstance(source, StoredSource) and len(self._shapes[name]) == 2:
                 return source.form(name).value()
             part = self._parts[name]
-            value = floats(part, source)
+            value = read_floats(part, source)
         order = self._plan.columns.get(name)
         if order is None:
             return value
