@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from inhouse.compress.auto import AutoOptions, auto
 from inhouse.compress.drift import DriftOptions
 from inhouse.compress.feedback import GptqOptions
+from inhouse.compress.gradual import GradualOptions, gradual
 from inhouse.compress.method import Method
 from inhouse.compress.methods.distill import DistillOptions, distill
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
@@ -117,6 +118,11 @@ METHODS: Mapping[str, Method] = {
             "sparsegpt", "prune", "matrix", sparse_gpt, SparseGptOptions, needs="gram",
             paper="Frantar and Alistarh 2023, arXiv 2301.00774",
             summary="optimal brain surgeon by columns; a share or N:M; with a format it rounds in the same sweep",
+        ),
+        Method(
+            "gradual", "prune", "model", gradual, GradualOptions, needs="gram",
+            paper="Zhu and Gupta 2017, arXiv 1710.01878",
+            summary="prune, heal, score anew, in rounds until the target or the gate; the last good round stays",
         ),
         Method(
             "neurons", "prune", "model", neurons, NeuronOptions, needs="moments", place="structured",
