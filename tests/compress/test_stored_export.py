@@ -149,7 +149,7 @@ def test_every_stage_has_a_fate_in_every_form() -> None:
 
 def test_fates_are_what_exports_do(stories: Path, tmp_path: Path) -> None:
     """A model of one format, for a few formats, against the generated table."""
-    for name in ("q4_k", "u4_g64", "i4_g128_bf16", "nf4_g64"):
+    for name in ("q4_k", "i4_g128_bf16", "nf4_g64", "s8_g32", "p4_g64", "vq1_g128", "csr_bf16"):
         rng = np.random.default_rng(0)
 
         def choose(weight: str, value: F32, name: str = name, rng: np.random.Generator = rng) -> Form:

@@ -184,6 +184,9 @@ def pack_bits(codes: U8, bits: int) -> U8:
     padded = -(-n // 8) * 8
     if padded != n:
         codes = np.concatenate([codes, np.zeros((*codes.shape[:-1], padded - n), np.uint8)], axis=-1)
+    if bits == 4:
+        pairs = codes[..., 0::2] | (codes[..., 1::2] << np.uint8(4))
+        return np.ascontiguousarray(pairs[..., : -(-n // 2)])
     eights = codes.reshape(*codes.shape[:-1], padded // 8, 8)
     words = np.zeros(eights.shape[:-1], "<u8")
     for i in range(8):
@@ -196,6 +199,10 @@ def unpack_bits(raw: U8, bits: int, count: int) -> U8:
     """The reverse of `pack_bits`: bytes [..., m] as codes [..., count]."""
     if bits == 8:
         return np.ascontiguousarray(raw[..., :count])
+    if bits == 4:
+        pairs = np.empty((*raw.shape[:-1], raw.shape[-1] * 2), np.uint8)
+        pairs[..., 0::2], pairs[..., 1::2] = raw & np.uint8(15), raw >> np.uint8(4)
+        return np.ascontiguousarray(pairs[..., :count])
     eights = -(-count // 8)
     padded = np.zeros((*raw.shape[:-1], eights * bits), np.uint8)
     padded[..., : raw.shape[-1]] = raw
