@@ -143,7 +143,7 @@ def test_every_stage_has_a_fate_in_every_form() -> None:
         for form, fate in every_fate(name, extra).items():
             assert form in FORMS
             assert fate.became
-            float_source = name in ("f32", "f16", "bf16") and not extra
+            float_source = name in FORMATS and FORMATS[name].low == 0 and not extra
             assert fate.kept or fate.note or float_source, (form, name)
 
 
