@@ -20,7 +20,7 @@ from inhouse.load.export import FORMS, export_model
 from inhouse.load.export_report import ExportReport
 from inhouse.load.export_stages import every_fate, stages
 from inhouse.runtime.form import Form
-from inhouse.runtime.packed import pack_float
+from inhouse.runtime.packed import FORMATS, pack_float
 from tests.compress.forms import random_packed
 from tests.compress.stored import F32, mixed, q4, store, weights_of
 
