@@ -83,10 +83,13 @@ int64_t fill_columns_tile(const Format& f, const Layout& l, int64_t in, double k
                           std::mt19937_64& rng) {
   std::vector<uint16_t> columns;
   uint32_t starts[17] = {};
-  std::uniform_real_distribution<double> uniform;
+  const uint64_t limit = static_cast<uint64_t>(kept * 65536);
   for (int r = 0; r < 16; ++r) {
-    for (int64_t k = 0; k < in; ++k) {
-      if (uniform(rng) < kept) columns.push_back(static_cast<uint16_t>(k));
+    for (int64_t k = 0; k < in; k += 4) {
+      const uint64_t random = rng();
+      for (int64_t i = 0; i < 4 && k + i < in; ++i) {
+        if ((random >> (16 * i) & 0xffff) < limit) columns.push_back(static_cast<uint16_t>(k + i));
+      }
     }
     starts[r + 1] = static_cast<uint32_t>(columns.size());
   }

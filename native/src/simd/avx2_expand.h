@@ -77,12 +77,21 @@ IH_INLINE void entries(const uint8_t* book, const uint8_t* index, B* first, B* s
   *second = {_mm256_set_m128i(high[1], high[0]), _mm256_set_m128i(high[3], high[2])};
 }
 
+IH_INLINE __m128 four_of(const float* x, const uint8_t* columns) {
+  uint64_t c;
+  __builtin_memcpy(&c, columns, 8);
+  return _mm_setr_ps(x[c & 0xffff], x[c >> 16 & 0xffff], x[c >> 32 & 0xffff], x[c >> 48]);
+}
 IH_INLINE V gather(const float* x, const uint8_t* columns, int64_t n) {
-  alignas(32) float found[16];
-  for (int i = 0; i < 16; ++i) {
+  if (n >= 16) {
+    return {_mm256_set_m128(four_of(x, columns + 8), four_of(x, columns)),
+            _mm256_set_m128(four_of(x, columns + 24), four_of(x, columns + 16))};
+  }
+  alignas(32) float found[16] = {};
+  for (int64_t i = 0; i < n; ++i) {
     uint16_t column;
     __builtin_memcpy(&column, columns + 2 * i, 2);
-    found[i] = i < n ? x[column] : 0.0f;
+    found[i] = x[column];
   }
   return load(found);
 }

@@ -33,21 +33,43 @@ IH_INLINE B expand_nibble_pairs(uint64_t mask, const uint8_t* p, B fill) {
   return _mm512_mask_expand_epi8(fill, mask, _mm512_zextsi256_si512(v));
 }
 
+// Four lanes of two entries each, for rows 0..7 or 8..15. Single loads: a gather takes longer for what it brings.
+IH_INLINE __m512i eight_entries(const uint8_t* book, uint64_t index) {
+  const auto two = [&](int i) __attribute__((always_inline)) {
+    const auto entry = [&](int at) __attribute__((always_inline)) {
+      return reinterpret_cast<const __m128i*>(book + 8 * (index >> (8 * at) & 255));
+    };
+    return _mm_unpacklo_epi64(_mm_loadl_epi64(entry(i)), _mm_loadl_epi64(entry(i + 1)));
+  };
+  const __m256i low = _mm256_inserti128_si256(_mm256_castsi128_si256(two(0)), two(2), 1);
+  const __m256i high = _mm256_inserti128_si256(_mm256_castsi128_si256(two(4)), two(6), 1);
+  return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
 // Entries of 8 bytes that sixteen indices name: inputs 0..3 of each row to `first`, 4..7 to `second`.
 IH_INLINE void entries(const uint8_t* book, const uint8_t* index, B* first, B* second) {
-  const __m128i i = _mm_loadu_si128(reinterpret_cast<const __m128i*>(index));
-  const __m512i a = _mm512_i32gather_epi64(_mm256_cvtepu8_epi32(i), book, 8);
-  const __m512i b = _mm512_i32gather_epi64(_mm256_cvtepu8_epi32(_mm_srli_si128(i, 8)), book, 8);
+  uint64_t rows[2];
+  __builtin_memcpy(rows, index, 16);
+  const __m512i a = eight_entries(book, rows[0]), b = eight_entries(book, rows[1]);
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   *first = _mm512_permutex2var_epi32(a, even, b);
   *second = _mm512_permutex2var_epi32(a, _mm512_add_epi32(even, _mm512_set1_epi32(1)), b);
 }
 
+IH_INLINE __m128 four_of(const float* x, const uint8_t* columns) {
+  uint64_t c;
+  __builtin_memcpy(&c, columns, 8);
+  return _mm_setr_ps(x[c & 0xffff], x[c >> 16 & 0xffff], x[c >> 32 & 0xffff], x[c >> 48]);
+}
+IH_INLINE __m256 eight_of(const float* x, const uint8_t* columns) {
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(four_of(x, columns)), four_of(x, columns + 8), 1);
+}
 // Sixteen x[columns[i]], the first n; zeros after them.
 IH_INLINE V gather(const float* x, const uint8_t* columns, int64_t n) {
+  if (n >= 16) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(eight_of(x, columns)), eight_of(x, columns + 16), 1);
+  }
   const __m512i i = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(columns)));
-  const __mmask16 k = n < 16 ? static_cast<__mmask16>((1u << n) - 1u) : static_cast<__mmask16>(0xffff);
-  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), k, i, x, 4);
+  return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), static_cast<__mmask16>((1u << n) - 1u), i, x, 4);
 }
 IH_INLINE V load_values_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));

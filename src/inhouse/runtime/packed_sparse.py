@@ -17,7 +17,11 @@ from inhouse.runtime.packed_pack import narrow_bf16
 from inhouse.runtime.packed_plan import ALIGN, BOOK, VECTOR, Layout, aligned_empty, head_nbytes, layout, padded
 
 Mask = npt.NDArray[np.bool_]
-MAX_BOOKS = 3
+# Shares of weights kept below which a format is faster than the one before it (choose_sparse_format).
+MASK_SHARE = {8: 0.85, 4: 0.55}  # bitmask rather than all codes
+PAIRS_SHARE = 0.45  # of a 2:4 matrix: below, the bitmask has fewer bytes
+COLUMNS_SHARE = 0.04  # columns rather than a bitmask of 8 bits
+COLUMNS_FLOAT_SHARE = 0.18  # columns rather than bf16
 
 
 def sparse_formats(base: str) -> tuple[str, ...]:
@@ -105,6 +109,32 @@ def is_pairs(mask: Mask) -> bool:
     whole = np.zeros((mask.shape[0], fours), bool)
     whole[:, : mask.shape[1]] = mask
     return not whole.size or int(whole.reshape(mask.shape[0], -1, 4).sum(axis=2).max()) <= 2
+
+
+def choose_sparse_format(mask: Mask, bits: int, group: str = "g32") -> str:
+    """The format in which a pruned matrix is multiplied fastest at one row: the plain one, a bitmask, 2:4 or columns.
+
+    Args:
+        mask: bool [out, in], true: kept.
+        bits: of a value: 4, 8, or 16 for bf16.
+        group: the end of the name of a format of codes: g32, g64, g128 or row.
+
+    The shares are measured break-evens of AVX-512 (`python -m bench.compress.sparse_speed zeros`,
+    docs/performance-log.md). At lower levels, which expand a mask by table, a bitmask saves bytes and no time. Columns
+    have one scale a row, so that they stand in for codes of 8 bits in any group only by packing anew.
+
+    Raises UsageError for other bits or groups.
+    """
+    if bits not in (4, 8, 16) or group not in ("g32", "g64", "g128", "row"):
+        raise UsageError(f"{bits} bits in groups {group!r} have no sparse formats", remedy="4, 8 or 16; g32 ... row")
+    kept = float(mask.mean()) if mask.size else 1.0
+    if bits == 16:
+        return "csr_bf16" if kept < COLUMNS_FLOAT_SHARE else "bf16"
+    if bits == 8 and group == "row" and kept < COLUMNS_SHARE:
+        return "csr_i8"
+    if kept > MASK_SHARE[bits]:
+        return f"i{bits}_{group}"
+    return f"{'p' if kept > PAIRS_SHARE and is_pairs(mask) else 's'}{bits}_{group}"
 
 
 def _put(tiles: U8, plan: Layout, name: str, values: npt.NDArray[np.generic]) -> None:
