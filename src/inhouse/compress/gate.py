@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from inhouse.compress.calibrate import read_texts
 from inhouse.compress.evaluate import Evaluation, evaluate_pieces, pieces
 from inhouse.compress.generated import sample_documents
@@ -65,8 +67,16 @@ def _texts(wish: Gate, reference: Session, context: int) -> tuple[list[list[int]
     if wish.text is not None:
         joined = "\n\n".join(document.text for document in read_texts([Path(wish.text)]))
         return pieces(reference.tokenizer, joined, wish.protocol, context), wish.protocol, wish.text
-    drawn = sample_documents(reference, OWN_SEQUENCES, length=min(OWN_TOKENS, context), seed=OWN_SEED)
-    return [row for row in drawn if len(row) > 1], "own", "text that the parent wrote"
+    length = min(OWN_TOKENS, context)
+    drawn = [row for row in sample_documents(reference, OWN_SEQUENCES, length=length, seed=OWN_SEED) if len(row) > 1]
+    if sum(map(len, drawn)) >= OWN_TOKENS:
+        return drawn, "own", "text that the parent wrote"
+    random = np.random.default_rng(OWN_SEED).integers(0, reference.engine.vocab_size, (OWN_SEQUENCES, length))
+    return (
+        [list(map(int, row)) for row in random],
+        "random",
+        "random tokens, as the parent writes nothing",
+    )
 
 
 def _judged(wish: Gate, found: Evaluation, text: str) -> GateReport:

@@ -246,7 +246,9 @@ def _run(
 ) -> Compressed:
     work, recipe = prepared.work, prepared.recipe
     for at, stage in enumerate(recipe.stages):
-        StageRun(work, stage, f"{at}.{stage.kind}", prepared.calibration, prepared.memory, progress).run()
+        StageRun(
+            work, stage, f"{at}.{stage.kind}", prepared.calibration, prepared.memory, progress, lambda: peak.peak
+        ).run()
     out = folder.path / OUT
     told = finish.manifest(recipe, work, prepared.calibration, prepared.print)
     stored, notes = finish.write(work, out, told)
@@ -259,14 +261,15 @@ def _run(
             out, folder.name, store=store, how="move", origin=f"{work.reference} by {recipe.summary()}",
             parent=work.parent, derived=recipe.summary() if work.parent else None, progress=progress,
         )  # fmt: skip
+    most = max([peak.peak, *(int(line.get("peak", 0)) for line in work.journal.lines)])
     parameters = sum(_count(work.shape(name)) for name in work.names())
-    if recipe.ram is not None and peak.peak > recipe.ram:
-        notes.append(f"memory peaked at {peak.peak / 1e9:.2f}GB, above the {recipe.ram / 1e9:.2f}GB that were granted")
+    if recipe.ram is not None and most > recipe.ram:
+        notes.append(f"memory peaked at {most / 1e9:.2f}GB, above the {recipe.ram / 1e9:.2f}GB that were granted")
     result = {
         "ref": imported.version.ref, "bytes": stored.nbytes, "bits_per_weight": 8 * stored.nbytes / parameters,
         "parameters": parameters, "gate": judged.to_dict() if judged is not None else None,
         "proof": {"tensors": proven.tensors, "logits_error": proven.logits_error, "executor": proven.executor},
-        "peak_memory": peak.peak, "ram": recipe.ram, "seconds": round(time.time() - began, 2),
+        "peak_memory": most, "ram": recipe.ram, "seconds": round(time.time() - began, 2),
         "units": {unit: line.get("seconds") for unit, line in work.units().items() if "seconds" in line},
         "fallbacks": told["fallbacks"], "notes": [*work.notes, *notes, *_calibration_notes(prepared)],
     }  # fmt: skip

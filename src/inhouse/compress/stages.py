@@ -7,12 +7,14 @@ the journal has is not done again.
 import inspect
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from inhouse.compress.blocks import Block, BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.matrix import compress_matrix
+from inhouse.compress.memory import anonymous_bytes
 from inhouse.compress.recipe import Stage
 from inhouse.compress.stats import LinearStats
 from inhouse.compress.table import METHODS
@@ -32,6 +34,7 @@ class StageRun:
     calibration: Calibration | None
     memory: int
     progress: Progress = silent
+    peak: Callable[[], int] = anonymous_bytes  # the most memory that the process has taken so far
     done: int = 0
     total: int = 0
     fallbacks: list[str] = field(default_factory=list)
@@ -91,7 +94,7 @@ class StageRun:
         if unit not in self.work.units():
             began = time.perf_counter()
             record = compress_matrix(self.work, self.stage, name, stats)
-            self.work.save(unit, seconds=round(time.perf_counter() - began, 4), record=record)
+            self.work.save(unit, seconds=round(time.perf_counter() - began, 4), peak=self.peak(), record=record)
             self._tell(math.prod(self.work.shape(name)))
 
     # A layer at a time.
@@ -110,7 +113,7 @@ class StageRun:
                 chosen = set(selected(self.work, self.stage))
                 block.formats = {name: self.stage.choice(name)[1] for name in block.names if name in chosen}
                 record = row.run(self.work, block.layer, block, self.stage.options, self.stage.format) or {}
-                self.work.save(unit, seconds=round(time.perf_counter() - began, 4), record=record)
+                self.work.save(unit, seconds=round(time.perf_counter() - began, 4), peak=self.peak(), record=record)
                 self._tell(1)
 
         BlockRunner(self.work, self.calibration, self.work.folder, self.memory).run_blocks(visit)
@@ -129,7 +132,7 @@ class StageRun:
         offered = {"progress": self.progress, "formats": self._format}
         more = {key: value for key, value in offered.items() if key in inspect.signature(row.run).parameters}
         row.run(self.work, self.calibration, self.stage.options, report, **more)
-        self.work.save(unit, seconds=round(time.perf_counter() - began, 4), record=report)
+        self.work.save(unit, seconds=round(time.perf_counter() - began, 4), peak=self.peak(), record=report)
 
     def _format(self, name: str) -> str:
         """The format that the stage has for a matrix; "" for one that it leaves alone."""
