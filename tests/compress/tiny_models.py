@@ -13,6 +13,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {"tie_word_embeddings": False},
+    "Qwen2": {"use_sliding_window": False},
     "Gemma2": {"head_dim": 8, "sliding_window": 6, "tie_word_embeddings": True},
     "Mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "DeepseekV2": {

@@ -8,11 +8,15 @@ from inhouse.compress.drift import DriftOptions
 from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.gradual import GradualOptions, gradual
 from inhouse.compress.method import Method
+from inhouse.compress.methods.awq import AwqOptions, awq
 from inhouse.compress.methods.distill import DistillOptions, distill
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
+from inhouse.compress.methods.ggufmix import GgufMixOptions, ggufmix
 from inhouse.compress.methods.gptaq import gptaq
 from inhouse.compress.methods.gptq import gptq
+from inhouse.compress.methods.hadamard import HadamardOptions, hadamard
+from inhouse.compress.methods.hqq import HqqOptions, hqq
 from inhouse.compress.methods.logcodes import LogOptions, logcodes
 from inhouse.compress.methods.lowrank import LowRank, lowrank
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
@@ -24,6 +28,7 @@ from inhouse.compress.methods.repair import Repair, repaired
 from inhouse.compress.methods.rounding import RoundingOptions, rounding
 from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.compress.methods.signround import SignRoundOptions, signround_block
+from inhouse.compress.methods.smoothquant import SmoothQuantOptions, smoothquant
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.methods.vector import VectorMethod, vector, vector_shared
@@ -61,6 +66,26 @@ METHODS: Mapping[str, Method] = {
             "auto", "quantize", "model", auto, AutoOptions, needs="gram",
             paper="Frantar et al. 2022, arXiv 2210.17323; Li et al. 2025, arXiv 2504.02692",
             summary="formats under a budget of bytes: measured losses, knapsack, local search, then gptaq",
+        ),
+        Method(
+            "hqq", "quantize", "matrix", hqq, HqqOptions, rows_apart=True,
+            paper="Badri and Shaji 2023, Half-Quadratic Quantization", summary="zero points by an l_p norm, no text",
+        ),
+        Method(
+            "ggufmix", "quantize", "model", ggufmix, GgufMixOptions, needs="moments",
+            paper="llama.cpp's quantize tool", summary="K-quant mixtures by llama.cpp's rules, with importance",
+        ),
+        Method(
+            "awq", "smooth", "model", awq, AwqOptions, needs="gram", paper="Lin et al. 2023, arXiv 2306.00978",
+            summary="columns of active inputs scaled up, ranges clipped, before rounding",
+        ),
+        Method(
+            "smoothquant", "smooth", "model", smoothquant, SmoothQuantOptions, needs="moments",
+            paper="Xiao et al. 2022, arXiv 2211.10438", summary="outliers of activations moved into weights, for int8",
+        ),
+        Method(
+            "hadamard", "smooth", "model", hadamard, HadamardOptions, paper="Ashkboos et al. 2024, arXiv 2404.00456",
+            summary="residual stream and value heads rotated; outliers spread",
         ),
         Method(
             "vector", "quantize", "matrix", vector, VectorMethod, needs="gram",
