@@ -3,14 +3,15 @@
     python -m bench.compress.stories_quant [q8 q50 q45 q3 q2] [--home build/quant-home] [--record]
 
 Prints a JSON object for each size: bytes of all tensors as stored, perplexity of stories 0-39 by the native engine
-with int8 activations, divergence from the float model, seconds of the compression. Calibration sees stories 100 to 299
-alone; recipes are in bench/compress/recipes.
+with int8 activations, divergence from the float model, seconds of the compression (processor time; by the clock).
+Calibration sees stories 100 to 299 alone; recipes are in bench/compress/recipes.
 """
 
 import argparse
 import gzip
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -53,19 +54,31 @@ def inhouse(home: Path, *arguments: str) -> Any:
     return json.loads(run.stdout)
 
 
+def child_seconds() -> float:
+    """Processor time of all finished children."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def measure(name: str, home: Path, build: Path) -> dict[str, Any]:
     """One size: compressed anew, then scored."""
-    began = time.monotonic()
+    began, spent = time.monotonic(), child_seconds()
     recipe = f"bench/compress/recipes/stories_{name}.yaml"
     made = inhouse(home, "compress", str(model_folder()), f"stories-{name}", "--recipe", recipe, "--restart")
-    seconds = time.monotonic() - began
+    wall, cpu = time.monotonic() - began, child_seconds() - spent
     reference, text = str(model_folder()), str(build / "stories_scored.txt")
     scores = inhouse(
         home, "eval", made["ref"], "--reference", reference, "--text", text, "--protocol", "stories"
     )  # fmt: skip
     tensors = inhouse(home, "show", made["ref"], "--tensors")
     rows = tensors if isinstance(tensors, list) else tensors["tensors"]
-    return {"size": name, "bytes": sum(row["bytes"] for row in rows), "seconds": round(seconds, 1), **scores}
+    return {
+        "size": name,
+        "bytes": sum(row["bytes"] for row in rows),
+        "seconds": round(cpu, 1),
+        "wall": round(wall, 1),
+        **scores,
+    }
 
 
 def save(result: dict[str, Any]) -> None:
@@ -78,8 +91,8 @@ def save(result: dict[str, Any]) -> None:
             "id": f"quant-{name}", "what": f"stories260K without gradients, {what}: perplexity of stories 0-39",
             "value": round(value, 4), "goal": goal, "bytes": result["bytes"], "seconds": result["seconds"],
             "command": f"python -m bench.compress.stories_quant {name} --record",
-            "note": f"KLD {result['kld_mean']:.5f}, top-1 {100 * result['top1']:.2f} %; seconds of the whole command, "
-            "one thread, on a busy machine",
+            "note": f"KLD {result['kld_mean']:.5f}, top-1 {100 * result['top1']:.2f} %; seconds are processor time of "
+            f"the whole command on one thread ({result['wall']:.0f} s by the clock, the machine shared with others)",
         }
     )  # fmt: skip
 

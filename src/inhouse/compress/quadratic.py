@@ -46,10 +46,13 @@ def inverse_factor(gram: Tensor, damping: float) -> Factor | None:
         share = damping * times
         gram.diagonal().copy_(diagonal + share * mean)
         lower, failed = torch.linalg.cholesky_ex(gram.flip(0, 1))
-        if not int(failed):
-            inverse = torch.linalg.solve_triangular(lower, _identity(lower), upper=False)
-            if bool(torch.isfinite(inverse).all()):
-                return Factor(inverse.flip(0, 1).to(torch.float32), share)
+        if int(failed):
+            continue
+        inverse = _identity(lower)  # solved in place: of a wide matrix every copy counts
+        torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+        del lower
+        if bool(torch.isfinite(inverse[-1]).all()):
+            return Factor(inverse.to(torch.float32).flip(0, 1), share)
     return None
 
 
