@@ -63,6 +63,18 @@ def test_the_target_is_met_exactly_in_every_linear(work: Work, scores: str) -> N
     assert work.mask("embed.weight") is None
 
 
+def test_layers_with_outliers_keep_more(work: Work) -> None:
+    loud = work.value("layers.1.mlp.down.weight").clone()
+    loud[:, ::7] *= 30.0
+    work.put("layers.1.mlp.down.weight", loud)
+    run(work, rounds=1, scores="wanda", spread=0.1)
+    found = zeros(work)
+    quiet, heard = (sum(n for name, n in found.items() if name.startswith(f"layers.{i}.")) for i in range(2))
+    widths = sum(work.shape(name)[1] for name in found)
+    assert heard < quiet
+    assert (quiet + heard) / widths == pytest.approx(0.5, abs=0.02)
+
+
 def test_when_the_gate_breaks_the_last_good_round_stays(work: Work) -> None:
     free = run(work, rounds=3, sparsity=0.9, schedule="geometric", scores="wanda")
     first, second = free["rounds"][0][1], free["rounds"][1][1]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from inhouse.compress.activations import observe
 from inhouse.compress.blocks import BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.fit import FitConfig, fit
@@ -20,9 +21,10 @@ from inhouse.compress.heal import HealOptions, as_data, heal, run_folder, teache
 from inhouse.compress.methods.iterate import cubic_schedule, geometric_schedule, iterate
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
-from inhouse.compress.methods.wanda import WandaOptions, wanda
+from inhouse.compress.methods.wanda import WandaOptions, wanda, wanda_scores
 from inhouse.compress.objective import CrossEntropy, Objective, Response
-from inhouse.compress.sparsity import masked, parse_pattern
+from inhouse.compress.slicing import layer_of
+from inhouse.compress.sparsity import masked, outlier_share, parse_pattern, spread_ratios
 from inhouse.compress.stats import LinearStats
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
@@ -46,15 +48,17 @@ class GradualOptions(HealOptions):
     """Training options are those of one round.
 
     scores: magnitude, wanda or sparsegpt. sparsity: the share at the end. schedule: `cubic` or `geometric`, from 0.
-    teacher: `base`, a model, or "" for cross-entropy alone. gate: the most that the validation loss may be above that
-    of the model before, nats (with a teacher: divergence); a round above it is thrown away, and the rounds end. None:
-    no gate.
+    spread: layers with more outlier weights keep more, within so much of the share at hand (OWL, arXiv 2310.05175; 0.08
+    there); 0: all alike. teacher: `base`, a model, or "" for cross-entropy alone. gate: the most that the validation
+    loss may be above that of the model before, nats (with a teacher: divergence); a round above it is thrown away, and
+    the rounds end. None: no gate.
     """
 
     scores: str = "sparsegpt"
     sparsity: float = 0.5
     rounds: int = 4
     schedule: str = "cubic"
+    spread: float = 0.0
     teacher: str = "base"
     gate: float | None = None
 
@@ -84,7 +88,10 @@ def gradual(
 
     def prune(state: State, target: float) -> State:
         _restore(work, state)
-        _prune(work, calibration, names, METHODS[options.scores], target, progress)
+        shares = dict.fromkeys(names, target)
+        if options.spread:
+            shares = _by_outliers(work, calibration, names, target, options.spread)
+        _prune(work, calibration, shares, METHODS[options.scores], progress)
         return _snapshot(work)
 
     def mend(state: State, number: int) -> State:
@@ -125,22 +132,33 @@ def _check(work: Work, calibration: Calibration | None, options: GradualOptions)
     return names
 
 
-def _prune(
-    work: Work, calibration: Calibration, names: list[str], score: Score, share: float, progress: Progress
-) -> None:
-    wanted = frozenset(names)
-
+def _prune(work: Work, calibration: Calibration, shares: Mapping[str, float], score: Score, progress: Progress) -> None:
     def visit(tap: Tap) -> None:
         for name, stats in tap.stats.items():
-            if name not in wanted:
+            if name not in shares:
                 continue
             value = work.value(name)
-            made = score(value, stats, share)
+            made = score(value, stats, shares[name])
             made = masked(value, made) if made.dtype is torch.bool else made
             work.put(name, made)
             work.put_mask(name, made != 0)
 
-    BlockRunner(work, calibration, work.folder).run(visit, lambda name: name in wanted, progress)
+    BlockRunner(work, calibration, work.folder).run(visit, lambda name: name in shares, progress)
+
+
+def _by_outliers(
+    work: Work, calibration: Calibration, names: list[str], share: float, spread: float
+) -> dict[str, float]:
+    """The share of each matrix: that of its layer, by the outliers among |w| * |x| of all its matrices."""
+    seen = observe(work.program, work.weights(), calibration.tokens, lengths=calibration.lengths)
+    scores: dict[int, list[Tensor]] = {}
+    for name in names:
+        if name in seen.inputs:  # experts are not seen apart: they take the share of the rest
+            scores.setdefault(layer_of(name), []).append(wanda_scores(work.value(name), seen.inputs[name].mean_square))
+    layers = sorted(scores)
+    outliers = [outlier_share(torch.cat([one.flatten() for one in scores[layer]])) for layer in layers]
+    by_layer = dict(zip(layers, spread_ratios(outliers, share, spread), strict=True))
+    return {name: by_layer.get(layer_of(name), share) for name in names}
 
 
 def _snapshot(work: Work) -> State:
