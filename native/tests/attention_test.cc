@@ -7,6 +7,7 @@
 #include "check.h"
 #include "dispatch.h"
 #include "kernels.h"
+#include "kv_codes.h"
 
 using namespace inhouse;
 using test::check;
@@ -21,7 +22,49 @@ struct Shape {
   float softcap;
   int prefix = 0, reach = 0;
   bool v_from_k = false;
+  int sink = 0, stride = 0, k_bits = 0, v_bits = 0, recent = 0;
 };
+
+float rounded_f16(float x) {
+  int exponent;
+  std::frexp(x, &exponent);
+  const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));  // the last place of an f16
+  return static_cast<float>(std::nearbyint(x / unit) * unit);
+}
+
+float coded(float x, float scale, float minimum, float levels) {
+  const float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+  return std::fma(scale, std::nearbyint(std::clamp((x - minimum) * inverse, 0.0f, levels)), minimum);
+}
+
+// What the codes of a block's keys [16][dim] stand for, in the words of kv_codes.h; f16 numbers.
+void keys_through_codes(float levels, size_t dim, std::vector<float>& keys) {
+  std::vector<float> low(dim, INFINITY), high(dim, -INFINITY), wide(dim);
+  for (size_t i = 0; i < 16 * dim; ++i) {
+    low[i % dim] = std::min(low[i % dim], keys[i]);
+    high[i % dim] = std::max(high[i % dim], keys[i]);
+  }
+  const float base = *std::min_element(low.begin(), low.end());
+  const float step = (*std::max_element(low.begin(), low.end()) - base) / 255.0f;
+  for (size_t d = 0; d < dim; ++d) {
+    low[d] = base + step * (step > 0 ? std::floor((low[d] - base) / step) : 0.0f);
+    wide[d] = (high[d] - low[d]) / levels;
+  }
+  const float unit = std::max(0.0f, *std::max_element(wide.begin(), wide.end())) / 255.0f;
+  for (float& w : wide) w = unit > 0 && w > 0 ? unit * std::min(255.0f, std::ceil(w / unit)) : 0.0f;
+  for (size_t i = 0; i < 16 * dim; ++i) keys[i] = coded(keys[i], wide[i % dim], low[i % dim], levels);
+}
+
+// The same of values [16][v_dim].
+void values_through_codes(float levels, size_t v_dim, std::vector<float>& values) {
+  for (size_t begin = 0; begin < values.size(); begin += begin % v_dim + 32 < v_dim ? 32 : v_dim - begin % v_dim) {
+    const auto first = values.begin() + static_cast<int64_t>(begin);
+    const auto last = first + static_cast<int64_t>(std::min<size_t>(32, v_dim - begin % v_dim));
+    const float minimum = *std::min_element(first, last);
+    const float scale = rounded_f16((*std::max_element(first, last) - minimum) / levels);
+    for (auto at = first; at < last; ++at) *at = coded(*at, scale, minimum, levels);
+  }
+}
 
 // One sequence of `length` positions in blocks that lie in no order, each block as large as it must be and no larger.
 class Sequence {
@@ -51,6 +94,12 @@ class Sequence {
     if (s.sinks) shape_.sinks = sinks_.data();
     if (s.reach > 0) shape_.relative = relative_.data();
     shape_.head_bytes = kv_head_bytes(type, s.dim, s.v_from_k ? 0 : s.v_dim);
+    shape_.sink = s.sink;
+    shape_.stride = s.stride;
+    shape_.k_bits = s.k_bits;
+    shape_.v_bits = s.v_bits;
+    shape_.recent = s.recent;
+    if (s.k_bits > 0) shape_.far_bytes = KvCodes{s.k_bits, s.v_bits, s.dim, s.v_dim}.bytes();
     level_far_distances();
     const int blocks = (length + kCacheBlock - 1) / kCacheBlock;
     for (int b = 0; b < blocks; ++b) table_.push_back((b * 7 + 3) % blocks);
@@ -62,6 +111,7 @@ class Sequence {
       k_.store_kv(shape_, &keys_[p * s.kv_heads * s.dim], &values_[p * s.kv_heads * s.v_dim],
                   memory_.get() + table_[p / kCacheBlock] * stride(), p % kCacheBlock);
     }
+    if (s.k_bits > 0) make_codes(s);
   }
 
   int64_t stride() const { return shape_.head_bytes * shape_.kv_heads; }
@@ -82,6 +132,9 @@ class Sequence {
     t.length = length_;
     t.rows = rows;
     t.kv_head = kv_head;
+    t.far_table = table_.data();
+    t.far_blocks = codes_.get();
+    t.far_stride = shape_.far_bytes * shape_.kv_heads;
     return t;
   }
 
@@ -123,6 +176,42 @@ class Sequence {
   }
 
  private:
+  // Codes of every whole block, in memory as large as they are, and what they stand for.
+  void make_codes(const Shape& s) {
+    const int64_t each = shape_.far_bytes * s.kv_heads, blocks = (length_ + kCacheBlock - 1) / kCacheBlock;
+    const size_t bytes = static_cast<size_t>((blocks * each + 63) / 64 * 64);
+    codes_.reset(static_cast<uint8_t*>(std::aligned_alloc(64, bytes)));
+    std::memset(codes_.get(), 0xFF, bytes);
+    far_keys_ = keys_;
+    far_values_ = values_;
+    for (int64_t b = 0; b < length_ / kCacheBlock; ++b) {
+      k_.code_block(shape_, memory_.get() + table_[b] * stride(), codes_.get() + table_[b] * each);
+      for (int64_t h = 0; h < s.kv_heads; ++h) {
+        block_through(far_keys_, b, h, s.dim, [&](std::vector<float>& keys) {
+          keys_through_codes(s.k_bits == 8 ? 255.0f : 15.0f, static_cast<size_t>(s.dim), keys);
+        });
+        block_through(far_values_, b, h, s.v_dim, [&](std::vector<float>& values) {
+          values_through_codes(s.v_bits == 8 ? 255.0f : 15.0f, static_cast<size_t>(s.v_dim), values);
+        });
+      }
+    }
+  }
+
+  // One head's f16 numbers of a block [16][width] through `change` and back to their places.
+  template <class Change>
+  void block_through(std::vector<float>& whole, int64_t block, int64_t head, int64_t width, Change change) {
+    std::vector<float> held;
+    const auto each = [&](auto use) {
+      for (int64_t p = block * kCacheBlock; p < (block + 1) * kCacheBlock; ++p) {
+        for (int64_t d = 0; d < width; ++d) use(whole[(p * shape_.kv_heads + head) * width + d]);
+      }
+    };
+    each([&](float x) { held.push_back(rounded_f16(x)); });
+    change(held);
+    size_t i = 0;
+    each([&](float& x) { x = held[i++]; });
+  }
+
   // As relative.h makes it: beyond `reach` the bias is that of `reach`.
   void level_far_distances() {
     const int64_t reach = shape_.reach, pitch = relative_pitch(reach);
@@ -134,7 +223,8 @@ class Sequence {
   }
 
   bool sees(int p, int j) const {
-    if (shape_.window > 0 && std::abs(p - j) >= shape_.window) return false;
+    const bool kept = j < shape_.sink || (shape_.stride > 0 && j / kCacheBlock % shape_.stride == 0);
+    if (shape_.window > 0 && std::abs(p - j) >= shape_.window && !kept) return false;
     return j <= p || shape_.mask == kBidirectional || (shape_.mask == kPrefix && j < prefix_);
   }
 
@@ -151,11 +241,7 @@ class Sequence {
       bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
       return __builtin_bit_cast(float, bits);
     }
-    if (shape_.kv_type == kKvF32) return source[i];
-    int exponent;
-    std::frexp(source[i], &exponent);
-    const double unit = std::ldexp(1.0, std::max(exponent - 11, -24));  // the last place of an f16
-    return std::nearbyint(source[i] / unit) * unit;
+    return shape_.kv_type == kKvF32 ? source[i] : rounded_f16(source[i]);
   }
 
   void exact_row(int p, int h, std::vector<double>& y) {
@@ -164,10 +250,11 @@ class Sequence {
     double total = shape_.sinks ? std::exp(double{sinks_[h]}) : 0;
     for (int j = 0; j < length_; ++j) {
       if (!sees(p, j)) continue;
+      const bool far = shape_.k_bits > 0 && j < (p - shape_.recent) / kCacheBlock * kCacheBlock;
       double score = 0;
       for (int d = 0; d < dim; ++d) {
-        score += q_[(int64_t{p} * shape_.heads + h) * dim + d] *
-                 cached(keys_, (int64_t{j} * shape_.kv_heads + kv) * dim + d, dim);
+        const int64_t at = (int64_t{j} * shape_.kv_heads + kv) * dim + d;
+        score += q_[(int64_t{p} * shape_.heads + h) * dim + d] * (far ? far_keys_[at] : cached(keys_, at, dim));
       }
       score *= 0.3f;
       if (shape_.softcap > 0) score = shape_.softcap * std::tanh(score / shape_.softcap);
@@ -180,8 +267,9 @@ class Sequence {
       total += weight;
       for (int d = 0; d < shape_.v_dim; ++d) {
         const int64_t at = int64_t{j} * shape_.kv_heads + kv;
-        sums[d] += weight * (shape_.v_from_k ? cached(keys_, at * dim + d, dim)
-                                             : cached(values_, at * shape_.v_dim + d, shape_.v_dim));
+        sums[d] += weight * (far               ? far_values_[at * shape_.v_dim + d]
+                             : shape_.v_from_k ? cached(keys_, at * dim + d, dim)
+                                               : cached(values_, at * shape_.v_dim + d, shape_.v_dim));
       }
     }
     for (double s : sums) y.push_back(s / total);
@@ -196,14 +284,15 @@ class Sequence {
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
-  std::unique_ptr<uint8_t, Free> memory_;
+  std::unique_ptr<uint8_t, Free> memory_, codes_;
+  std::vector<float> far_keys_, far_values_;
 };
 
 void check_shape(const Kernels& k, const Shape& s, KvType type, int length) {
   Sequence sequence(k, s, type, length);
   const std::string what = std::string(k.isa) + " type " + std::to_string(type) + " heads " + std::to_string(s.heads) +
                            "/" + std::to_string(s.kv_heads) + " dim " + std::to_string(s.dim) + " window " +
-                           std::to_string(s.window);
+                           std::to_string(s.window) + " codes " + std::to_string(s.k_bits);
   const std::vector<float> alone = sequence.run(1);
   const double off = test::worst(alone, sequence.exact());
   check(off < (type == kKvInt8 ? 4e-4 : 5e-6), what + " is off by " + std::to_string(off * 1e6) + "e-6");
@@ -231,6 +320,14 @@ int main() {
       check_shape(*k, {2, 1, 16, 16, 0, kPrefix, false, false, 0, 265}, type, 290);
       check_shape(*k, {4, 2, 16, 16, 0, kBidirectional, false, false, 0, 0, 40}, type, 150);
       check_shape(*k, {5, 1, 40, 24, 0, kCausal, false, false, 0, 0, 0, true}, type, 270);
+      check_shape(*k, {4, 2, 16, 16, 30, kCausal, false, true, 3.0f, 0, 0, false, 32, 3}, type, 600);
+      check_shape(*k, {2, 1, 8, 20, 17, kCausal, false, false, 0, 0, 0, false, 0, 2}, type, 300);
+      check_shape(*k, {2, 2, 16, 16, 40, kCausal, false, false, 0, 0, 0, false, 64, 0}, type, 290);
+    }
+    for (int recent : {16, 100, 256}) {
+      check_shape(*k, {4, 2, 16, 16, 0, kCausal, true, true, 5.0f, 0, 0, false, 0, 0, 4, 4, recent}, kKvF16, 590);
+      check_shape(*k, {3, 1, 24, 41, 0, kCausal, false, false, 0, 0, 0, false, 0, 0, 8, 4, recent}, kKvF16, 310);
+      check_shape(*k, {2, 2, 8, 8, 0, kCausal, false, false, 0, 0, 0, false, 0, 0, 4, 8, recent}, kKvF16, 270);
     }
     std::printf("%s done\n", k->isa);
   }

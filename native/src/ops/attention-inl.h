@@ -1,6 +1,6 @@
 // Attention over paged K and V: what a task sees, partition by partition, the far part's first (kernels.h), merged in
-// ascending order. Nothing depends on which rows share a task, so a row's bits are those it has alone. The arithmetic is
-// in attention_rows-inl.h.
+// ascending order. Nothing depends on which rows share a task, so a row's bits are those it has alone. The arithmetic
+// is in attention_rows-inl.h.
 namespace inhouse::IH_ISA {
 namespace {
 

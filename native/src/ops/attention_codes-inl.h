@@ -24,7 +24,8 @@ IH_INLINE Affine channel(const float* unit, uint8_t scale, uint8_t minimum) {
 }
 
 // Minimums first, since scales must reach from them to the largest value; both are rounded outwards.
-void channel_params(const uint16_t* k, int64_t head_dim, float levels, float* unit, uint8_t* scales, uint8_t* minimums) {
+void channel_params(const uint16_t* k, int64_t head_dim, float levels, float* unit, uint8_t* scales,
+                    uint8_t* minimums) {
   VI bits = set1_int(0);
   V low = set1(__builtin_inff()), high = set1(-__builtin_inff());
   for (int64_t d = 0; d < head_dim; ++d) {
