@@ -153,27 +153,43 @@ void open_keys(const KvCodes& c, const uint8_t* in, float* out) {
   }
 }
 
-// V of one block to floats [16][v_dim].
+// Elements [at, at + 16) of a row of V, `count` of them there, as floats.
+IH_INLINE void open_part(const uint8_t* codes, const float* pair, int64_t count, float* out) {
+  store_n(out, count, decode16(codes, {pair[0], pair[1]}));
+}
+
+// Sixteen bytes of which `count` are there.
+IH_INLINE void load_part(const uint8_t* from, int64_t count, uint64_t* words) {
+  words[0] = words[1] = 0;
+  if (count == 16) {
+    __builtin_memcpy(words, from, 16);
+  } else {
+    __builtin_memcpy(words, from, static_cast<size_t>(count));
+  }
+}
+
+// V of one block to floats [16][v_dim]. A vector holds the parameters of eight groups.
 void open_values(const KvCodes& c, const uint8_t* in, float* out) {
+  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
   const int64_t groups = c.groups(), rows = 2 * c.v_bits;
-  const uint8_t* codes = in + c.v_codes();
   const uint16_t* params = reinterpret_cast<const uint16_t*>(in + c.v_params());
-  for (int64_t p = 0; p < rows; ++p, codes += c.v_dim) {
+  for (int64_t p = 0; p < rows; ++p) {
+    const uint8_t* codes = in + c.v_codes() + p * c.v_dim;
+    alignas(64) float pairs[2][16];
     for (int64_t at = 0; at < c.v_dim; at += 16) {
       const int64_t count = c.v_dim - at < 16 ? c.v_dim - at : 16, g = at / kValueGroup;
-      uint8_t wide[32];
-      for (int64_t i = 0; i < 16; ++i) {
-        const uint8_t both = codes[i < count ? at + i : at];
-        wide[i] = c.v_bits == 4 ? both & 15 : both;
-        wide[16 + i] = both >> 4;
+      if (at % (8 * kValueGroup) == 0) {  // what lies beyond a row's own parameters is the next row's, or codes
+        store(pairs[0], load_f16(params + (p * groups + g) * 2));
+        if (c.v_bits == 4) store(pairs[1], load_f16(params + ((p + 8) * groups + g) * 2));
       }
-      for (int64_t half = 0; half < (c.v_bits == 4 ? 2 : 1); ++half) {
-        const int64_t row = p + 8 * half;
-        uint16_t held[16] = {params[(row * groups + g) * 2], params[(row * groups + g) * 2 + 1]};
-        alignas(64) float pair[16];
-        store(pair, load_f16(held));
-        store_n(out + row * c.v_dim + at, count, decode16(wide + 16 * half, {pair[0], pair[1]}));
-      }
+      uint64_t both[2];
+      load_part(codes + at, count, both);
+      const uint64_t low[2] = {both[0] & kLow, both[1] & kLow}, high[2] = {both[0] >> 4 & kLow, both[1] >> 4 & kLow};
+      const bool nibbles = c.v_bits == 4;
+      open_part(reinterpret_cast<const uint8_t*>(nibbles ? low : both), pairs[0] + g % 8 * 2, count,
+                out + p * c.v_dim + at);
+      if (!nibbles) continue;
+      open_part(reinterpret_cast<const uint8_t*>(high), pairs[1] + g % 8 * 2, count, out + (p + 8) * c.v_dim + at);
     }
   }
 }

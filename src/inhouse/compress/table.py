@@ -33,6 +33,7 @@ from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.methods.vector import VectorMethod, vector, vector_shared
 from inhouse.compress.methods.wanda import WandaOptions, wanda, wanda_needs
+from inhouse.compress.methods.window import WindowOptions, window
 from inhouse.core.errors import UsageError
 
 METHODS: Mapping[str, Method] = {
@@ -161,6 +162,10 @@ METHODS: Mapping[str, Method] = {
         Method(
             "signround", "quantize", "block", signround_block, SignRoundOptions, needs="gradients",
             paper="Cheng et al. 2023, arXiv 2309.05516", summary="rounding and clipping learned layer by layer",
+        ),
+        Method(
+            "window", "attention", "model", window, WindowOptions, paper="Xiao et al. 2023, arXiv 2309.17453",
+            summary="a sliding window, first positions, every so many blocks: what is masked is skipped and freed",
         ),
         Method(
             "qat", "qat", "model", qat, QatOptions, needs="gradients", paper="Liu et al. 2023, arXiv 2305.17888",

@@ -4,12 +4,14 @@ Knows the keys that families call the same numbers by; not what changed them.
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from inhouse.core.errors import UnsupportedError
 from inhouse.model.build import Spec
 from inhouse.model.families.config_out import hf_config, require_same
 from inhouse.model.families.family import Family
+from inhouse.model.families.sparse_attention import attention_key
 from inhouse.model.spec import ModelSpec
 
 # Field of the spec -> what families call it.
@@ -46,15 +48,37 @@ def changed_config(
     if "architectures" not in config:
         if not isinstance(spec, ModelSpec):
             raise UnsupportedError(f"{family.name} has no config.json and is no decoder")
-        return hf_config(spec, family, names)
+        return _from_nothing(spec, family, names)
     whole = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
     try:
         require_same(spec, whole, names, (), "config.json")
         return whole
     except UnsupportedError:
         changed = _changed(whole, spec, kept_layers)
-    require_same(spec, changed, names, (), "config.json")
+    try:
+        require_same(spec, changed, names, (), "config.json")
+    except UnsupportedError:
+        if not isinstance(spec, ModelSpec) or not any(spec.windows):
+            raise
+        changed |= _narrowing(spec)
+        require_same(spec, changed, names, (), "config.json")
     return changed
+
+
+def _narrowing(spec: ModelSpec) -> dict[str, Any]:
+    return attention_key(max(spec.windows), spec.window_sink, spec.window_stride)
+
+
+def _from_nothing(spec: ModelSpec, family: Family, names: Collection[str]) -> dict[str, Any]:
+    """A config.json of its own, with the narrowed attention beside it where that is what it cannot say."""
+    try:
+        return hf_config(spec, family, names)
+    except UnsupportedError:
+        if not any(spec.windows):
+            raise
+    config = hf_config(replace(spec, windows=(), window_sink=0, window_stride=0), family, names) | _narrowing(spec)
+    require_same(spec, config, names, (), "config.json")
+    return config
 
 
 def _changed(config: dict[str, Any], spec: Spec, kept_layers: Collection[int] | None) -> dict[str, Any]:
