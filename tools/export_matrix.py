@@ -37,7 +37,9 @@ multiplied out, columns in act-order are put back in order, codes that a form la
 not divide fall back to floats for that tensor alone, and are listed, too. `--to safetensors --type f32` keeps every
 value of every stage, at 32 bits. A tied embedding is written once.
 
-What is part of running and of no file (KV-cache types, sparse attention) is not exported by any form.
+KV-cache types are part of running and of no file. Attention narrowed by the stage `attention` is in no other program's
+words: `onnx` writes a plain window into its graph; sinks and strides there, and all of it in every other form, are
+refused.
 
 ## Stages of a recipe
 

@@ -33,7 +33,7 @@ VARIANTS: Mapping[str, tuple[str, dict[str, object]]] = {
 
 
 def open_variant(name: str, context: int, threads: int) -> NativeExecutor:
-    """An executor of a four-layer Llama (hidden 512, 8 query and 4 key-value heads of 64) whose cache holds `context`."""
+    """An executor of a four-layer Llama (hidden 512, 8 query and 4 key-value heads of 64) with `context` cached."""
     kv_dtype, changes = VARIANTS[name]
     fields: dict[str, object] = {
         "family": "llama", "hidden": 512, "layers": 4, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn": 1024,

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from inhouse.core.errors import UnsupportedError
 from inhouse.core.progress import Progress
 from inhouse.core.tensors import TensorInfo
 from inhouse.load.describe import Described, read_tokenizer
@@ -22,6 +23,7 @@ from inhouse.load.export_report import ExportReport, Written
 from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, narrowed
 from inhouse.load.packing import Part
 from inhouse.model.families.config_out import derive_target, hf_config
+from inhouse.model.families.sparse_attention import KEY
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.write import hf_tokenizer
 from inhouse.runtime.packed_layout import U8
@@ -129,6 +131,11 @@ def _side_files(
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     else:
+        if KEY in described.config:
+            raise UnsupportedError(
+                f"this model's attention was narrowed ({KEY}); other programs would not know and see everything",
+                remedy="Export to onnx, whose graph holds a plain window",
+            )
         config = {k: v for k, v in described.config.items() if k not in ("quantization_config", "torch_dtype")}
         origin = described.path if described.path.is_dir() else described.path.parent
         for file in side_files(origin):
