@@ -16,7 +16,7 @@ from inhouse.model.families.sparse_attention import KEY, attention_key, narrow
 class WindowOptions:
     """What each layer sees of the positions before a token. Raises UsageError for sizes that cannot be."""
 
-    window: int  # the last so many
+    window: int = 4096  # the last so many
     sink: int = 0  # and the first so many, whole blocks of 16
     stride: int = 0  # and every stride-th block of 16; 0: none
 
