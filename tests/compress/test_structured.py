@@ -268,6 +268,23 @@ def test_more_than_there_is_is_refused(work: Work, options: dict[str, Any]) -> N
         run(work, **options)
 
 
+def test_layers_of_experts_go_and_their_widths_do_not(stories: Path, tmp_path: Path) -> None:
+    with Work.open(str(make("Mixtral", stories, tmp_path / "experts")), tmp_path / "run") as work:
+        with pytest.raises(UnsupportedError, match="experts"):
+            run(work, ffn=0.4, multiple=16)
+        work.put("layers.0.attn.o.weight", torch.zeros(48, 48))
+        for name in work.names(0):
+            if ".down" in name:
+                work.put(name, torch.zeros(work.shape(name)))
+        before = logits(work)
+        run(work, layers=1)
+        spec = work.spec
+        assert isinstance(spec, ModelSpec)
+        assert spec.moe is not None
+        assert spec.moe.layers == (0, 1)
+        assert (logits(work) - before).abs().max() < 1e-5
+
+
 def test_structured_pruning_needs_texts(work: Work) -> None:
     with pytest.raises(UsageError, match="texts"):
         structured(work, None, StructuredOptions(ffn=0.5), {})

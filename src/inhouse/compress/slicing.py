@@ -92,6 +92,11 @@ def axes(name: str, spec: ModelSpec) -> tuple[str, ...]:
     raise UnsupportedError(f"{name} is of a part whose widths are not cut", param=name)
 
 
+def _known(name: str) -> bool:
+    local = re.sub(r"^layers\.\d+\.", "", name)
+    return local in _AXES or local.removesuffix("_bias").endswith("norm")
+
+
 def cut_spec(spec: ModelSpec, cut: Cut) -> ModelSpec:
     """The spec of what stays.
 
@@ -102,9 +107,7 @@ def cut_spec(spec: ModelSpec, cut: Cut) -> ModelSpec:
     """
     layers = _checked(cut.layers, spec.layers, "layers")
     hidden = _checked(cut.hidden, spec.hidden, "hidden channels")
-    if spec.mla or (spec.moe and (cut.ffn or cut.hidden)):
-        if cut.hidden or cut.ffn or cut.heads:
-            raise UnsupportedError("widths of experts and of latent attention are not cut", remedy="Cut layers alone")
+    check_parts(spec, wide=bool(cut.ffn or cut.hidden), heads=bool(cut.heads or cut.kv_heads))
     ffn = _even(cut.ffn, layers, spec.ffn, "FFN channels")
     kv_heads = _even(cut.kv_heads, layers, spec.kv_heads, "key-value heads")
     heads = _even(cut.heads, layers, spec.heads, "heads")
@@ -127,6 +130,14 @@ def cut_spec(spec: ModelSpec, cut: Cut) -> ModelSpec:
     )
 
 
+def check_parts(spec: ModelSpec, *, wide: bool, heads: bool) -> None:
+    """Raises UnsupportedError where widths of FFN or residual stream (`wide`), or heads, cannot be cut."""
+    if (spec.mla and (wide or heads)) or (spec.moe and wide):
+        raise UnsupportedError("widths of experts and of latent attention are not cut", remedy="Cut layers alone")
+    if heads and spec.alibi:
+        raise UnsupportedError("heads with ALiBi are not cut: their slopes follow from the number of heads")
+
+
 def _checked(index: Index | None, total: int, what: str) -> Index:
     if index is None:
         return tuple(range(total))
@@ -146,8 +157,6 @@ def _even(by_layer: Mapping[int, Index] | None, layers: Index, total: int, what:
 
 
 def _check_heads(spec: ModelSpec, cut: Cut, layers: Index) -> None:
-    if spec.alibi:
-        raise UnsupportedError("heads with ALiBi are not cut: their slopes follow from the number of heads")
     group = spec.heads // spec.kv_heads
     for i in layers:
         heads = cut.heads[i] if cut.heads is not None else tuple(range(spec.heads))
@@ -163,6 +172,8 @@ def _check_heads(spec: ModelSpec, cut: Cut, layers: Index) -> None:
 def cut_weight(name: str, weight: Tensor, spec: ModelSpec, cut: Cut) -> Tensor:
     """What stays of one canonical weight of the model before the cut; `weight` itself where that is all."""
     layer = layer_of(name)
+    if (spec.moe or spec.mla) and cut.hidden is None and not _known(name):
+        return weight  # experts and latent attention go with their layer, whole
     for axis, kind in enumerate(axes(name, spec)):
         index = _axis_index(kind, layer, spec, cut)
         if index is not None:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from inhouse.compress.activations import Seen, observe
 from inhouse.compress.calibrate import Calibration
-from inhouse.compress.slicing import Cut, Index, cut_spec, cut_weight, kept_width, layer_of, renamed, spread_heads
+from inhouse.compress.slicing import (
+    Cut,
+    Index,
+    check_parts,
+    cut_spec,
+    cut_weight,
+    kept_width,
+    layer_of,
+    renamed,
+    spread_heads,
+)
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -125,6 +135,11 @@ def structured(
         raise UnsupportedError(f"{spec.family} is no decoder; structured pruning cuts decoders")
     if calibration is None:
         raise UsageError("structured pruning needs texts to score the parts on", param="calibration")
+    check_parts(
+        spec, wide=bool(options.ffn or options.hidden), heads=bool(options.kv_groups or options.heads_per_group)
+    )
+    if options.layers >= spec.layers:
+        raise UsageError(f"{options.layers} of {spec.layers} layers are to go", param="layers")
     grams = [f"layers.{i}.{part}.weight" for i in range(spec.layers) for part in ("mlp.down", "attn.o")]
     seen = observe(
         work.program, work.weights(), calibration.tokens, lengths=calibration.lengths, grams=grams, progress=progress
