@@ -2,7 +2,7 @@
 amount, the very distribution to keep), and the stories of the TinyStories sample from number 100 on. Stories 0-99 are
 for scoring and are never among them.
 
-    python -m bench.compress.teacher_text --out build/teacher_text.npz [--count 6000] [--seed 1]
+    python -m bench.compress.teacher_text --out build/teacher_text.npz [--count 12000] [--seed 1]
 """
 
 import argparse
@@ -70,7 +70,7 @@ def write(path: Path, count: int, seed: int, threads: int = 1) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/teacher_text.npz"))
-    parser.add_argument("--count", type=int, default=6000)
+    parser.add_argument("--count", type=int, default=12000)
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
     begun = time.monotonic()

@@ -172,6 +172,18 @@ def test_relations_see_relations_only() -> None:
     assert float(losses._distances(x).mean()) == pytest.approx(1.0)
 
 
+def test_similarity_is_blind_to_rotation_and_padding() -> None:
+    x = tensor(1, 2, 4, 5)
+    turn = torch.linalg.qr(tensor(2, 5, 5)).Q
+    assert float(losses.similarity_relation(x @ turn * 3 + 1, x, VALID)) == pytest.approx(0, abs=1e-20)
+    other = tensor(3, 2, 4, 6)
+    before = losses.similarity_relation(other, x, VALID)
+    assert float(before) > 0.01
+    other[1, 3] = 7.0  # padding
+    assert torch.equal(before, losses.similarity_relation(other, x, VALID))
+    assert gradcheck(lambda s: losses.similarity_relation(s, x, VALID), [tensor(4, 2, 4, 3).requires_grad_()])
+
+
 def test_minilm_relations_do_not_need_equal_heads() -> None:
     t = tensor(1, 2, 4, 4, 3)  # 4 heads of 3
     joined = t.transpose(1, 2).reshape(2, 4, 12).reshape(2, 4, 2, 6).transpose(1, 2)  # the same as 2 heads of 6

@@ -216,8 +216,8 @@ class Fitter:
         features = None if tap is None else tap.features()
         return Moment(self.progress.step, tokens, lengths, rows, targets, at, logits.float(), features)
 
-    def _validate(self) -> None:
-        """The judge's mean over the validation data, a learned token's weight each; keeps the best weights."""
+    def judge(self) -> float:
+        """The judge's mean over the validation data, every learned token counting alike."""
         assert self._validation is not None
         total, count, data = 0.0, 0, self._validation
         order = BatchOrder(data.lengths, self._config.batch_tokens, seed=0)
@@ -229,11 +229,16 @@ class Fitter:
                 value = float(self._judge(self._moment(batch, data, chosen, self._judge)))
                 total, count = total + value * batch.rows.size, count + batch.rows.size
                 seen, step = seen + chosen.size, step + 1
-        self._judged.append((self.progress.step, total / count))
-        if self._best is None or total / count < self._best["value"]:
+        return total / count
+
+    def _validate(self) -> None:
+        """Judges, and keeps the best weights."""
+        value = self.judge()
+        self._judged.append((self.progress.step, value))
+        if self._best is None or value < self._best["value"]:
             kept = {name: weight.detach().clone() for name, weight in self.weights.items()}
             extra = {name: value.detach().clone() for name, value in self.extra.items()}
-            self._best = {"value": total / count, "step": self.progress.step, "weights": kept, "extra": extra}
+            self._best = {"value": value, "step": self.progress.step, "weights": kept, "extra": extra}
 
     def _result(self, seconds: float) -> FitResult:
         best = self._best or {"value": None, "step": self.progress.step, "weights": self.weights, "extra": self.extra}

@@ -2,7 +2,7 @@
 
     response   KL divergence forward, reverse and generalised Jensen-Shannon; top-k teachers with the mass of the rest
     feature    hidden states (mean square, cosine) and attention maps
-    relation   distances and angles between tokens, MiniLM's relations of Q, K and V, relations between layers
+    relation   distances, angles and similarities of tokens, MiniLM's relations of Q, K and V, relations of layers
 
 Knows no model, no batch and no teacher. Every divergence is >= 0 and 0 for equal arguments.
 """
@@ -263,6 +263,26 @@ def _relation(x: Tensor, heads: int) -> Tensor:
     scores = cut @ cut.transpose(-1, -2) / math.sqrt(cut.shape[-1])
     later = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
     return torch.log_softmax(scores.masked_fill(later, -1e9), -1)
+
+
+def similarity_relation(student: Tensor, teacher: Tensor, valid: Tensor) -> Tensor:
+    """Cosines between all tokens of a sequence (hidden states less their mean), squared difference of the two models
+    over the teacher's own squares: similarity-preserving distillation (Tung and Mori, arXiv 1907.09682) between the
+    tokens of a text rather than the examples of a batch.
+
+    Args:
+        student, teacher: [B, L, any width]. valid: bool [B, L].
+    """
+    ours, theirs = _token_cosines(student, valid), _token_cosines(teacher, valid)
+    return (ours - theirs).square().sum() / theirs.square().sum().clamp_min(EPS)
+
+
+def _token_cosines(x: Tensor, valid: Tensor) -> Tensor:
+    """[B, L, L], 0 at padding."""
+    kept = valid[:, :, None].to(x.dtype)
+    mean = (x * kept).sum((0, 1)) / kept.sum().clamp_min(1)
+    unit = F.normalize(x - mean, dim=-1, eps=EPS) * kept
+    return unit @ unit.transpose(1, 2)
 
 
 def layer_relation(student: list[Tensor], teacher: list[Tensor]) -> Tensor:

@@ -22,6 +22,7 @@ from inhouse.compress.losses import (
     hidden_loss,
     layer_relation,
     minilm_relation,
+    similarity_relation,
     top_k_divergence,
 )
 from inhouse.core.errors import UsageError
@@ -202,7 +203,8 @@ class RelationMatch:
 
     Args:
         layers: student layer -> teacher layer.
-        distance, angle, minilm, between: how much each counts; 0 leaves it out.
+        distance, angle, similarity, minilm, between: how much each counts; 0 leaves it out. MiniLM's relations are
+            those of the last pair of layers alone, as in its paper.
         relation_heads: of MiniLM's relations.
         tokens: rows that distances are taken between; angles take a quarter of them, for they grow with the cube.
     """
@@ -216,6 +218,7 @@ class RelationMatch:
         *,
         distance: float = 1.0,
         angle: float = 1.0,
+        similarity: float = 1.0,
         minilm: float = 1.0,
         between: float = 1.0,
         relation_heads: int = 4,
@@ -226,13 +229,14 @@ class RelationMatch:
         if between and len(layers) < 2:
             raise UsageError("relations between layers need two layers", param="between")
         self._teacher, self._layers, self._heads, self._tokens = teacher, dict(layers), relation_heads, tokens
-        self._distance, self._angle, self._minilm, self._between = distance, angle, minilm, between
+        self._distance, self._angle, self._similarity = distance, angle, similarity
+        self._minilm, self._between = minilm, between
 
     def parameters(self) -> Mapping[str, Tensor]:
         return {}
 
     def describe(self) -> str:
-        weights = (self._distance, self._angle, self._minilm, self._between)
+        weights = (self._distance, self._angle, self._similarity, self._minilm, self._between)
         return f"relations({self._teacher.describe()}, {self._layers} {weights} {self._heads} {self._tokens})"
 
     def __call__(self, moment: Moment) -> Tensor:
@@ -246,13 +250,17 @@ class RelationMatch:
                 total = total + self._distance * distance_relation(s[rows], t[rows])
             if self._angle:
                 total = total + self._angle * angle_relation(s[few], t[few])
-            if self._minilm:
-                a, b = ours.heads[mine], theirs.heads[other]
-                valid = moment.valid()
-                pairs = ((a.q, b.q), (a.k, b.k), (a.v, b.v))
-                parts = [minilm_relation(x, y, valid, heads=self._heads) for x, y in pairs]
-                total = total + self._minilm * torch.stack(parts).mean()
+            if self._similarity:
+                shape = (*moment.tokens.shape, -1)
+                part = similarity_relation(s.reshape(shape), t.reshape(shape), moment.valid())
+                total = total + self._similarity * part
         total = total / len(self._layers)
+        if self._minilm:
+            mine, other = max(self._layers.items())
+            a, b, valid = ours.heads[mine], theirs.heads[other], moment.valid()
+            pairs = ((a.q, b.q), (a.k, b.k), (a.v, b.v))
+            parts = [minilm_relation(x, y, valid, heads=self._heads) for x, y in pairs]
+            total = total + self._minilm * torch.stack(parts).mean()
         if self._between:
             mine_all = [ours.hidden[layer][moment.rows] for layer in self._layers]
             other_all = [theirs.hidden[layer][moment.rows] for layer in self._layers.values()]

@@ -28,7 +28,8 @@ class DistillOptions(HealOptions):
     teacher: `base`, the model that was opened; or a model of the store, a folder, a .gguf, of the same tokenizer.
     ce: share of cross-entropy beside the response. direction, temperature, beta: of the response.
     top_k: the teacher's likeliest tokens are cached on disk before training, that many a token; 0: it runs beside the
-    student. hidden, attention: weights of features. distance, angle, minilm, between: weights of relations.
+    student. hidden, attention: weights of features. distance, angle, similarity, minilm, between: weights of
+    relations.
     response: weight of the response; 0 leaves it out.
     """
 
@@ -43,13 +44,18 @@ class DistillOptions(HealOptions):
     attention: float = 0.0
     distance: float = 0.0
     angle: float = 0.0
+    similarity: float = 0.0
     minilm: float = 0.0
     between: float = 0.0
     relation_heads: int = 4
 
     @property
     def wants_features(self) -> bool:
-        return any((self.hidden, self.attention, self.distance, self.angle, self.minilm, self.between))
+        return bool(self.hidden or self.attention or self.wants_relations)
+
+    @property
+    def wants_relations(self) -> bool:
+        return any((self.distance, self.angle, self.similarity, self.minilm, self.between))
 
 
 def distill(
@@ -106,10 +112,10 @@ def objective(work: Work, model: TeacherModel, teacher: Teacher, options: Distil
                 teacher, layers, widths, hidden=options.hidden, attention=options.attention, seed=options.seed
             )
             parts.append((1.0, match))
-        if options.distance or options.angle or options.minilm or options.between:
+        if options.wants_relations:
             relations = RelationMatch(
-                teacher, layers, distance=options.distance, angle=options.angle, minilm=options.minilm,
-                between=options.between, relation_heads=options.relation_heads,
+                teacher, layers, distance=options.distance, angle=options.angle, similarity=options.similarity,
+                minilm=options.minilm, between=options.between, relation_heads=options.relation_heads,
             )  # fmt: skip
             parts.append((1.0, relations))
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else Mix(*parts)
