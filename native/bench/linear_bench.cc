@@ -206,7 +206,7 @@ int main(int argc, char** argv) {
     for (const ModelShape& m : kModels) {
       if (o.model != "all" && o.model != m.name) continue;
       for (const std::string& format : o.formats) {
-        if (number_of(format) < 0) continue;
+        if (number_of(format) < 0 || kFormats[number_of(format)].coding != kDense) continue;  // sparse_bench
         for (const int64_t rows : o.rows) measure(o, *kernels, peaks, m, number_of(format), rows, memory);
       }
     }

@@ -38,7 +38,7 @@ def test_rows_and_columns_are_scipys(share: float) -> None:
 
 def test_products_are_scipys() -> None:
     dense, x = matrix((37, 53), 0.1).astype(np.float64), np.random.default_rng(2).normal(size=(53, 4))
-    assert np.allclose(Csr.of(dense).times(x), scipy.sparse.csr_array(dense).dot(x), rtol=1e-13, atol=1e-13)
+    assert np.allclose(Csr.of(dense).times(x), np.asarray(scipy.sparse.csr_array(dense).dot(x)), rtol=1e-13, atol=1e-13)
     assert np.allclose(Csr.of(dense).times(x[:, 0]), dense @ x[:, 0], rtol=1e-12, atol=1e-13)
 
 

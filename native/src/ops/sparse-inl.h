@@ -190,7 +190,7 @@ Weight unpacked(const Weight& w, const Layout& l, int64_t begin, int64_t end, ui
 
 // run(dense matrix, its first output) for runs of tiles.
 template <class F>
-IH_INLINE void through_base(const Weight& w, int64_t tile_begin, int64_t tile_end, F run) {
+__attribute__((noinline)) void through_base(const Weight& w, int64_t tile_begin, int64_t tile_end, F run) {
   const Layout l = layout_of(kFormats[w.format], w.in);
   const int64_t bytes = layout_of(kFormats[kFormats[w.format].base], w.in).tile_bytes;
   const int64_t tiles = bytes < kUnpackBytes ? kUnpackBytes / bytes : 1;

@@ -4,6 +4,7 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+IH_INLINE int64_t ones(uint64_t mask) { return __builtin_popcountll(mask); }
 IH_INLINE B fill_bytes(uint8_t v) {
   const __m256i x = _mm256_set1_epi8(static_cast<char>(v));
   return {x, x};
@@ -29,17 +30,21 @@ IH_INLINE __m128i sixteen(uint32_t low, uint32_t high, __m128i v, __m128i fill) 
   const __m128i order = two_eights(eight(kExpand.first[low]), eight(kExpand.second[high]));
   return _mm_blendv_epi8(_mm_shuffle_epi8(v, order), fill, order);
 }
+// Where the values of byte I of the mask begin.
+template <int I>
+IH_INLINE const uint8_t* values_at(uint64_t mask, const uint8_t* p) {
+  return I == 0 ? p : p + ones(mask << (64 - 8 * (I == 0 ? 1 : I)));
+}
+template <int SHIFT, int I>
+IH_INLINE __m128i expand_two(uint64_t mask, const uint8_t* p, __m128i fill) {
+  const __m128i v = two_eights(eight(values_at<I>(mask, p)), eight(values_at<I + 1>(mask, p)));
+  return sixteen(mask >> (8 * I) & 255, mask >> (8 * I + 8) & 255, nibbles<SHIFT>(v), fill);
+}
 template <int SHIFT>
 IH_INLINE B expand_any(uint64_t mask, const uint8_t* p, B fill) {
   const __m128i f = _mm256_castsi256_si128(fill.a);
-  __m128i part[4];
-  IH_UNROLL for (int i = 0; i < 4; ++i) {
-    const uint32_t low = mask >> (16 * i) & 255, high = mask >> (16 * i + 8) & 255;
-    const int64_t n = kExpand.ones[low];
-    part[i] = sixteen(low, high, nibbles<SHIFT>(two_eights(eight(p), eight(p + n))), f);
-    p += n + kExpand.ones[high];
-  }
-  return {_mm256_set_m128i(part[1], part[0]), _mm256_set_m128i(part[3], part[2])};
+  return {_mm256_set_m128i(expand_two<SHIFT, 2>(mask, p, f), expand_two<SHIFT, 0>(mask, p, f)),
+          _mm256_set_m128i(expand_two<SHIFT, 6>(mask, p, f), expand_two<SHIFT, 4>(mask, p, f))};
 }
 template <int SHIFT>
 IH_INLINE B expand_any_pairs(uint64_t mask, const uint8_t* p, B fill) {

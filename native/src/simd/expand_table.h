@@ -27,11 +27,5 @@ constexpr ExpandTable expand_table() {
 }
 alignas(64) constexpr ExpandTable kExpand = expand_table();
 
-IH_INLINE int64_t ones(uint64_t mask) {
-  int64_t n = 0;
-  for (int i = 0; i < 8; ++i) n += kExpand.ones[mask >> (8 * i) & 255];
-  return n;
-}
-
 }  // namespace
 }  // namespace inhouse::IH_ISA

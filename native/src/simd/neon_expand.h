@@ -4,6 +4,11 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+IH_INLINE int64_t ones(uint64_t mask) {
+  int64_t n = 0;
+  for (int i = 0; i < 8; ++i) n += kExpand.ones[mask >> (8 * i) & 255];
+  return n;
+}
 IH_INLINE B fill_bytes(uint8_t v) {
   return each_byte([=](int) { return vdupq_n_u8(v); });
 }
