@@ -139,7 +139,7 @@ class BlockRunner:
         if isinstance(work.spec, Seq2SeqSpec):
             raise UnsupportedError(
                 f"{work.spec.family} is an encoder-decoder; calibration runs decoders and encoders",
-                remedy="Use a method that needs no calibration (round, hqq)",
+                remedy="Use a method that needs no calibration (round, magnitude)",
             )
         self._work, self._folder = work, folder
         self._pieces = segments(work.program)

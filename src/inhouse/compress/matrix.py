@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from inhouse.compress.memory import SLAB_BYTES
 from inhouse.compress.method import Method
 from inhouse.compress.recipe import Stage
 from inhouse.compress.stats import LinearStats
@@ -28,6 +27,7 @@ NARROWER: Mapping[str, str] = {
     "q2_k": "u2_g32", "q3_k": "u3_g32", "q4_k": "q4_1", "q5_k": "q5_1", "q6_k": "q6_0", "iq4_xs": "iq4_nl",
     "tq2_0": "u2_g32",
 }  # fmt: skip
+SLAB_BYTES = 64 << 20  # of float32 rows that a method gets at once of a large matrix, where its rows are apart
 SPARSE = ("mask", "pairs", "columns")  # codings of formats that leave zeros out
 
 

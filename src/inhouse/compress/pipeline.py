@@ -13,19 +13,19 @@ import torch
 
 from inhouse.compress import finish
 from inhouse.compress.blocks import BlockRunner
+from inhouse.compress.budget import Need, check_disk, check_memory, estimate
 from inhouse.compress.calibrate import Calibration, Text, calibrate, read_texts, rows_of
 from inhouse.compress.fingerprint import fingerprint
 from inhouse.compress.gate import GateReport, gate
 from inhouse.compress.generated import sample_documents
-from inhouse.compress.memory import Need, PeakMemory, check_disk, check_memory, estimate
+from inhouse.compress.memory import PeakMemory
 from inhouse.compress.plan import disk_need, predict
 from inhouse.compress.recipe import Recipe
 from inhouse.compress.runs import RunFolder
 from inhouse.compress.seen import find_seen
-from inhouse.compress.stages import StageRun, selected
-from inhouse.compress.table import METHODS
+from inhouse.compress.stages import StageRun
 from inhouse.compress.work import Work
-from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
+from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.core.settings import load_settings
 from inhouse.engine.session import Session
@@ -122,14 +122,10 @@ def prepare(model: str, recipe: Recipe, folder: Path, home: Home, progress: Prog
     texts = [text for group, files in recipe.calibration.files.items() for text in read_texts(files, group)]
     work = Work.open(model, folder, home=home)
     try:
+        _check_family(work, recipe)
         calibration = _calibration(work, recipe, texts, model, progress)
         _check_gate(recipe, calibration)
-        gram = [
-            name for stage in recipe.stages if METHODS[stage.method].scope == "matrix"
-            for name in selected(work, stage) if stage.needs(name) == {"gram"}
-        ]  # fmt: skip
-        slabs = all(row.rows_apart for stage in recipe.stages for row in stage.methods())
-        need = estimate(work, calibration, gram, slabs)
+        need = estimate(work, recipe, calibration)
         memory = check_memory(need, recipe.ram)
         plan = predict(work, recipe)
         if calibration is not None:
@@ -181,6 +177,19 @@ def _check_early(folder: RunFolder, model: str, recipe: Recipe, home: Home, resu
 def _need_unfinished(folder: RunFolder) -> None:
     if folder.result() is None:
         raise NotFoundError(f"there is no unfinished run of {folder.name}", remedy="Leave --resume out", param="resume")
+
+
+def _check_family(work: Work, recipe: Recipe) -> None:
+    """Refuses what only decoders can do: learning from next tokens, and a gate."""
+    if isinstance(work.spec, ModelSpec) and not work.spec.headless:
+        return
+    learning = [stage for stage in recipe.stages if "gradients" in stage.needs()]
+    if learning or recipe.gate.max_kld is not None:
+        what = f"{learning[0].kind} {learning[0].method}" if learning else "a gate"
+        raise UnsupportedError(
+            f"{what} works by the next tokens that a model expects, and {work.spec.family} is no decoder",
+            remedy="Leave it out; rounding, pruning and low rank serve every family",
+        )
 
 
 def _check_gate(recipe: Recipe, calibration: Calibration | None) -> None:
@@ -254,6 +263,8 @@ def _run(
     stored, notes = finish.write(work, out, told)
     proven = finish.proof(work, out, prepared.calibration, _may_run(prepared, stored.nbytes), folder.path, progress)
     judged = _gate(prepared, out, progress)
+    if judged is None:
+        notes.append(f"not measured against its parent: {work.spec.family} is no decoder")
     if judged is not None:
         finish.record_gate(out, judged.to_dict())
     with Store(home) as store:

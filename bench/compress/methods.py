@@ -1,0 +1,121 @@
+"""Every method of the table once, by recipe, on stories260K: bytes before and after, native or not, tokens a second.
+
+    python -m bench.compress.methods [NAME...]
+
+With the options of STAGES the runs are short, and are no figure of how good a method can be. Each result goes into
+docs/compression-results.json as `method/NAME`; docs/compression.md shows it in the table of methods.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench.compress.results import record
+from bench.compress.teacher_text import SCORED, model_folder, sample_stories
+
+from inhouse.compress.pipeline import compress
+from inhouse.compress.recipe import parse_recipe
+from inhouse.compress.table import METHODS
+from inhouse.core.errors import InhouseError
+from inhouse.core.settings import load_settings
+from inhouse.engine.request import SamplingParams, TokenEvent, make_request
+from inhouse.engine.session import Session
+from inhouse.store.home import Home
+from inhouse.store.store import Store
+
+# What a method needs beyond its defaults, so that it runs, and within a minute on one core.
+STAGES: dict[str, dict[str, Any]] = {
+    "round": {"format": "q4_0"},
+    "rtn": {"format": "q4_0"},
+    "gptq": {"format": "q4_0"},
+    "gptaq": {"format": "q4_0"},
+    "auto": {"bits": 4.5, "rows": 4, "trials": 2},
+    "log": {"format": "log4_g32"},
+    "vector": {"books": 1, "include": ["mlp"]},
+    "vector-shared": {"books": 1, "include": ["mlp"]},
+    "signround": {"format": "q4_0", "iters": 20},
+    "qat": {"steps": 20, "format": "q4_0"},
+    "distill": {"steps": 20},
+    "finetune": {"steps": 20},
+    "gradual": {"steps": 20},
+    "structured": {"ffn": 0.25},
+}
+BEFORE = {"repair": {"quantize": {"method": "rtn", "format": "u2_g32"}}}  # family -> a stage that must come first
+TOKENS = 200
+
+
+def document(name: str, texts: Path, models: str) -> dict[str, Any]:
+    """The recipe that shows one method."""
+    row = METHODS[name]
+    own = {"models": [models], "weights": [0.5]} if row.family == "merge" else STAGES.get(name, {})
+    first = [BEFORE[row.family]] if row.family in BEFORE else []
+    return {
+        "calibration": {"texts": [str(texts)], "samples": 16, "length": 128, "mode": "documents"},
+        "stages": [*first, {row.family: {"method": name, **own}}],
+    }
+
+
+def speed(reference: str) -> float:
+    """Tokens a second after the first, of one greedy sequence on one thread; the best of three."""
+    best = 0.0
+    with Session.open(reference, load_settings({"threads": 1, "max_sequences": 1})) as session:
+        params = SamplingParams(temperature=0.0, ignore_eos=True)
+        for i in range(3):
+            request = make_request(f"speed-{i}", session.prompt_ids("Once upon a time"), params, TOKENS)
+            times = [time.perf_counter() for event in session.engine.stream(request) if isinstance(event, TokenEvent)]
+            best = max(best, (len(times) - 1) / (times[-1] - times[0]))
+    return best
+
+
+def measure(name: str, home: Home, texts: Path) -> dict[str, Any]:
+    """Runs the method; the entry."""
+    model = str(model_folder())
+    recipe = parse_recipe(document(name, texts, model))
+    began = time.perf_counter()
+    done = compress(model, f"method-{name.replace('_', '-')}", recipe, home=home)
+    seconds = time.perf_counter() - began
+    before = 4 * int(done.result["parameters"])
+    gate = done.result["gate"]
+    return {
+        "id": f"method/{name}", "what": recipe.summary(), "bytes": done.result["bytes"], "seconds": round(seconds, 1),
+        "value": {"native": done.result["proof"]["executor"].startswith("native"), "bytes_before": before,
+                  "kld_mean": gate["kld_mean"], "speed_before": round(speed(model)),
+                  "speed": round(_speed_of(done.ref, home))},
+        "command": f"python -m bench.compress.methods {name}",
+        "note": "short options; time taken on a busy machine",
+    }  # fmt: skip
+
+
+def _speed_of(ref: str, home: Home) -> float:
+    with Store(home) as store:
+        return speed(str(store.folder(store.catalog.resolve(ref))))
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    names = parser.parse_args().names or list(METHODS)
+    torch.set_num_threads(1)
+    failed: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        home = Home(Path(scratch), Path(scratch) / "cache")
+        texts = Path(scratch) / "texts.txt"
+        texts.write_text("<|endoftext|>".join(sample_stories()[SCORED:400]))
+        for name in names:
+            print(name, flush=True)
+            try:
+                record(measure(name, home, texts))
+            except InhouseError as error:  # the others are measured all the same
+                print(f"{name}: {error}", file=sys.stderr)
+                failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
