@@ -169,11 +169,10 @@ constexpr int64_t head_bytes(const Format& f, int64_t out) {
 // kMask); `tile_bytes` is that of formats whose tiles are alike, else the most.
 constexpr Layout coded_layout(const Format& f, int64_t in) {
   Layout l = {};
-  const int64_t block = f.group > kBlock ? f.group : kBlock;
   l.width = f.coding == kColumns ? in : (in + kBlock - 1) / kBlock * kBlock;
-  l.valid = in > 0 && in <= kCodedInputs && (f.coding == kColumns || l.width % block == 0);
+  l.valid = in > 0 && in <= kCodedInputs;
   l.blocks = (l.width + kBlock - 1) / kBlock;
-  l.groups = l.supers = f.group && f.coding != kColumns ? l.width / f.group : 1;
+  l.groups = l.supers = f.group && f.coding != kColumns ? (l.width + f.group - 1) / f.group : 1;
   l.low = f.low ? padded(l.groups * 16 * scalar_bytes(f.scale)) : 0;
   if (f.coding == kColumns) {
     l.tile_bytes = l.low + padded(17 * 4) + padded(32 * in) + padded((f.low ? 16 : 32) * in);
@@ -200,9 +199,8 @@ constexpr Layout layout_of(const Format& f, int64_t in) {
   l.width = (in + kBlock - 1) / kBlock * kBlock;
   l.blocks = l.width / kBlock;
   const bool supers = f.two_level && !float_subs(f);
-  const int64_t unit = supers ? kSuper : f.group > kBlock ? f.group : kBlock;
-  l.valid = l.valid && l.width % unit == 0 && l.blocks * (f.group == 16 ? 2 : 1) <= kMaxGroups;
-  l.groups = f.group ? l.width / f.group : 1;
+  l.valid = l.valid && (!supers || l.width % kSuper == 0) && l.blocks * (f.group == 16 ? 2 : 1) <= kMaxGroups;
+  l.groups = f.group ? (l.width + f.group - 1) / f.group : 1;  // the last one may have fewer blocks
   l.supers = float_subs(f) ? 1 : supers ? l.width / kSuper : l.groups;
   int64_t at = padded(l.supers * 16 * item);
   if (f.zeros) {

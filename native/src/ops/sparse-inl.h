@@ -103,7 +103,8 @@ template <class READER, int BITS>
 __attribute__((noinline)) V coded_tile(const Weight& w, const Layout& l, int64_t t, const QuantRows& x) {
   constexpr int ID = base_body<BITS>();
   constexpr uint32_t factor = static_cast<uint32_t>(start_factor<ID>());
-  const int64_t blocks_per_scale = l.groups == 1 ? l.blocks : l.blocks / l.groups, lanes = x.lanes, at = x.at(0, 0);
+  const int64_t blocks_per_scale = l.groups == 1 ? l.blocks : kFormats[w.format].group / kBlock;
+  const int64_t lanes = x.lanes, at = x.at(0, 0);
   const int8_t* codes = x.codes + at * kBlock;
   const float* scales = x.scales + at;
   const int32_t* totals = x.sums + at;

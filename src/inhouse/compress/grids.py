@@ -294,10 +294,7 @@ def gridded() -> tuple[str, ...]:
 def fitting(name: str, inputs: int) -> bool:
     """Whether rows of that many inputs can be kept in the format."""
     fmt = format_of(name)
-    width = -(-inputs // BLOCK) * BLOCK
-    if fmt.two_level and not fmt.float_subs and inputs % SUPER:
-        return False
-    return width % max(fmt.group, 1) == 0
+    return not (fmt.two_level and not fmt.float_subs and inputs % SUPER)
 
 
 def _has_grid(fmt: Format) -> bool:

@@ -20,6 +20,7 @@ that one u8 x s8 dot instruction takes. Planes hold the quads of a block bit-pac
     2 bits   vector h (0..1)      = quad 4h + i at bits 2i
     1 bit    one vector           = quad q at bit q
 
+Inputs are padded to whole blocks with codes that mean 0; the last group of a row may have fewer blocks than the others.
 A value is `scale * (code - zero - zero point)` or `scale * code + minimum`, each operation rounded to f32, where a
 two-level format has scale = d * sub-scale and minimum = -(dmin * sub-minimum). Formats with a table look the code up
 first: `scale * table[code]`. A two-level format whose d is f32 keeps one d a row and unsigned e4m3 bytes as sub-scales
@@ -166,7 +167,9 @@ class Packed:
 
     def _values(self, fmt: Format, parts: _Parts) -> F32:
         count = len(parts.codes)
-        codes = parts.codes.reshape(count, parts.scales.shape[1], -1)
+        short = parts.scales.shape[1] * self.group - parts.codes.shape[1]  # of the last group
+        whole = np.pad(parts.codes, ((0, 0), (0, short))) if short else parts.codes
+        codes = whole.reshape(count, parts.scales.shape[1], -1)
         grouped = table_values(fmt)[codes] if fmt.table else codes.astype(np.float32)
         if parts.minimums is None and not fmt.table:
             grouped -= np.float32(fmt.zero)

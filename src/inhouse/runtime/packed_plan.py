@@ -65,15 +65,15 @@ def layout(fmt: Format, inputs: int) -> Layout:
 
 
 def _groups(fmt: Format, inputs: int) -> tuple[int, int, int]:
-    """Inputs padded to whole blocks, groups and supers of a row."""
+    """Inputs padded to whole blocks, groups and supers of a row; the last group of a row may have fewer blocks than
+    the others."""
     width = -(-inputs // BLOCK) * BLOCK
     supers_of = fmt.two_level and not fmt.float_subs
-    unit = SUPER if supers_of else max(fmt.group, BLOCK)
-    if width % unit:
-        raise UnsupportedError(f"format {fmt.name} needs inputs in multiples of {unit}, got {inputs}")
+    if supers_of and width % SUPER:
+        raise UnsupportedError(f"format {fmt.name} needs inputs in multiples of {SUPER}, got {inputs}")
     if width // min(fmt.group or BLOCK, BLOCK) > MAX_GROUPS:
         raise UnsupportedError(f"format {fmt.name} takes at most {MAX_GROUPS} groups in a row, got {inputs} inputs")
-    groups = width // fmt.group if fmt.group else 1
+    groups = -(-width // fmt.group) if fmt.group else 1
     return width, groups, 1 if fmt.float_subs else width // SUPER if supers_of else groups
 
 
