@@ -207,3 +207,24 @@ def test_show_lists_what_is_stored(folder: Path, stories: Path, capsys: pytest.C
         "stored": "I4_G32", "stored_bytes": form.nbytes,
     }  # fmt: skip
     assert rows["layers.0.attn.q.a.weight"]["shape"] == [4, 64]
+
+
+def test_groups_that_do_not_divide_fall_back_and_are_listed(stories: Path, tmp_path: Path) -> None:
+    """64 and 172 inputs in groups of 128: stored and run with a short last group, exported tensor by tensor."""
+    store(
+        stories / "hf", tmp_path / "m", lambda name, value: Form(random_packed("u4_g128", value.shape, value.shape[1]))
+    )
+    described = describe(tmp_path / "m")
+    stored = described.source.info("layers.0.mlp.down.weight")
+    described.source.close()
+    assert (stored.dtype, stored.nbytes) == ("U4_G128", 64 * (192 // 2 + 2 * 2 + 1))
+    values = weights_of(tmp_path / "m")
+    for form in ("gptq", "awq", "compressed-tensors", "gguf"):
+        report = export_model(str(tmp_path / "m"), form, tmp_path / form)
+        down = next(t for t in report.tensors if "down" in t.name)
+        assert not down.exact
+        assert "172" in down.note or "u4_g128" in down.note, down
+        again = weights_of(tmp_path / form)
+        for name, value in values.items():
+            error = np.linalg.norm(again[name] - value) / np.linalg.norm(value)
+            assert error < 0.2, (form, name)

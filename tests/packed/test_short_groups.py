@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
+from inhouse.core.errors import UnsupportedError
 from inhouse.runtime import packed_native
-from inhouse.runtime.packed import FORMATS, activation_group, quantize_rows_reference
+from inhouse.runtime.packed import FORMATS, Packed, activation_group, quantize_rows_reference
+from inhouse.runtime.packed_layout import F32
 from inhouse.runtime.packed_plan import layout
 from tests.compress.forms import random_packed
 
@@ -25,12 +27,21 @@ def test_a_short_group_has_its_own_scale(name: str, width: int) -> None:
     assert np.array_equal(packed_native.unpack_rows(packed, rows), values[rows])
     x = np.random.default_rng(1).standard_normal((9, width)).astype(np.float32)
     for some in (x, x[:1]):
-        wanted = some.astype(np.float64) @ values.astype(np.float64).T
-        found = packed_native.linear(packed, some, quantized=False)
+        for isa in ("scalar", "avx2", None):
+            try:
+                packed_native.linear(packed, some, quantized=False, isa=isa)
+            except UnsupportedError:
+                continue  # another machine's level
+            _compare(packed, some, values, isa)
+
+
+def _compare(packed: Packed, x: F32, values: F32, isa: str | None) -> None:
+    wanted = x.astype(np.float64) @ values.astype(np.float64).T
+    found = packed_native.linear(packed, x, quantized=False, isa=isa)
+    assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
+    if activation_group(packed.format):
+        codes, scales = quantize_rows_reference(x, activation_group(packed.format))
+        rounded = codes.astype(np.float64) * np.repeat(scales, 32, 1)[:, : x.shape[1]]
+        wanted = rounded @ values.astype(np.float64).T
+        found = packed_native.linear(packed, x, quantized=True, isa=isa)
         assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
-        if activation_group(name):
-            codes, scales = quantize_rows_reference(some, activation_group(name))[:2]
-            rounded = codes.astype(np.float64) * np.repeat(scales, 32, 1)[:, :width]
-            wanted = rounded @ values.astype(np.float64).T
-            found = packed_native.linear(packed, some, quantized=True)
-            assert np.abs(found - wanted).max() < 1e-4 * np.abs(wanted).max()
