@@ -27,7 +27,7 @@ from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.encode import encodable, encode_rows
 from inhouse.runtime.packed import FORMATS, CodeRows, Format, Packed, pack_rows
 from inhouse.runtime.packed_formats import format_of, table_values, widen_e4m3
-from inhouse.runtime.packed_layout import BLOCK, SUPER, layout
+from inhouse.runtime.packed_layout import SUPER, layout
 
 Tensor = torch.Tensor
 Search = Literal["minmax", "mse", "wls"]
