@@ -69,6 +69,34 @@ void check_embed(Rule& r) {
   r.need(sizes[r.op().integer(0)] + r.op().integer(1) <= table->out, "the table has too few rows");
 }
 
+// Tables [m_k, r_(k-1) n_k r_k]: ids are digits in the base of the m_k, of which there must be enough.
+void check_embed_train(Rule& r) {
+  if (!r.arity(0, 2, kMaxTables, 1)) return;
+  r.floats();
+  r.integer(0, 0, 2);
+  if (r.fault() != nullptr) return;
+  const int64_t sizes[] = {r.set().vocab_size, r.set().context_length, 1};
+  const int tables = static_cast<int>(r.op().weights.size());
+  int64_t rank = 1, width = 1, rows = 1;
+  for (int k = 0; k < tables; ++k) {
+    const Weight* table = r.weight(k);
+    const int64_t n = r.op().integer(2 + k);
+    if (table == nullptr || table->format < 0) return r.need(false, "no packed table");
+    r.integer(2 + k, 1, kMaxTrain);
+    if (r.fault() != nullptr) return;
+    r.need(table->in <= kMaxTrain && table->in % (rank * n) == 0, "a table does not fit its rank and width");
+    if (r.fault() != nullptr) return;
+    rank = table->in / (rank * n);
+    width *= n;
+    r.need(width * rank <= kMaxTrain, "a product of slices is too large");
+    if (r.fault() != nullptr) return;
+    rows = rows >= sizes[r.op().integer(0)] ? rows : rows * table->out;  // never far beyond int32
+  }
+  r.need(rank == 1, "the last table leaves a rank");
+  r.need(r.out(0).axis == Axis::kTokens && r.out(0).width == width, "output does not fit the tables");
+  r.need(rows >= sizes[r.op().integer(0)], "the tables have too few rows");
+}
+
 void check_rms_norm(Rule& r) {
   if (!r.arity(1, 1, 1, 1)) return;
   r.floats();
@@ -367,6 +395,8 @@ void check_op(Rule& r, const Routing& last) {
       return check_combine(r, last.value);
     case OpKind::kEmbed:
       return check_embed(r);
+    case OpKind::kEmbedTrain:
+      return check_embed_train(r);
     case OpKind::kRmsNorm:
       return check_rms_norm(r);
     case OpKind::kLayerNorm:

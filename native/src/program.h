@@ -17,6 +17,8 @@ namespace inhouse {
 
 constexpr int64_t kMagic = 0x31575048494eLL;
 constexpr int64_t kFlatVersion = 3;
+constexpr int64_t kMaxTables = 4;       // of a tensor train
+constexpr int64_t kMaxTrain = 1 << 16;  // numbers of any slice or product of slices of it
 
 enum class Axis : int32_t { kTokens, kSampled, kSequences, kRouted, kCount };
 enum class DType : int32_t { kF32, kI8, kCount };
@@ -49,6 +51,7 @@ enum class OpKind : int32_t {
   kConcat,         // heads
   kHeadLinears,    // heads
   kSelectColumns,  //
+  kEmbedTrain,     // source (0 tokens, 1 positions, 2 types), scale, kMaxTables widths (0 beyond the tables)
   kCount
 };
 

@@ -40,6 +40,8 @@ void Runner::run_op(const Op& op) {
   switch (op.kind) {
     case OpKind::kEmbed:
       return embed(op);
+    case OpKind::kEmbedTrain:
+      return embed_train(op);
     case OpKind::kLinears:
       return linears(op);
     case OpKind::kRotary:

@@ -34,6 +34,9 @@ class Runner {
   void row_op(const Op& op, int64_t r);
   void glu(const Op& op, const float* gate, const float* up, int64_t width, float* y);
 
+  // train_step.cc
+  void embed_train(const Op& op);
+
   // moe_step.cc
   void route(const Op& op);
   void sort_rows(const RouteShape& shape, int32_t routing);

@@ -9,6 +9,7 @@ from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.gradual import GradualOptions, gradual
 from inhouse.compress.method import Method
 from inhouse.compress.methods.awq import AwqOptions, awq
+from inhouse.compress.methods.cores import TrainOptions, TuckerOptions, tensor_train_embedding, tucker_experts
 from inhouse.compress.methods.distill import DistillOptions, distill
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
@@ -120,6 +121,14 @@ METHODS: Mapping[str, Method] = {
         Method(
             "rank-budget", "lowrank", "model", rank_budget, RankBudget, needs="gram",
             paper="Wang et al. 2025, arXiv 2503.12340", summary="whitened SVD, ranks shared out by measured loss",
+        ),
+        Method(
+            "tensor-train", "lowrank", "model", tensor_train_embedding, TrainOptions,
+            paper="Hrinchuk et al. 2020, arXiv 1901.10787", summary="embedding as tables of a tensor train",
+        ),
+        Method(
+            "tucker", "lowrank", "model", tucker_experts, TuckerOptions,
+            paper="De Lathauwer et al. 2000", summary="experts as cores between two matrices that they share",
         ),
         Method(
             "eora", "repair", "matrix", repaired, Repair, needs="gram", takes_form=True,

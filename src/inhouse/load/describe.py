@@ -18,6 +18,7 @@ from inhouse.model.build import Spec, build
 from inhouse.model.families.family import Family
 from inhouse.model.families.table import resolve
 from inhouse.model.rewrite import low_rank
+from inhouse.model.rewrite_cores import TrainShape, tensor_trains, tucker_stacks
 from inhouse.model.tokens.load import from_gguf, load_tokenizer
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime.guard import guarded
@@ -64,7 +65,9 @@ class Described:
         if not isinstance(self.source, StoredSource):
             return plain
         try:
-            return low_rank(plain, self.source.ranks, self.source.alone)
+            branched = low_rank(plain, self.source.ranks, self.source.alone)
+            trains = {name: TrainShape(train.tables, train.widths) for name, train in self.source.trains.items()}
+            return tucker_stacks(tensor_trains(branched, trains), self.source.stacks)
         except UnsupportedError:
             raise
         except UsageError as error:

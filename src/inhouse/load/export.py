@@ -91,6 +91,12 @@ def _folded(described: Described) -> Plan:
     source = described.source
     if not isinstance(source, StoredSource):
         return plan
+    if source.trains or source.stacks:
+        cores = ", ".join([*source.trains, *source.stacks][:3])
+        raise UnsupportedError(
+            f"tensor cores have no form in other formats: {cores}",
+            remedy="Export the model that they were made of", param="cores",
+        )  # fmt: skip
     parts = {part.spec.name: part for part in plan.parts}
     whole = []
     for name, spec in build(described.spec).weights.items():

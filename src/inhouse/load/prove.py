@@ -86,7 +86,7 @@ def prove(
 
 
 def _compare(source: StoredSource, name: str, wanted: F32 | Form) -> None:
-    matrix = name in source.ranks or len(source.info(name).shape) == 2
+    matrix = name in source.ranks or name in source.trains or len(source.info(name).shape) == 2
     found = source.form(name) if matrix else materialise(source, name)
     if found.shape != wanted.shape:
         raise FormatError(f"{name} was written as {list(found.shape)}, it is {list(wanted.shape)}", param=name)
@@ -106,7 +106,7 @@ def _compare(source: StoredSource, name: str, wanted: F32 | Form) -> None:
 
 def _is_plain(form: Form) -> bool:
     """Whether rows of it can be decoded without the others."""
-    return form.main is not None and form.low_rank is None and form.columns is None
+    return form.main is not None and form.low_rank is None and form.columns is None and form.outer is None
 
 
 def _rows(weight: F32 | Form, part: slice) -> F32:

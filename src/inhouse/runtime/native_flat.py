@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.ops import ACTIVATIONS, GROUP_SCORES, MASKS, POOLINGS, ROTARY_SOURCES, SCORINGS
+from inhouse.runtime.ops import ACTIVATIONS, GROUP_SCORES, MASKS, POOLINGS, ROTARY_SOURCES, SCORINGS, train_widths
 from inhouse.runtime.packed_layout import TILE_ROWS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
@@ -22,6 +22,7 @@ DTYPES = (DType.F32, DType.I8)
 GROUP_KINDS = (StateKind.PAGED, StateKind.WINDOW, StateKind.CROSS, StateKind.LATENT)
 BIASES = ("none", "alibi", "relative")
 SOURCES = ("tokens", "positions", "types")
+MAX_TRAIN, MAX_TABLES = 1 << 16, 4  # kMaxTrain and kMaxTables of native/src/program.h
 MAX_EXPERTS, MAX_TOP_K = 4096, 64  # kMaxExperts and kMaxTopK of native/src/kernels.h
 
 
@@ -53,6 +54,19 @@ class _Context:
 
 def _embed(c: _Context) -> list[int]:
     return [SOURCES.index(str(c.op.attrs["source"])), *c.attrs("offset", "scale", real=["scale"])]
+
+
+def _embed_train(c: _Context) -> list[int]:
+    widths = train_widths(c.op.attrs)
+    width = rank = most = 1
+    for name, n in zip(c.op.weights, widths, strict=True):
+        slice_ = c.programs.weights[name].shape[1]
+        width, rank = width * n, slice_ // (rank * n)
+        most = max(most, slice_, width * rank)
+    if most > MAX_TRAIN:
+        raise c.refuse(f"a tensor train with a product of {most} numbers; at most {MAX_TRAIN}")
+    padding = [0] * (MAX_TABLES - len(widths))
+    return [SOURCES.index(str(c.op.attrs["source"])), *c.attrs("scale", real=["scale"]), *widths, *padding]
 
 
 def _rotary(c: _Context) -> list[int]:
@@ -130,6 +144,7 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "concat": lambda c: c.attrs("heads"),
     "head_linears": _head_linears,
     "select_columns": _none,
+    "embed_train": _embed_train,
 }
 _NUMBERS = {kind: number for number, kind in enumerate(_ENCODERS)}
 

@@ -5,6 +5,7 @@ refused. `tolerance` bounds max|a - b| / max|b| between the native and the torch
 and weights (float32; quantised activations are an op of their own, so both sides multiply the same integers).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -71,6 +72,29 @@ def _embed(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[
     _need(attrs["source"] in ("tokens", "positions", "types"), f"unknown source {attrs['source']}")
     assert ws[0] is not None
     return [_f32(Axis(str(attrs["axis"])), ws[0].shape[1])]
+
+
+def _embed_train(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
+    """d tables [m_k, r_(k-1) n_k r_k], r_0 = r_d = 1, `widths` "n_1,..,n_d" -> y [T, n_1 .. n_d]: the digits of a token
+    in the base of the m_k (the first slowest) choose a slice [r_(k-1), n_k, r_k] of each table; y is their product. An
+    embedding as a tensor train (Novikov et al. 2015, arXiv 1509.06569)."""
+    widths = train_widths(attrs)
+    _need(not xs and attrs["source"] in ("tokens", "positions", "types"), f"unknown source {attrs['source']}")
+    tables = [w for w in ws if w is not None and len(w.shape) == 2]
+    _need(len(tables) == len(ws) == len(widths) and 2 <= len(ws) <= 4, "expected two to four tables")
+    rank = 1
+    for table, width in zip(tables, widths, strict=True):
+        _need(table.shape[1] % (rank * width) == 0, f"{table.name} does not fit rank {rank} and width {width}")
+        rank = table.shape[1] // (rank * width)
+    _need(rank == 1, "the last table leaves a rank")
+    return [_f32(Axis(str(attrs["axis"])), math.prod(widths))]
+
+
+def train_widths(attrs: Mapping[str, Attr]) -> list[int]:
+    """The widths of `embed_train`."""
+    parts = str(attrs["widths"]).split(",")
+    _need(all(part.isdecimal() and int(part) > 0 for part in parts), f"widths are {attrs['widths']!r}")
+    return [int(part) for part in parts]
 
 
 def _rms_norm(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
@@ -298,6 +322,7 @@ ROUTE_ATTRS: Mapping[str, Attr | None] = {
 
 OPS: Mapping[str, OpSpec] = {
     "embed": OpSpec(_embed, {"axis": "T", "source": "tokens", "offset": 0, "scale": 1.0}, 0.0),
+    "embed_train": OpSpec(_embed_train, {"axis": "T", "source": "tokens", "scale": 1.0, "widths": None}, 2e-6),
     "rms_norm": OpSpec(_rms_norm, {"eps": None, "heads": 1, "offset": 0.0}, 2e-6),
     "layer_norm": OpSpec(_layer_norm, {"eps": None}, 4e-6),
     "quantize_rows": OpSpec(_quantize_rows, {"group": 0}, 0.0),

@@ -67,6 +67,19 @@ def embed(ids: Tensor, table: Tensor, *, offset: int = 0, scale: float = 1.0) ->
     return y if scale == 1.0 else y * scale
 
 
+def embed_train(ids: Tensor, tables: Sequence[Tensor], widths: Sequence[int], *, scale: float = 1.0) -> Tensor:
+    """ids [rows], tables [m_k, r_(k-1) n_k r_k] of a tensor train -> [rows, prod n_k]."""
+    digits = []
+    for table in reversed(tables):
+        digits.append(ids.long() % len(table))
+        ids = ids.long() // len(table)
+    y = tables[0].new_ones(len(ids), 1, 1)
+    for table, width, index in zip(tables, widths, reversed(digits), strict=True):
+        slices = F.embedding(index, table).reshape(len(index), y.shape[2], -1)
+        y = (y @ slices).reshape(len(index), y.shape[1] * width, -1)
+    return y[:, :, 0] if scale == 1.0 else y[:, :, 0] * scale
+
+
 def rms_norm(x: Tensor, weight: Tensor, *, eps: float, heads: int = 1, offset: float = 0.0) -> Tensor:
     """x [rows, width], weight [width / heads] -> the same shape, normalised over each head apart."""
     y = x.float().reshape(len(x), heads, x.shape[1] // heads)

@@ -9,6 +9,7 @@ from torch import Tensor
 from inhouse.core.errors import UsageError
 from inhouse.runtime import torch_moe as moe
 from inhouse.runtime import torch_ops as ops
+from inhouse.runtime.ops import train_widths
 from inhouse.runtime.program import Axis, Op, Program
 from inhouse.runtime.torch_ops import QuantRows
 
@@ -106,6 +107,11 @@ def _embed(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: 
     return [ops.embed(ids, _given(ws[0]), offset=int(op.attrs["offset"]), scale=float(op.attrs["scale"]))]
 
 
+def _embed_train(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
+    ids = rows.ids(str(op.attrs["source"]), Axis(str(op.attrs["axis"])))
+    return [ops.embed_train(ids, [_given(w) for w in ws], train_widths(op.attrs), scale=float(op.attrs["scale"]))]
+
+
 def _rms_norm(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
     eps, offset = float(op.attrs["eps"]), float(op.attrs["offset"])
     return [ops.rms_norm(_tensor(xs[0]), _given(ws[0]), eps=eps, heads=int(op.attrs["heads"]), offset=offset)]
@@ -173,6 +179,7 @@ def _expert_linears(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None
 
 _OPS: Mapping[str, Run] = {
     "embed": _embed,
+    "embed_train": _embed_train,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "quantize_rows": lambda op, xs, ws, rows: [ops.quantize_rows(_tensor(xs[0]), group=int(op.attrs["group"]))],

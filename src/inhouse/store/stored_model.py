@@ -28,6 +28,7 @@ import numpy.typing as npt
 
 from inhouse.core.errors import CapacityError, ConflictError, FormatError, NotFoundError, UnavailableError, UsageError
 from inhouse.core.tensors import TensorInfo
+from inhouse.runtime.cores import core_name, outer_names, stack_of
 from inhouse.runtime.form import Form, columns_dtype
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.packed_stored import SHARED, STORED_VERSION, to_stored
@@ -127,7 +128,9 @@ class _Spool:
     sizes: dict[str, int] = field(default_factory=dict)
     table: dict[str, dict[str, Any]] = field(default_factory=dict)
     low_rank: dict[str, dict[str, Any]] = field(default_factory=dict)
+    cores: dict[str, dict[str, Any]] = field(default_factory=dict)
     places: dict[str, tuple[TensorInfo, int]] = field(default_factory=dict)
+    _outers: dict[str, str] = field(default_factory=dict)  # what a stack shares -> digest
     _reach: int = 0
     _shared: dict[str, str] = field(default_factory=dict)  # digest of a part that matrices share -> its tensor
 
@@ -136,16 +139,35 @@ class _Spool:
         if not name.endswith(".weight"):
             raise UsageError(f"{name!r} is no name of a matrix: those end in .weight", param=name)
         a, b = side_branch(name)
-        names = {"": name, "a": a, "b": b}
+        names = {"": name, "a": a, "b": b, **{f"core{at}": core_name(name, at) for at in range(len(form.train))}}
+        if form.outer is not None:
+            names["left"], names["right"] = outer_names(stack_of(name))
         for which, packed in form.matrices():
-            self._matrix(names[which], packed)
+            if which not in ("left", "right") or not self._outer(names[which], packed):
+                self._matrix(names[which], packed)
         if form.columns is not None:
             order = form.columns.astype(columns_dtype(form.columns.size))
             kind = "U16" if order.itemsize == 2 else "U32"
             self._part(name, COLUMNS, kind, order.shape, order)
             self.table[name]["columns"] = True
+        if form.train:
+            self.cores[name] = {
+                "kind": "train",
+                "tables": len(form.train),
+                "widths": list(form.widths),
+                "rows": form.rows,
+            }
+        if form.outer is not None:
+            self.cores[name] = {"kind": "tucker", "stack": stack_of(name)}
         if form.low_rank is not None:
             self.low_rank[name] = {"rank": form.low_rank[0].shape[0], "alone": form.main is None}
+
+    def _outer(self, name: str, packed: Packed) -> bool:
+        """Whether another matrix of the stack brought the same left or right. Raises UsageError for another."""
+        digest = hashlib.sha256(packed.data.tobytes()).hexdigest()
+        if self._outers.setdefault(name, digest) != digest:
+            raise UsageError(f"matrices of one stack bring different {name}", param=name)
+        return name in self.table
 
     def vector(self, name: str, vector: Vector) -> None:
         """A vector or a bias."""
@@ -168,7 +190,7 @@ class _Spool:
         """inhouse.json."""
         document = {
             "format": FORMAT, "version": STORED_VERSION, "tensors": self.table, "low_rank": self.low_rank,
-            "manifest": dict(manifest),
+            "cores": self.cores, "manifest": dict(manifest),
         }  # fmt: skip
         try:
             return json.dumps(document, indent=1, allow_nan=False)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from inhouse.core.errors import FormatError, NotFoundError, UnsupportedError, UsageError
 from inhouse.core.tensors import TensorInfo
+from inhouse.runtime.cores import MAX_TABLES, core_name, outer_names, stack_of, train_ranks
 from inhouse.runtime.form import Form, columns_dtype
 from inhouse.runtime.packed import FORMATS, Packed, pack_float
 from inhouse.runtime.packed_stored import SHARED, STORED_VERSION, StoredPart, check_stored_parts, from_stored
@@ -74,6 +75,15 @@ def open_stored(base: MappedSource, folder: Path) -> "StoredSource":
         raise
 
 
+@dataclass(frozen=True, slots=True)
+class Train:
+    """A table that is stored as a tensor train: the tables' shapes, widths, and rows of the whole."""
+
+    tables: tuple[tuple[int, int], ...]
+    widths: tuple[int, ...]
+    rows: int
+
+
 class StoredSource:
     """Implements core.tensors.TensorSource: canonical weights, those of side branches among them.
 
@@ -83,14 +93,19 @@ class StoredSource:
 
     def __init__(self, base: MappedSource, document: Mapping[str, Any]) -> None:
         self._base = base
-        tensors, low_rank, manifest = (document.get(key, {}) for key in ("tensors", "low_rank", "manifest"))
-        if not all(isinstance(part, dict) for part in (tensors, low_rank, manifest)):
-            raise FormatError(f"{TABLE}: tensors, low_rank and manifest must be objects")
+        keys = ("tensors", "low_rank", "manifest", "cores")
+        tensors, low_rank, manifest, cores = (document.get(key, {}) for key in keys)
+        if not all(isinstance(part, dict) for part in (tensors, low_rank, manifest, cores)):
+            raise FormatError(f"{TABLE}: {', '.join(keys)} must be objects")
         self.manifest: Mapping[str, Any] = manifest
         self._entries = {name: _entry(base, name, fields) for name, fields in tensors.items()}
         self._check_whole()
         self.ranks = {name: self._rank(name, fields) for name, fields in low_rank.items()}
         self.alone = frozenset(name for name in self.ranks if name not in self._entries)
+        self.trains: dict[str, Train] = {}
+        self.stacks: dict[str, tuple[int, int]] = {}
+        for name, fields in cores.items():
+            self._cores(name, fields)
 
     @property
     def format(self) -> str:
@@ -101,7 +116,7 @@ class StoredSource:
     def hints(self) -> set[str]:
         """What a family may know of the tensors while it reads config.json: that there is a head of its own, and a bias
         of the head, under the names that Hugging Face has for them."""
-        names = set(self._entries) | self.alone
+        names = set(self._entries) | self.alone | set(self.trains)
         heads = {"lm_head.weight"} if "head.weight" in names else set()
         return names | heads | ({"final_logits_bias"} if "head.bias" in names else set())
 
@@ -174,6 +189,13 @@ class StoredSource:
 
     def form(self, name: str) -> Form:
         """The matrix `X.weight` with its side branch."""
+        if name in self.trains:
+            train = self.trains[name]
+            tables = tuple(self.packed(core_name(name, at)) for at in range(len(train.tables)))
+            return Form(None, train=tables, widths=train.widths, rows=train.rows)
+        if stack_of(name) in self.stacks:
+            left, right = outer_names(stack_of(name))
+            return Form(self.packed(name), outer=(self.packed(left), self.packed(right)))
         a, b = side_branch(name)
         low_rank = (self.packed(a), self.packed(b)) if name in self.ranks else None
         if name in self.alone:
@@ -206,6 +228,35 @@ class StoredSource:
         left = [name for name in self._base if name not in used]
         if left:
             raise FormatError(f"{len(left)} tensors are not in {TABLE}: {', '.join(sorted(left)[:5])}", param=left[0])
+
+    def _cores(self, name: str, fields: Any) -> None:
+        """A train, or one matrix of a stack, checked against the tensors that it takes."""
+        kind = fields.get("kind") if isinstance(fields, dict) else None
+        if kind == "train" and set(fields) == {"kind", "tables", "widths", "rows"}:
+            self.trains[name] = self._train(name, fields)
+        elif kind == "tucker" and set(fields) == {"kind", "stack"} and fields["stack"] == stack_of(name) != "":
+            self.stacks[stack_of(name)] = self._stack(name, stack_of(name))
+        else:
+            raise FormatError(f"{TABLE}: the cores of {name[:80]!r} are neither a train nor of a stack", param=name)
+
+    def _train(self, name: str, fields: Mapping[str, Any]) -> "Train":
+        count, widths, rows = fields["tables"], fields["widths"], fields["rows"]
+        numbers = [count, rows, *widths] if isinstance(widths, list) else [None]
+        if not all(type(n) is int and 1 <= n <= MAX_SIDE for n in numbers) or count > MAX_TABLES:
+            raise FormatError(f"{TABLE}: the train of {name!r} is not tables, widths and rows", param=name)
+        shapes = [_matrix_shape(name, self._entry(core_name(name, at)).shape) for at in range(count)]
+        try:
+            train_ranks(shapes, widths, rows)
+        except UsageError as error:
+            raise FormatError(f"the train of {name!r}: {error.message}", param=name) from None
+        return Train(tuple(shapes), tuple(widths), rows)
+
+    def _stack(self, name: str, stack: str) -> tuple[int, int]:
+        core, (left, right) = self._entry(name).shape, (self._entry(n).shape for n in outer_names(stack))
+        fits = len(core) == len(left) == len(right) == 2 and (left[1], right[0]) == core
+        if not fits or self.stacks.get(stack, core) != core:
+            raise FormatError(f"the core {list(core)} of {name!r} does not fit its stack", param=name)
+        return core[0], core[1]
 
     def _rank(self, name: str, fields: Any) -> int:
         a, b = side_branch(name)
