@@ -11,7 +11,7 @@ from torch import Tensor
 
 from inhouse.compress.fake_quant import FakeQuant
 from inhouse.compress.grids import Grid
-from inhouse.core.errors import UsageError
+from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import Packed, is_float, pack_float
 from inhouse.runtime.torch_ops import straight_through
@@ -63,6 +63,10 @@ class FormHook:
     """
 
     def __init__(self, form: Form, weight: Tensor, *, learn_main: bool = True, learn_steps: bool = True) -> None:
+        if form.train or form.outer is not None:
+            raise UnsupportedError(
+                "tensor cores are not trained", remedy="Heal the model before they are made of it, or leave them out"
+            )
         self._form = form
         self._order = None if form.columns is None else torch.from_numpy(form.columns.copy())
         self._main: Stores | None = None

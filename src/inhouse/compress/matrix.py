@@ -71,7 +71,7 @@ def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | No
     method, fmt, options = stage.choice(name)
     chosen = with_statistics(Chosen(METHODS[method], options, fmt, stats), name)
     form = work.form(name)
-    if chosen.row.family == "quantize" and form is not None and form.low_rank is not None:
+    if chosen.row.family == "quantize" and form is not None and _has_factors(form):
         made: Any = _factors(chosen, form)
     else:
         under = chosen.row.family == "quantize" or chosen.row.takes_form
@@ -137,11 +137,19 @@ def sparsest(main: Packed) -> Packed:
     return best
 
 
+def _has_factors(form: Form) -> bool:
+    """Whether it is more than one matrix."""
+    return form.low_rank is not None or form.outer is not None or bool(form.train)
+
+
 def _factors(chosen: Chosen, form: Form) -> Form:
-    """A factorised matrix: each part in the format, where that makes it smaller."""
+    """A factorised matrix: each part in the format, where that makes it smaller. Statistics are of the inputs of those
+    parts that the matrix's own inputs meet."""
     made: dict[str, Packed] = {}
+    first = ("a",) if form.outer is None else ()  # what a stack shares must be the same for all of its matrices
     for which, packed in form.matrices():
-        seen = replace(chosen, stats=chosen.stats if which != "b" else None, record={})
+        met = which in first or (which == "" and form.outer is None)
+        seen = replace(chosen, stats=chosen.stats if met else None, record={})
         apart = with_statistics(seen, which)
         fmt, _ = fitting(chosen.format, packed.shape)
         part = _call(apart, torch.from_numpy(packed.dequantize()), fmt, None, None)
@@ -153,7 +161,13 @@ def _factors(chosen: Chosen, form: Form) -> Form:
         else:
             made[which] = packed
             chosen.say(f"factor {which or 'main'} stays {packed.format}, {fmt} would be larger")
-    return Form(made.get(""), (made["a"], made["b"]), form.columns)
+    return replace(
+        form,
+        main=made.get(""),
+        low_rank=(made["a"], made["b"]) if form.low_rank is not None else None,
+        outer=(made["left"], made["right"]) if form.outer is not None else None,
+        train=tuple(made[f"core{at}"] for at in range(len(form.train))),
+    )
 
 
 def _call(chosen: Chosen, weight: Source | Tensor, fmt: str, mask: Tensor | None, form: Form | None) -> Any:

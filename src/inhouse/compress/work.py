@@ -172,7 +172,8 @@ class Work:
         held = replace(held, form=None) if floats else held
         if held.form is not None:
             form = read_form(self.journal.data / held.form["file"], held.form["parts"])
-            simple = form.main is not None and form.low_rank is None and form.columns is None
+            whole = form.low_rank is None and form.columns is None and form.outer is None
+            simple = form.main is not None and whole
             return torch.from_numpy(form.main.rows(ids) if simple and form.main is not None else form.value()[ids])
         side = isinstance(self.described.source, StoredSource)
         if held.value is None and held.base is not None and held.base not in self._plan.columns and not side:
