@@ -130,7 +130,7 @@ def test_the_whole_way_by_recipe(stories: Path, tmp_path: Path) -> None:
         made = opened.folder(opened.catalog.resolve(done.ref))
     table = json.loads((made / "inhouse.json").read_text())
     assert table["cores"]["embed.weight"]["kind"] == "train"
-    assert table["tensors"]["layers.0.moe.experts.up.left.weight"]["format"] == "q8_0"
+    assert table["tensors"]["layers.0.moe.experts.up.left.weight"]["format"] in ("q8_0", "bf16")  # the smaller
     assert sum(core["kind"] == "tucker" for core in table["cores"].values()) == 3 * 3 * 4
     changes: list[Callable[[dict[str, Any]], Any]] = [
         lambda d: d["cores"]["embed.weight"].update(widths=[2, 3]),
