@@ -45,6 +45,12 @@ class _Sums(NamedTuple):
     gram: Tensor
     cross: Tensor
     stream: Tensor | None
+    count: int = 0
+
+    def ridge(self, share: float) -> float:
+        """What is added to the diagonal: a share of its mean, and more where there are few rows for that many inputs,
+        which a correction would be fitted to."""
+        return (share + len(self.gram) / max(self.count, 1)) * float(self.gram.diagonal().mean())
 
 
 def drift_layer(work: Work, block: Block, choose: Callable[[str], str], options: DriftOptions) -> dict[str, Any]:
@@ -87,9 +93,9 @@ def _round(
 
 
 def _target(weight: Tensor, sums: _Sums, ridge: float) -> Tensor:
-    """(W C + S + d W)(H + d I)^-1 with d = ridge * mean diag H."""
+    """(W C + S + d W)(H + d I)^-1 with d of `_Sums.ridge`."""
     gram = sums.gram.double()
-    size = ridge * float(gram.diagonal().mean())
+    size = sums.ridge(ridge)
     if size <= 0:
         return weight
     wide = weight.double()
@@ -124,7 +130,7 @@ def _sums(block: Block, before: Mapping[str, Tensor], now: Mapping[str, Tensor],
     for total in (gram, cross, stream):
         if total is not None:
             total /= max(count, 1)
-    return _Sums(gram, cross, stream)
+    return _Sums(gram, cross, stream, count)
 
 
 def _stream(ops: tuple[Op, ...], at: int) -> int | None:
@@ -159,7 +165,7 @@ def _resolve_norm(
     # With r the factors of the gain: sum over rows of |W^ diag(r) y - W x|^2.
     left = (rounded.T @ rounded) * sums.gram.double()
     right = ((rounded.T @ original) * sums.cross.double().T).sum(1)
-    ridge = 1e-3 * left.diagonal().mean()
+    ridge = (1e-3 + len(left) / max(sums.count, 1)) * left.diagonal().mean()
     if not float(ridge) > 0:
         return
     left = left + ridge * torch.eye(len(left), dtype=torch.float64)
