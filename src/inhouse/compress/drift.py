@@ -45,12 +45,12 @@ class _Sums(NamedTuple):
     gram: Tensor
     cross: Tensor
     stream: Tensor | None
-    count: int = 0
+    rows: int = 1
 
     def ridge(self, share: float) -> float:
         """What is added to the diagonal: a share of its mean, and more where there are few rows for that many inputs,
         which a correction would be fitted to."""
-        return (share + len(self.gram) / max(self.count, 1)) * float(self.gram.diagonal().mean())
+        return (share + len(self.gram) / max(self.rows, 1)) * float(self.gram.diagonal().mean())
 
 
 def drift_layer(work: Work, block: Block, choose: Callable[[str], str], options: DriftOptions) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def _resolve_norm(
     # With r the factors of the gain: sum over rows of |W^ diag(r) y - W x|^2.
     left = (rounded.T @ rounded) * sums.gram.double()
     right = ((rounded.T @ original) * sums.cross.double().T).sum(1)
-    ridge = (1e-3 + len(left) / max(sums.count, 1)) * left.diagonal().mean()
+    ridge = (1e-3 + len(left) / max(sums.rows, 1)) * left.diagonal().mean()
     if not float(ridge) > 0:
         return
     left = left + ridge * torch.eye(len(left), dtype=torch.float64)
