@@ -37,10 +37,20 @@ class Evaluation:
     kld_p99: float | None = None
     top1: float | None = None  # share of positions where both find the same token likeliest
     reference_perplexity: float | None = None
+    kld_median: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """A model beside its reference, position by position (all pieces after one another)."""
+
+    kld: npt.NDArray[np.float64]  # nats
+    agree: npt.NDArray[np.bool_]  # both find the same token likeliest
+    position: npt.NDArray[np.int64]  # of the scored token in its piece, 1 ..
 
 
 def documents(text: str, protocol: str) -> list[str]:
@@ -127,45 +137,59 @@ def evaluate_pieces(
     """Scores token sequences as they are; `protocol` is what the result calls them.
 
     Raises UsageError where the vocabularies differ."""
-    if reference is not None and reference.engine.vocab_size != session.engine.vocab_size:
+    if reference is not None:
+        return compare_pieces(session, texts, protocol, reference, progress)[0]
+    total, done = sum(len(piece) for piece in texts), 0
+    nll, counted = 0.0, 0
+    for ids in texts:
+        likelihood = _Likelihood(ids)
+        session.engine.score(ids, tap=likelihood)
+        nll, counted, done = nll + likelihood.total, counted + likelihood.count, done + len(ids)
+        progress("evaluating", done, total)
+    return Evaluation(math.exp(nll / counted), counted, protocol)
+
+
+def compare_pieces(
+    session: Session, texts: Sequence[list[int]], protocol: str, reference: Session, progress: Progress = silent
+) -> tuple[Evaluation, Divergence]:
+    """Scores token sequences with both models. Raises UsageError where the vocabularies differ."""
+    if reference.engine.vocab_size != session.engine.vocab_size:
         sizes = f"{session.engine.vocab_size} and {reference.engine.vocab_size}"
         raise UsageError(f"the vocabularies have {sizes} tokens", remedy="Compare models of one tokenizer")
     total, done = sum(len(piece) for piece in texts), 0
     ours, theirs, counted = 0.0, 0.0, 0
-    divergences: list[npt.NDArray[np.float64]] = []
-    agreed = 0
+    found: list[Divergence] = []
     for ids in texts:
         likelihood = _Likelihood(ids)
-        if reference is None:
-            session.engine.score(ids, tap=likelihood)
-        else:
-            other, klds, same = _compare(session, reference, ids, likelihood)
-            theirs, agreed = theirs + other, agreed + same
-            divergences.append(klds)
-        ours, counted, done = ours + likelihood.total, counted + likelihood.count, done + len(ids)
+        other, divergence = _compare(session, reference, ids, likelihood)
+        found.append(divergence)
+        ours, theirs, counted = ours + likelihood.total, theirs + other, counted + likelihood.count
+        done += len(ids)
         progress("evaluating", done, total)
-    if reference is None:
-        return Evaluation(math.exp(ours / counted), counted, protocol)
-    kld = np.concatenate(divergences)
-    return Evaluation(
+    joined = Divergence(*(np.concatenate(parts) for parts in zip(*map(_fields, found), strict=True)))
+    kld = joined.kld
+    evaluation = Evaluation(
         math.exp(ours / counted), counted, protocol, float(kld.mean()), float(np.quantile(kld, 0.99)),
-        agreed / counted, math.exp(theirs / counted),
+        float(joined.agree.mean()), math.exp(theirs / counted), float(np.median(kld)),
     )  # fmt: skip
+    return evaluation, joined
 
 
-def _compare(
-    session: Session, reference: Session, ids: list[int], likelihood: _Likelihood
-) -> tuple[float, npt.NDArray[np.float64], int]:
-    """Scores a piece with both: the reference's NLL, KL(reference || model) a position, and how often both agree."""
+def _fields(one: Divergence) -> tuple[npt.NDArray[Any], ...]:
+    return one.kld, one.agree, one.position
+
+
+def _compare(session: Session, reference: Session, ids: list[int], likelihood: _Likelihood) -> tuple[float, Divergence]:
+    """Scores a piece with both: the reference's NLL, and how far apart they are at each position."""
     kept: list[tuple[int, Rows]] = []
     reference.engine.score(ids, tap=lambda first, rows: kept.append((first, rows.copy())))
     expected = _Likelihood(ids)
     klds: list[npt.NDArray[np.float64]] = []
-    same = 0
+    agree: list[npt.NDArray[np.bool_]] = []
+    places: list[npt.NDArray[np.int64]] = []
     wanted = _slices(kept, len(ids) - 1)
 
     def take(first: int, rows: Rows) -> None:
-        nonlocal same
         rows = rows[: max(0, len(ids) - 1 - first)]
         if not len(rows):
             return
@@ -174,10 +198,11 @@ def _compare(
         truth = log_softmax(np.stack([next(wanted) for _ in range(len(rows))]))
         expected.add(first, truth)
         klds.append((np.exp(truth) * (truth - logs)).sum(axis=1))
-        same += int((truth.argmax(axis=1) == logs.argmax(axis=1)).sum())
+        agree.append(truth.argmax(axis=1) == logs.argmax(axis=1))
+        places.append(np.arange(first + 1, first + 1 + len(rows)))
 
     session.engine.score(ids, tap=take)
-    return expected.total, np.concatenate(klds), same
+    return expected.total, Divergence(*(np.concatenate(parts) for parts in (klds, agree, places)))
 
 
 def _slices(kept: list[tuple[int, Rows]], count: int) -> Iterator[Rows]:
