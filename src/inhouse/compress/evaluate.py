@@ -202,7 +202,7 @@ def _compare(session: Session, reference: Session, ids: list[int], likelihood: _
         places.append(np.arange(first + 1, first + 1 + len(rows)))
 
     session.engine.score(ids, tap=take)
-    return expected.total, Divergence(*(np.concatenate(parts) for parts in (klds, agree, places)))
+    return expected.total, Divergence(np.concatenate(klds), np.concatenate(agree), np.concatenate(places))
 
 
 def _slices(kept: list[tuple[int, Rows]], count: int) -> Iterator[Rows]:

@@ -3,6 +3,7 @@
 Knows the order of things; each is a page's own. A run lives in its folder under the model home until it is finished.
 """
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,18 +13,22 @@ from typing import Any
 import torch
 
 from inhouse.compress import finish
+from inhouse.compress.baseline import comparable, write_baseline
 from inhouse.compress.blocks import BlockRunner
 from inhouse.compress.budget import Need, check_disk, check_memory, estimate
 from inhouse.compress.calibrate import Calibration, Text, calibrate, read_texts, rows_of
 from inhouse.compress.fingerprint import fingerprint
-from inhouse.compress.gate import GateReport, gate
+from inhouse.compress.gate import Judged, gate
 from inhouse.compress.generated import sample_documents
 from inhouse.compress.memory import PeakMemory
 from inhouse.compress.plan import disk_need, predict
 from inhouse.compress.recipe import Recipe
+from inhouse.compress.report import Inputs, write_report
 from inhouse.compress.runs import RunFolder
 from inhouse.compress.seen import find_seen
+from inhouse.compress.speed import measure
 from inhouse.compress.stages import StageRun
+from inhouse.compress.tensor_facts import spectra, tensor_facts
 from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -37,6 +42,8 @@ from inhouse.store.refs import check_name
 from inhouse.store.store import Store
 
 OUT = "out"
+BASELINE = "baseline"  # beside OUT: plain rounding, to be compared with
+REPORTS = "reports"  # in the model home: a folder for each version
 EARLY = ("recipe", "model")  # parts of the fingerprint that are known before anything is opened
 
 
@@ -262,11 +269,11 @@ def _run(
     told = finish.manifest(recipe, work, prepared.calibration, prepared.print)
     stored, notes = finish.write(work, out, told)
     proven = finish.proof(work, out, prepared.calibration, _may_run(prepared, stored.nbytes), folder.path, progress)
-    judged = _gate(prepared, out, progress)
+    judged = _gate(prepared, folder.path, progress)
     if judged is None:
         notes.append(f"not measured against its parent: {work.spec.family} is no decoder")
     if judged is not None:
-        finish.record_gate(out, judged.to_dict())
+        finish.record_gate(out, judged.report.to_dict())
     with Store(home) as store:
         imported = import_model(
             out, folder.name, store=store, how="move", origin=f"{work.reference} by {recipe.summary()}",
@@ -278,12 +285,14 @@ def _run(
         notes.append(f"memory peaked at {most / 1e9:.2f}GB, above the {recipe.ram / 1e9:.2f}GB that were granted")
     result = {
         "ref": imported.version.ref, "bytes": stored.nbytes, "bits_per_weight": 8 * stored.nbytes / parameters,
-        "parameters": parameters, "gate": judged.to_dict() if judged is not None else None,
+        "parameters": parameters, "gate": judged.report.to_dict() if judged is not None else None,
         "proof": {"tensors": proven.tensors, "logits_error": proven.logits_error, "executor": proven.executor},
         "peak_memory": most, "ram": recipe.ram, "seconds": round(time.time() - began, 2),
         "units": {unit: line.get("seconds") for unit, line in work.units().items() if "seconds" in line},
         "fallbacks": told["fallbacks"], "notes": [*work.notes, *notes, *_calibration_notes(prepared)],
     }  # fmt: skip
+    page = _report(prepared, told, result, judged, stored.sizes, home, folder.path, progress)
+    result["report"] = str(page)
     folder.finish(result)
     return Compressed(imported.version.ref, result)
 
@@ -294,12 +303,36 @@ def _may_run(prepared: Prepared, nbytes: int) -> bool:
     return ram is None or prepared.need.base + 2 * nbytes + prepared.need.fixed <= ram
 
 
-def _gate(prepared: Prepared, out: Path, progress: Progress) -> GateReport | None:
-    spec = prepared.work.spec
-    if not isinstance(spec, ModelSpec) or spec.headless:
+def _gate(prepared: Prepared, folder: Path, progress: Progress) -> Judged | None:
+    work, recipe = prepared.work, prepared.recipe
+    if not isinstance(work.spec, ModelSpec) or work.spec.headless:
         return None
-    parent = str(prepared.work.described.path)
-    return gate(parent, str(out.resolve()), prepared.recipe, prepared.recipe.threads, progress)
+    baseline = None
+    if recipe.gate.baseline and recipe.gate.max_kld is not None and comparable(recipe):
+        baseline = write_baseline(work, prepared.calibration, prepared.memory, folder / BASELINE, progress)
+    try:
+        plain = str(baseline.resolve()) if baseline is not None else None
+        child = str((folder / OUT).resolve())
+        return gate(str(work.described.path), child, recipe, plain, recipe.threads, progress)
+    finally:
+        shutil.rmtree(folder / BASELINE, ignore_errors=True)
+
+
+def _report(prepared: Prepared, told: Mapping[str, Any], result: Mapping[str, Any], judged: Judged | None,
+            sizes: Mapping[str, int], home: Home, folder: Path, progress: Progress) -> Path:  # fmt: skip
+    """The page about the version that was just imported, in the model home."""
+    work = prepared.work
+    speed = None
+    if judged is not None and _may_run(prepared, int(result["bytes"])):
+        speed = measure(str(work.described.path), str(result["ref"]), prepared.recipe.threads)
+    source = work.described.source
+    with Work.open(str(work.described.path), folder / BASELINE) as original:
+        inputs = Inputs(
+            f"{result['ref']}, compressed", result, told, tensor_facts(work, original, sizes, progress),
+            list(spectra(work, original)), judged, speed, sum(source.info(name).nbytes for name in source),
+        )  # fmt: skip
+    shutil.rmtree(folder / BASELINE, ignore_errors=True)
+    return write_report(home.data / REPORTS / str(result["ref"]).replace(":", "-"), inputs)
 
 
 def _calibration_notes(prepared: Prepared) -> list[str]:

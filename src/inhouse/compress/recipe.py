@@ -48,6 +48,7 @@ ORDER: Mapping[str, tuple[int, str]] = {
 }
 ANYWHERE = ("distill", "finetune")  # healing holds zeros, and trains through factors and codes
 GATES: Mapping[str, float] = {"near-lossless": 0.01, "good": 0.05, "usable": 0.15}  # mean KL divergence, nats a token
+RISES: Mapping[str, float] = {"near-lossless": 0.005, "good": 0.03, "usable": 0.08}  # share of the perplexity
 _STAGE_KEYS = ("method", "format", "include", "exclude", "overrides")
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
@@ -111,11 +112,19 @@ class Texts:
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What the finished model must hold: mean KL divergence from its parent, on a text or on what the parent writes."""
+    """What the finished model must hold, on a text or on what the parent writes.
 
-    max_kld: float | None = None  # None: measured, not judged
+    max_kld: mean KL divergence from its parent, nats a token; None: measured, not judged. max_rise: share by which the
+    perplexity may rise, which is what healed models are judged by, as training moves logits without harm. questions: a
+    file of `compress.tasks`; a loss beyond chance fails. baseline: quantisation must be 30 % below plain rounding.
+    """
+
+    max_kld: float | None = None
+    max_rise: float | None = None
     text: str | None = None
     protocol: str = "full"
+    questions: str | None = None
+    baseline: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,16 +369,18 @@ def _texts(value: Any) -> Texts:
 
 def _gate(value: Any) -> Gate:
     given = _mapping(value, "gates")
-    _known(given, ("final", "max_kld", "text", "protocol"), "gates")
-    limit = given.get("max_kld")
+    _known(given, ("final", "max_kld", "max_rise", "text", "protocol", "questions", "baseline"), "gates")
+    limit, rise = given.get("max_kld"), given.get("max_rise")
     if "final" in given:
-        if limit is not None:
-            raise _wrong("gates", "takes final or max_kld, not both")
+        if limit is not None or rise is not None:
+            raise _wrong("gates", "takes final or limits of its own, not both")
         _known([given["final"]], [*GATES, "none"], "gates.final")
-        limit = GATES.get(given["final"])
+        limit, rise = GATES.get(given["final"]), RISES.get(given["final"])
     limit = None if limit is None else _value(limit, float, "gates.max_kld")
-    text = given.get("text")
-    return Gate(limit, None if text is None else str(text), str(given.get("protocol", "full")))
+    rise = None if rise is None else _value(rise, float, "gates.max_rise")
+    text, questions = (None if given.get(key) is None else str(given[key]) for key in ("text", "questions"))
+    baseline = _value(given.get("baseline", True), bool, "gates.baseline")
+    return Gate(limit, rise, text, str(given.get("protocol", "full")), questions, baseline)
 
 
 def _mapping(value: Any, where: str) -> Mapping[str, Any]:

@@ -93,6 +93,10 @@ def _show(done: Any, json: bool) -> None:
             f"{word}: KL {found['kld_mean']:.5f} nats a token{limit}, same top-1 {found['top1']:.2%}, perplexity "
             f"{found['perplexity']:.4f} (before {found['reference_perplexity']:.4f}), on {found['text']}"
         )
+        for reason in found.get("reasons", ()):
+            print_note(reason)
+    if result.get("report"):
+        print(f"report: {result['report']}")
 
 
 def _dry(plan: dict[str, Any], json: bool) -> None:
