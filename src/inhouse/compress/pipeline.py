@@ -85,6 +85,7 @@ def compress(
     *,
     resume: bool | None = None,
     home: Home | None = None,
+    searched: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Compressed:
     """Makes a compressed version `name` of a model, by a recipe.
@@ -93,6 +94,7 @@ def compress(
         model: name, name:version, name@alias, a folder or a .gguf. name: of the new model in the store.
         resume: True: only go on with an unfinished run; False: forget it and begin anew; None: go on with one of the
             same fingerprint, if there is one.
+        searched: what a search that chose the recipe measured (`search.Found.to_dict`), for the report.
 
     Raises:
         UsageError, UnsupportedError, NotFoundError, CapacityError: it cannot be done as asked, known before it begins.
@@ -119,7 +121,7 @@ def compress(
                 )
             if not going_on:
                 _begin(folder, prepared, model)
-            return _run(folder, prepared, home, peak, began, progress)
+            return _run(folder, prepared, home, peak, began, searched, progress)
 
 
 def prepare(model: str, recipe: Recipe, folder: Path, home: Home, progress: Progress = silent) -> Prepared:
@@ -258,8 +260,9 @@ def _calibration(work: Work, recipe: Recipe, texts: list[Text], model: str, prog
 
 
 def _run(
-    folder: RunFolder, prepared: Prepared, home: Home, peak: PeakMemory, began: float, progress: Progress
-) -> Compressed:
+    folder: RunFolder, prepared: Prepared, home: Home, peak: PeakMemory, began: float,
+    searched: Mapping[str, Any] | None, progress: Progress,
+) -> Compressed:  # fmt: skip
     work, recipe = prepared.work, prepared.recipe
     for at, stage in enumerate(recipe.stages):
         StageRun(
@@ -290,6 +293,7 @@ def _run(
         "peak_memory": most, "ram": recipe.ram, "seconds": round(time.time() - began, 2),
         "units": {unit: line.get("seconds") for unit, line in work.units().items() if "seconds" in line},
         "fallbacks": told["fallbacks"], "notes": [*work.notes, *notes, *_calibration_notes(prepared)],
+        "search": dict(searched) if searched is not None else None,
     }  # fmt: skip
     page = _report(prepared, told, result, judged, stored.sizes, home, folder.path, progress)
     result["report"] = str(page)

@@ -72,7 +72,7 @@ def facts(inputs: Inputs) -> dict[str, Any]:
         "speed": {"before": speed[0].to_dict(), "after": speed[1].to_dict()} if speed is not None else None,
         "peak_memory": result["peak_memory"], "ram": result["ram"], "seconds": result["seconds"],
         "fallbacks": list(result["fallbacks"]), "notes": list(result["notes"]), "proof": result["proof"],
-        "tensors": [one.to_dict() for one in inputs.tensors],
+        "search": result.get("search"), "tensors": [one.to_dict() for one in inputs.tensors],
     }  # fmt: skip
 
 
@@ -86,6 +86,12 @@ def drawings(inputs: Inputs) -> dict[str, str]:
             drawn = _map(matrices, key)
             if drawn is not None:
                 out[key] = plots.heat(*drawn, what)
+    if searched := inputs.result.get("search"):
+        good = [c for c in searched["candidates"] if not c["error"]]
+        points = [(c["name"], c["nbytes"] / 1e6, max(c["kld"], 1e-9), c["front"]) for c in good]
+        out["search"] = plots.scatter(
+            points, "MB as stored", "KL divergence, nats a token", inputs.result["bytes"] / 1e6
+        )
     if inputs.judged is not None:
         divergence = inputs.judged.divergence
         out["kld"] = plots.histogram(divergence.kld, "KL divergence, nats a token (dashed: median, 99 %)")

@@ -18,6 +18,10 @@ def command(
     name: Annotated[str | None, typer.Argument(metavar="NEW", help="name of the new model in the store")] = None,
     recipe: Annotated[Path | None, typer.Option(help="YAML recipe (see docs/compression.md)")] = None,
     to: Annotated[str | None, typer.Option(help="recipe by name: q8, q6, q5, q4, q3, q2, fp8, nf4, ...")] = None,
+    target_size: Annotated[
+        str | None, typer.Option(help="search for the best recipe of that size, such as 1.2GB")
+    ] = None,
+    max_kld: Annotated[float | None, typer.Option(help="search for the smallest recipe of that divergence")] = None,
     calibration: Annotated[list[str] | None, typer.Option(help="text to calibrate on (files, globs; repeat)")] = None,
     ram: Annotated[str | None, typer.Option(help="memory that may be used, such as 4GB")] = None,
     threads: common.Threads = None,
@@ -34,13 +38,19 @@ def command(
         return
     if model is None or (name is None and not dry_run):
         raise UsageError("name the model and the new model", remedy="inhouse compress MODEL NEW --to q4", param="NEW")
-    if (recipe is None) == (to is None):
-        raise UsageError("give a recipe by --recipe FILE or by --to NAME, one of them", param="recipe")
+    if sum(given is not None for given in (recipe, to, target_size, max_kld)) != 1:
+        raise UsageError("give one of --recipe FILE, --to NAME, --target-size and --max-kld", param="recipe")
     if resume and restart:
         raise UsageError("--resume and --restart exclude each other", param="resume")
-    chosen = _recipe(recipe, to, calibration or [], ram, threads)
     from inhouse.compress import pipeline
 
+    searched = None
+    if target_size is not None or max_kld is not None:
+        if dry_run or name is None:
+            raise UsageError("a search measures, so it has no --dry-run", param="dry_run")
+        chosen, searched = _search(model, name, target_size, max_kld, calibration or [], ram, threads)
+    else:
+        chosen = _recipe(recipe, to, calibration or [], ram, threads)
     if dry_run:
         _dry(pipeline.dry_run(model, chosen), json)
         return
@@ -48,7 +58,7 @@ def command(
     bar = ProgressBar(unit="weights")
     try:
         done = pipeline.compress(
-            model, name, chosen, resume=True if resume else False if restart else None, progress=bar
+            model, name, chosen, resume=True if resume else False if restart else None, searched=searched, progress=bar
         )
     except KeyboardInterrupt:
         bar.finish()
@@ -71,6 +81,25 @@ def _recipe(path: Path | None, to: str | None, texts: list[str], ram: str | None
     given = {"ram": ram, "threads": threads}
     budget = {**(document.get("budget") or {}), **{key: value for key, value in given.items() if value is not None}}
     return parse_recipe({**document, "budget": budget})
+
+
+def _search(
+    model: str, name: str, size: str | None, kld: float | None, texts: list[str], ram: str | None, threads: int | None
+) -> tuple[Any, dict[str, Any]]:
+    """The recipe that keeps the limit best, and what was measured."""
+    from inhouse.compress.search import Limit, search
+    from inhouse.core.settings import parse_size
+
+    base: dict[str, Any] = {"calibration": {"texts": texts}} if texts else {}
+    base["budget"] = {key: value for key, value in (("ram", ram), ("threads", threads)) if value is not None}
+    bar = ProgressBar(unit="recipes")
+    try:
+        found = search(model, name, Limit(parse_size(size) if size is not None else None, kld), base, progress=bar)
+    finally:
+        bar.finish()
+    print_note(f"{len(found.measured)} recipes measured; best: {found.best.name}, {human_bytes(found.best.nbytes)}, "
+               f"KL {found.best.kld:.5f}")  # fmt: skip
+    return found.recipe, found.to_dict()
 
 
 def _show(done: Any, json: bool) -> None:
