@@ -41,7 +41,7 @@ def candidates(layers: int) -> Iterator[Candidate]:
             yield Candidate(f"gptq {fmt}, head 6", (_codes("gptq", fmt, "q6_0"),), bits + 0.4)
     for bits, fmt in LADDER[:7]:
         for share in (0.1, 0.2):
-            cut = {"lowrank": {"method": "svd-llm", "ratio": share}}
+            cut = {"lowrank": {"method": "svd-llm", "ratio": share, "exclude": list(HEADS)}}
             yield Candidate(f"rank -{share:.0%}, gptq {fmt}", (cut, _codes("gptq", fmt)), bits * (1 - share))
         for share in (0.125, 0.25):
             cut = {"prune": {"method": "structured", "ffn": share}}
