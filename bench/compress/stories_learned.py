@@ -102,6 +102,7 @@ def mean_squares(
 
 def write(model: LoadedModel, forms: Mapping[str, Form], vectors: Mapping[str, Tensor], folder: Path) -> int:
     """The stored checkpoint; bytes of its tensors."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     files = {path.name: path for path in model_folder().glob("*.json") if path.name != "config.json"}
     plain = ((name, vector.numpy()) for name, vector in vectors.items())
