@@ -1,6 +1,7 @@
 """Blocks and scheduler under random histories: hypothesis chooses what happens, every invariant is checked after it."""
 
 from array import array
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from inhouse.core.errors import CapacityError, ContextLengthError, UsageError
-from inhouse.engine.blocks import BlockPool, Blocks, Tables, blocks_of, first_block, next_key, root_digest
+from inhouse.engine.blocks import BlockPool, Blocks, Tables, blocks_of, first_block, is_static, next_key, root_digest
 from inhouse.engine.engine import Engine
 from inhouse.engine.request import EngineConfig, Failed, SamplingParams, make_request
 from inhouse.runtime.sampling import ReferenceSampler
@@ -25,7 +26,8 @@ class BlocksMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = Blocks((paged(), window(20)), {"full": 12, "window": 9})
+        static = replace(window(20, "static"), sink=16, stride=3)
+        self.blocks = Blocks((paged(), window(20), static), {"full": 12, "window": 9, "static": 10})
         self.living: list[tuple[Tables, array[int]]] = []
         self.contents: dict[tuple[str, int], bytes] = {}  # (group, block) -> tokens written so far, from the beginning
 
@@ -89,9 +91,11 @@ class BlocksMachine(RuleBasedStateMachine):
         self.blocks.check([tables for tables, _ in self.living])
         for tables, tokens in self.living:
             for group, table in tables.items():
-                size = self.blocks.pools[group].group.window
-                start = first_block(size, len(tokens) - 1)
-                for i in range(start, len(table)):
+                kept = self.blocks.pools[group].group
+                start = first_block(kept.window, len(tokens) - 1)
+                for i in range(len(table)):
+                    if i < start and not is_static(kept, i):
+                        continue
                     mine = tokens[: (i + 1) * BLOCK_SIZE].tobytes()
                     assert self.contents[group, table[i]].startswith(mine[: len(self.contents[group, table[i]])])
                     assert len(self.contents[group, table[i]]) >= len(mine)

@@ -128,49 +128,55 @@ void code_block(const AttentionShape& s, const uint8_t* block, uint8_t* codes) {
   }
 }
 
-// Eight bytes of 4-bit codes as sixteen.
-IH_INLINE void open_nibbles(const uint8_t* codes, uint8_t* out) {
-  uint64_t word;
-  __builtin_memcpy(&word, codes, 8);
-  const uint64_t low = word & 0x0f0f0f0f0f0f0f0full, high = word >> 4 & 0x0f0f0f0f0f0f0f0full;
-  __builtin_memcpy(out, &low, 8);
-  __builtin_memcpy(out + 8, &high, 8);
+// Sixteen bytes in one register: what is put together from halves in memory cannot be read back at once.
+typedef uint64_t Bytes16 __attribute__((vector_size(16)));
+constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0full;
+
+IH_INLINE V decode16(Bytes16 codes, V scale, V minimum) {
+  uint8_t held[16];
+  __builtin_memcpy(held, &codes, 16);
+  return fma(scale, to_float(load_u8(held)), minimum);
 }
 
-IH_INLINE V decode16(const uint8_t* codes, Affine a) {
-  return fma(set1(a.scale), to_float(load_u8(codes)), set1(a.minimum));
+// Sixteen bytes of which `count` are there.
+IH_INLINE Bytes16 load_part(const uint8_t* from, int64_t count) {
+  Bytes16 bytes = {0, 0};
+  if (count == 16) {
+    __builtin_memcpy(&bytes, from, 16);
+  } else {
+    __builtin_memcpy(&bytes, from, static_cast<size_t>(count));
+  }
+  return bytes;
 }
 
 // K of one block to floats [head_dim][16].
 void open_keys(const KvCodes& c, const uint8_t* in, float* out) {
   const float* unit = reinterpret_cast<const float*>(in);
   const uint8_t *scales = in + c.k_params(), *minimums = scales + c.head_dim, *codes = in + c.k_codes();
+  alignas(64) float scale[16], minimum[16];
   for (int64_t d = 0; d < c.head_dim; ++d, codes += 2 * c.k_bits) {
-    const Affine a = channel(unit, scales[d], minimums[d]);
-    uint8_t wide[16];
-    if (c.k_bits == 4) open_nibbles(codes, wide);
-    store(out + d * kCacheBlock, decode16(c.k_bits == 4 ? wide : codes, a));
-  }
-}
-
-// Elements [at, at + 16) of a row of V, `count` of them there, as floats.
-IH_INLINE void open_part(const uint8_t* codes, const float* pair, int64_t count, float* out) {
-  store_n(out, count, decode16(codes, {pair[0], pair[1]}));
-}
-
-// Sixteen bytes of which `count` are there.
-IH_INLINE void load_part(const uint8_t* from, int64_t count, uint64_t* words) {
-  words[0] = words[1] = 0;
-  if (count == 16) {
-    __builtin_memcpy(words, from, 16);
-  } else {
-    __builtin_memcpy(words, from, static_cast<size_t>(count));
+    if (d % 16 == 0) {
+      const int64_t count = c.head_dim - d < 16 ? c.head_dim - d : 16;
+      store(scale, decode16(load_part(scales + d, count), set1(unit[0]), zero()));
+      uint8_t held[16];
+      const Bytes16 part = load_part(minimums + d, count);
+      __builtin_memcpy(held, &part, 16);
+      store(minimum, add(set1(unit[1]), mul(set1(unit[2]), to_float(load_u8(held)))));
+    }
+    Bytes16 wide;
+    if (c.k_bits == 4) {
+      uint64_t word;
+      __builtin_memcpy(&word, codes, 8);
+      wide = Bytes16{word & kNibbles, word >> 4 & kNibbles};
+    } else {
+      __builtin_memcpy(&wide, codes, 16);
+    }
+    store(out + d * kCacheBlock, decode16(wide, set1(scale[d % 16]), set1(minimum[d % 16])));
   }
 }
 
 // V of one block to floats [16][v_dim]. A vector holds the parameters of eight groups.
 void open_values(const KvCodes& c, const uint8_t* in, float* out) {
-  constexpr uint64_t kLow = 0x0f0f0f0f0f0f0f0full;
   const int64_t groups = c.groups(), rows = 2 * c.v_bits;
   const uint16_t* params = reinterpret_cast<const uint16_t*>(in + c.v_params());
   for (int64_t p = 0; p < rows; ++p) {
@@ -182,14 +188,15 @@ void open_values(const KvCodes& c, const uint8_t* in, float* out) {
         store(pairs[0], load_f16(params + (p * groups + g) * 2));
         if (c.v_bits == 4) store(pairs[1], load_f16(params + ((p + 8) * groups + g) * 2));
       }
-      uint64_t both[2];
-      load_part(codes + at, count, both);
-      const uint64_t low[2] = {both[0] & kLow, both[1] & kLow}, high[2] = {both[0] >> 4 & kLow, both[1] >> 4 & kLow};
-      const bool nibbles = c.v_bits == 4;
-      open_part(reinterpret_cast<const uint8_t*>(nibbles ? low : both), pairs[0] + g % 8 * 2, count,
-                out + p * c.v_dim + at);
-      if (!nibbles) continue;
-      open_part(reinterpret_cast<const uint8_t*>(high), pairs[1] + g % 8 * 2, count, out + (p + 8) * c.v_dim + at);
+      const Bytes16 both = load_part(codes + at, count);
+      const float *near = pairs[0] + g % 8 * 2, *far = pairs[1] + g % 8 * 2;
+      float* row = out + p * c.v_dim + at;
+      if (c.v_bits == 8) {
+        store_n(row, count, decode16(both, set1(near[0]), set1(near[1])));
+        continue;
+      }
+      store_n(row, count, decode16(both & kNibbles, set1(near[0]), set1(near[1])));
+      store_n(row + 8 * c.v_dim, count, decode16(both >> 4 & kNibbles, set1(far[0]), set1(far[1])));
     }
   }
 }
