@@ -47,7 +47,7 @@ from inhouse.runtime.torch_dense import forward
 from inhouse.store.stored_model import write_stored
 from inhouse.train.data import Dataset, make_batch, make_dataset
 
-CALIBRATED, UNSEEN = 256, 120  # sequences of the training data for the scores; stories for the loss
+CALIBRATED, UNSEEN = 96, 40  # sequences of the training data for the scores; stories for the loss
 CUT = StructuredOptions(ffn=1 / 3, layers=1)
 
 
