@@ -77,6 +77,18 @@ def prune(work: Work, calibration: Calibration, given: argparse.Namespace) -> No
     work.save("prune")
 
 
+def take(work: Work, start: Path, folder: Path) -> None:
+    """Puts the weights of a model that an earlier run healed; its zeros are the masks."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with Work.open(str(start), folder) as earlier:
+        for name in work.names():
+            value = earlier.value(name)
+            work.put(name, value)
+            if name.startswith("layers.") and value.dim() == 2:
+                work.put_mask(name, value != 0)
+    work.save("start")
+
+
 def heal(
     work: Work, weights: Mapping[str, Tensor], teacher: Mapping[str, Tensor], given: argparse.Namespace
 ) -> FitResult:
@@ -148,7 +160,10 @@ def measure(work: Work, given: argparse.Namespace) -> dict[str, Any]:
     begun = time.monotonic()
     teacher = {name: tensor.clone() for name, tensor in work.weights().items()}
     stories = training_stories(work.tokenizer)
-    prune(work, rows(stories[:MOMENTS]), given)
+    if given.start is None:
+        prune(work, rows(stories[:MOMENTS]), given)
+    else:
+        take(work, given.start, given.run / "start")
     prune_seconds = time.monotonic() - begun
     weights = {name: tensor.clone() for name, tensor in work.weights().items()}
     found: dict[str, Any] = {"prune_seconds": round(prune_seconds, 1)}
@@ -169,7 +184,7 @@ def save(found: Mapping[str, Any], given: argparse.Namespace) -> None:
     command = (
         f"python -m bench.compress.stories_pruned --method {given.method} --sparsity {given.sparsity}"
         f"{' --embedding' if given.embedding else ''}{f' --refit {given.refit}' if given.refit else ''} "
-        f"--minutes {given.minutes:g} --steps {given.steps} --rate {given.rate:g}"
+        f"--minutes {given.minutes:g} --steps {given.steps} --batch {given.batch} --rate {given.rate:g}"
     )
     where = "every linear and the tied embedding" if given.embedding else "every linear of the layers"
     stem = f"pruned-{given.method}{'-refit' if given.refit else ''}-{given.sparsity.replace(':', 'of')}"
@@ -204,6 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--store", default="i8_g64", help="format of the stored model; bitmask or 2:4 where that is smaller"
     )
+    parser.add_argument("--start", type=Path, help="heal once more what an earlier run healed (its folder `healed`)")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--text", type=Path, default=Path("build/teacher_text.npz"))
     parser.add_argument("--record", action="store_true", help="put the figures into docs/compression-results.json")

@@ -16,7 +16,7 @@ from tests.compress.tiny_models import make
 
 pytestmark = [pytest.mark.torch, pytest.mark.realdata]
 
-SHORT: dict[str, Any] = {"steps": 3, "batch_tokens": 128, "rate": 1e-3, "warmup": 1, "validate_every": 2}
+SHORT: dict[str, Any] = {"steps": 2, "batch_tokens": 160, "rate": 1e-3, "warmup": 1, "validate_every": 2}
 
 
 def rows(count: int = 24, length: int = 12) -> Calibration:
@@ -50,7 +50,7 @@ def run(work: Work, **options: Any) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("scores", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("scores", ["magnitude", "sparsegpt"])
 def test_the_target_is_met_exactly_in_every_linear(work: Work, scores: str) -> None:
     report = run(work, scores=scores, rounds=2, sparsity=0.5)
     assert [one[2] for one in report["rounds"]] == [True, True]
@@ -76,11 +76,11 @@ def test_layers_with_outliers_keep_more(work: Work) -> None:
 
 
 def test_when_the_gate_breaks_the_last_good_round_stays(work: Work) -> None:
-    free = run(work, rounds=3, sparsity=0.9, schedule="geometric", scores="wanda")
+    free = run(work, rounds=2, sparsity=0.9, schedule="geometric", scores="wanda")
     first, second = free["rounds"][0][1], free["rounds"][1][1]
     assert first < second
     with Work.open(str(work.located.path), work.folder.parent / "gated") as gated:
-        report = run(gated, rounds=3, sparsity=0.9, schedule="geometric", scores="wanda", gate=(first + second) / 2)
+        report = run(gated, rounds=2, sparsity=0.9, schedule="geometric", scores="wanda", gate=(first + second) / 2)
         assert [one[2] for one in report["rounds"]] == [True, False]
         assert report["rounds"][0][:2] == free["rounds"][0][:2]
         target = report["rounds"][0][0]
