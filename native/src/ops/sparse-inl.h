@@ -112,12 +112,16 @@ __attribute__((noinline)) V coded_tile(const Weight& w, const Layout& l, int64_t
   // the first values of the next tile are on their way when its masks are read.
   const uint8_t *tile = w.data + tile_start(w, l, t), *ahead = tile + l.high + kCodedAhead;
   const int64_t lines = (tile_start(w, l, t + 1) - (tile - w.data)) / (64 * l.blocks) + 1;
+  const int64_t step = (lines > 4 ? 6 : lines > 2 ? 4 : 2) * 64;
   READER reader(w, l, tile);
   V sum = zero(), scale = zero();
   int64_t left = 0;  // blocks of the group
   const uint8_t* group = tile;
   for (int64_t b = 0; b < l.blocks; ++b) {
-    for (int64_t i = 0; i < lines; ++i, ahead += 64) prefetch(ahead);
+    if (lines > 4) repeat<2>([&](auto i) __attribute__((always_inline)) { prefetch(ahead + (i.value + 4) * 64); });
+    if (lines > 2) repeat<2>([&](auto i) __attribute__((always_inline)) { prefetch(ahead + (i.value + 2) * 64); });
+    repeat<2>([&](auto i) __attribute__((always_inline)) { prefetch(ahead + i.value * 64); });
+    ahead += step;
     if (left == 0) {
       scale = load_scalars<kF16>(group, 0);
       group += 32;
@@ -127,8 +131,7 @@ __attribute__((noinline)) V coded_tile(const Weight& w, const Layout& l, int64_t
     const int32_t start = static_cast<int32_t>(factor * static_cast<uint32_t>(*totals));
     Dots<is_small(kFormats[ID]), is_wide(kFormats[ID])> dots;
     dots.begin(start);
-    reader.next([&](auto q, B quad)
-                    __attribute__((always_inline)) { dots.add(quad, four_codes(codes + 4 * q.value)); });
+    reader.next([&](auto q, B quad) __attribute__((always_inline)) { add_four(dots, quad, codes + 4 * q.value); });
     sum = fma(to_float(dots.end(start)), mul(scale, set1(*scales)), sum);
     codes += lanes * kBlock;
     scales += lanes;

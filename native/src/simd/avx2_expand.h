@@ -110,6 +110,13 @@ IH_INLINE __m256 widen_eight(const uint8_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 IH_INLINE V load_values_bf16(const uint8_t* p) { return {widen_eight(p), widen_eight(p + 16)}; }
+// The sums of a quad with four codes of activations.
+template <class D>
+IH_INLINE void add_four(D& dots, B quad, const int8_t* four) {
+  int32_t codes;
+  __builtin_memcpy(&codes, four, 4);
+  dots.add(quad, codes);
+}
 
 }  // namespace
 }  // namespace inhouse::IH_ISA

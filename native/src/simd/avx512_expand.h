@@ -78,6 +78,12 @@ IH_INLINE V load_values_bf16(const uint8_t* p) {
   const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
+// The sums of a quad with four codes of activations, which the dot product itself spreads: compilers load them apart.
+template <class D>
+IH_INLINE void add_four(D& dots, B quad, const int8_t* four) {
+  using Four = int32_t __attribute__((may_alias, aligned(1)));
+  asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(dots.sums) : "v"(quad), "m"(*reinterpret_cast<const Four*>(four)));
+}
 
 }  // namespace
 }  // namespace inhouse::IH_ISA

@@ -97,6 +97,13 @@ IH_INLINE V load_values_bf16(const uint8_t* p) {
   __builtin_memcpy(found, p, sizeof found);
   return load_bf16(found);
 }
+// The sums of a quad with four codes of activations.
+template <class D>
+IH_INLINE void add_four(D& dots, B quad, const int8_t* four) {
+  int32_t codes;
+  __builtin_memcpy(&codes, four, 4);
+  dots.add(quad, codes);
+}
 
 }  // namespace
 }  // namespace inhouse::IH_ISA
