@@ -18,10 +18,10 @@ from inhouse.runtime.packed_plan import ALIGN, BOOK, VECTOR, Layout, aligned_emp
 
 Mask = npt.NDArray[np.bool_]
 # Shares of weights kept below which a format is faster than the one before it (choose_sparse_format).
-MASK_SHARE = {8: 0.85, 4: 0.55}  # bitmask rather than all codes
+MASK_SHARE = {8: 0.8, 4: 0.55}  # bitmask rather than all codes
 PAIRS_SHARE = 0.45  # of a 2:4 matrix: below, the bitmask has fewer bytes
-COLUMNS_SHARE = 0.04  # columns rather than a bitmask of 8 bits
-COLUMNS_FLOAT_SHARE = 0.18  # columns rather than bf16
+COLUMNS_SHARE = 0.045  # columns rather than a bitmask of 8 bits
+COLUMNS_FLOAT_SHARE = 0.2  # columns rather than bf16
 
 
 def sparse_formats(base: str) -> tuple[str, ...]:
