@@ -61,6 +61,8 @@ def test_an_embedding_as_a_train_runs_as_its_rows(stories: Path, tmp_path: Path,
     wanted = logits(tmp_path / "whole", "torch")
     assert near(logits(tmp_path / "train", "torch"), wanted)
     assert near(logits(tmp_path / "train", "native"), wanted)
+    export_model(str(tmp_path / "train"), "gguf", tmp_path / "out.gguf", wish="f32")
+    assert np.array_equal(weights_of(tmp_path / "out.gguf")["embed.weight"], form.value())
 
 
 @pytest.mark.parametrize("factors", ["f32", "q8_0"])
@@ -86,8 +88,11 @@ def test_experts_as_tucker_cores_run_as_their_matrices(stories: Path, tmp_path: 
     wanted = logits(tmp_path / "whole", "torch")
     for executor in ("torch", "native"):
         assert near(logits(tmp_path / "cores", executor), wanted)
-    with pytest.raises(UnsupportedError, match="tensor cores"):
-        export_model(str(tmp_path / "cores"), "gguf", tmp_path / "out.gguf")
+    report = export_model(str(tmp_path / "cores"), "safetensors", tmp_path / "out", wish="f32")
+    notes = [tensor.note for tensor in report.tensors if tensor.note]
+    assert notes == ["a Tucker core was multiplied out into the values"] * len(forms)
+    again = weights_of(tmp_path / "out")
+    assert all(np.array_equal(again[name], form.value()) for name, form in forms.items())
 
 
 def test_what_would_not_be_smaller_is_refused() -> None:

@@ -25,8 +25,8 @@ from inhouse.load.packing import Part
 from inhouse.model.build import build
 from inhouse.model.families.family import Derive
 from inhouse.model.spec import ModelSpec
+from inhouse.runtime.cores import stack_of
 from inhouse.store.home import Home
-from inhouse.store.stored_model import side_branch
 from inhouse.store.stored_source import StoredSource
 
 FORMS = ("safetensors", "gguf", "gptq", "awq", "compressed-tensors", "onnx")
@@ -85,35 +85,36 @@ def export_model(
 
 
 def _folded(described: Described) -> Plan:
-    """What an export reads: the weights of the plain model; of those that are a product of factors alone, a part that
-    stands for the product."""
+    """What an export reads: the weights of the plain model; of those that are factors or cores alone, a part that
+    stands for their product."""
     plan = plan_binding(described.source, described.spec, described.family, described.programs(), None)
     source = described.source
     if not isinstance(source, StoredSource):
         return plan
-    if source.trains or source.stacks:
-        cores = ", ".join([*source.trains, *source.stacks][:3])
-        raise UnsupportedError(
-            f"tensor cores have no form in other formats: {cores}",
-            remedy="Export the model that they were made of", param="cores",
-        )  # fmt: skip
     parts = {part.spec.name: part for part in plan.parts}
     whole = []
     for name, spec in build(described.spec).weights.items():
-        if name in source.alone:
-            nbytes = sum(source.info(factor).nbytes for factor in side_branch(name))
-            info = TensorInfo(name, LOW_RANK.upper(), spec.shape, nbytes)
+        if name in source.alone or name in source.trains or stack_of(name) in source.stacks:
+            info = TensorInfo(name, LOW_RANK.upper(), spec.shape, source.form(name).nbytes)
             whole.append(Part(spec, Derive(name, spec.shape, spec.shape), info, LOW_RANK))
         else:
             whole.append(parts[name])
     return replace(plan, parts=tuple(whole))
 
 
+def _multiplied(source: StoredSource, plan: Plan) -> dict[str, str]:
+    """Canonical name -> what its matrix has to be multiplied out of."""
+    found = {part.spec.name: "a Tucker core" for part in plan.parts if part.format == LOW_RANK}
+    for name, rank in source.ranks.items():
+        found[name] = f"a {'product of factors' if name in source.alone else 'side branch'} of rank {rank}"
+    return found | dict.fromkeys(source.trains, "a tensor train")
+
+
 def _write(
     described: Described, plan: Plan, form: str, out: Path, wish: str, progress: Progress, threads: int
 ) -> ExportReport:
     source = described.source
-    weights = Weights(source, plan.columns, source.ranks if isinstance(source, StoredSource) else {})
+    weights = Weights(source, plan.columns, _multiplied(source, plan) if isinstance(source, StoredSource) else {})
     if form == "gguf":
         return export_gguf(described, plan.parts, weights, out, wish, progress, threads)
     if form == "onnx":

@@ -33,12 +33,14 @@ class Fate(NamedTuple):
 
 
 def stages() -> Iterator[tuple[str, str, str]]:
-    """(title, packed format, extra) of everything that a stored matrix can be; extra: `branch`, `alone`, `columns`."""
+    """(title, packed format, extra) of everything that a stored matrix can be; extra: `branch`, `alone`, `train`,
+    `columns`."""
     for name in FORMATS:
         yield name, name, ""
     yield "4 bits with a low-rank side branch", "i4_g32", "branch"
     yield "f16 with a low-rank side branch", "f16", "branch"
     yield "two factors alone (low rank)", LOW_RANK, "alone"
+    yield "tensor train, Tucker stack", LOW_RANK, "train"
     yield "4 bits, columns in act-order", "i4_g32", "columns"
 
 
@@ -77,6 +79,9 @@ def _stage(name: str, extra: str) -> tuple[Target, Weights]:
     derive = Derive(NAME, SHAPE, SHAPE)
     part = Part(spec, derive, TensorInfo(NAME, name.upper(), SHAPE, 0), name, stored=not is_plain(name))
     columns = {NAME: np.arange(SHAPE[1])[::-1]} if extra == "columns" else {}
-    ranks = {NAME: 8} if extra in ("branch", "alone") else {}
+    words = {"branch": "a side branch", "alone": "a product of factors", "train": "cores"}
+    folded = {NAME: words[extra]} if extra in words else {}
     unread = cast(TensorSource, None)  # deciding reads no tensor
-    return Target("model.layers.0.mlp.up_proj.weight", SHAPE, ((part, derive),), False), Weights(unread, columns, ranks)
+    return Target("model.layers.0.mlp.up_proj.weight", SHAPE, ((part, derive),), False), Weights(
+        unread, columns, folded
+    )

@@ -68,16 +68,16 @@ class Weights:
 
     Args:
         columns: canonical name -> order of input columns of matrices that keep another than the model's (act-order).
-        ranks: canonical name -> rank of a side branch, which is folded into its matrix.
+        folded: canonical name -> what is multiplied out into its matrix: a side branch, factors, cores.
     """
 
     def __init__(
         self,
         source: TensorSource,
         columns: Mapping[str, npt.NDArray[np.int64]],
-        ranks: Mapping[str, int] = MappingProxyType({}),
+        folded: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._source, self._columns, self._ranks = source, columns, ranks
+        self._source, self._columns, self._folded = source, columns, folded
 
     def floats(self, target: Target) -> F32:
         """The target's values, f32 in its own shape."""
@@ -90,7 +90,7 @@ class Weights:
 
     def _values(self, part: Part) -> F32:
         name = part.spec.name
-        if isinstance(self._source, StoredSource) and (name in self._ranks or name in self._columns):
+        if isinstance(self._source, StoredSource) and (name in self._folded or name in self._columns):
             return self._source.form(name).value()
         weight = make_weight(part, self._source)
         values = weight.dequantize() if isinstance(weight, Packed) else weight
@@ -103,12 +103,8 @@ class Weights:
 
     def changed(self, target: Target) -> str:
         """Which stage of a target no form of a single matrix can express, and what became of it; "" if none."""
-        reasons = []
-        ranks = sorted({self._ranks[part.spec.name] for part, _ in target.pieces if part.spec.name in self._ranks})
-        if ranks:
-            alone = all(part.format == LOW_RANK for part, _ in target.pieces)
-            what = "product of factors" if alone else "side branch"
-            reasons.append(f"a {what} of rank {', '.join(map(str, ranks))} was multiplied out into the values")
+        folded = sorted({self._folded[part.spec.name] for part, _ in target.pieces if part.spec.name in self._folded})
+        reasons = [f"{' and '.join(folded)} was multiplied out into the values"] if folded else []
         if any(part.spec.name in self._columns for part, _ in target.pieces):
             reasons.append("columns in act-order were put back in order")
         own = sorted(target.formats & AS_PACKED)
