@@ -328,7 +328,8 @@ def _report(prepared: Prepared, told: Mapping[str, Any], result: Mapping[str, An
     work = prepared.work
     speed = None
     if judged is not None and _may_run(prepared, int(result["bytes"])):
-        speed = measure(str(work.described.path), str(result["ref"]), prepared.recipe.threads)
+        child = locate(str(result["ref"]), home).path
+        speed = measure(str(work.described.path), str(child), prepared.recipe.threads)
     source = work.described.source
     with Work.open(str(work.described.path), folder / BASELINE) as original:
         inputs = Inputs(
