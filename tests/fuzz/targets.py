@@ -211,7 +211,10 @@ def _stored_beside(name: str) -> Callable[[], dict[str, bytes]]:
 
 
 def _mutate_stored_table(base: Sequence[bytes], rng: Random) -> bytes:
-    return damage(base[0], rng, base) if rng.random() < 0.3 else damage_json(json.loads(base[0]), rng)
+    document = json.loads(base[0])
+    if rng.random() < 0.1:  # what no reader of weights looks at
+        return json.dumps(document | {"manifest": {"recipe": rng.random()}}).encode()
+    return damage(base[0], rng, base) if rng.random() < 0.3 else damage_json(document, rng)
 
 
 def _accept_stored_table(path: Path) -> None:
