@@ -13,6 +13,7 @@ import torch
 import inhouse.api
 from inhouse.cli.main import main
 from inhouse.compress.calibrate import CalibrationOptions, calibrate, read_texts
+from inhouse.compress.finish import Writer
 from inhouse.compress.journal import Journal
 from inhouse.compress.matrix import fitting
 from inhouse.compress.memory import PeakMemory, anonymous_bytes
@@ -23,6 +24,7 @@ from inhouse.compress.seen import find_seen, text_record
 from inhouse.compress.stages import StageRun
 from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
+from inhouse.runtime.form import Form
 from inhouse.runtime.packed_stored import stored_nbytes
 from inhouse.store.home import Home
 from inhouse.store.store import Store
@@ -286,7 +288,11 @@ def test_stages_compose_in_one_form(model: str, texts: dict[str, str], tmp_path:
         assert factored.main is None
         assert {packed.format for _, packed in factored.matrices()} == {"i8_g64"}
         assert work.units()["2.quantize/" + down]["record"]["format"] == "i8_g64+i8_g64"
-        assert form.nbytes < stored_nbytes("i8_g64", (172, 64))  # sparse: fewer bytes than the plain codes
+        written = Writer(work).value(up)
+        assert isinstance(written, Form)
+        assert written.main is not None
+        assert written.main.format == "s8_g64"
+        assert written.nbytes < stored_nbytes("i8_g64", (172, 64))  # fewer bytes than the plain codes
         assert all(work.form(name) is None for name in work.matrices() if ".mlp." not in name)
 
 

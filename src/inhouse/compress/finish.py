@@ -8,6 +8,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from inhouse.compress.blocks import BlockRunner
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.matrix import sparsest
 from inhouse.compress.recipe import Recipe
 from inhouse.compress.work import Work
 from inhouse.core.errors import FormatError, UnsupportedError
@@ -66,7 +68,9 @@ class Writer:
     def _form(self, name: str) -> Form:
         form = self._work.form(name)
         if form is not None:
-            return form
+            if form.main is None or self._work.mask(name) is None:
+                return form
+            return replace(form, main=sparsest(form.main))
         kind = self._float if self._work.is_changed(name) else self._work.source_dtype(name)
         value = self._work.value(name).numpy()
         try:

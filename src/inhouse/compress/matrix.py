@@ -108,8 +108,7 @@ def fitting(fmt: str, shape: tuple[int, ...]) -> tuple[str, str]:
 
 
 def _packed(chosen: Chosen, weight: Source, mask: Tensor | None, form: Form | None) -> Any:
-    """The method's result; in a sparse format where the recipe names one, or where that stores a pruned matrix in
-    fewer bytes."""
+    """The method's result, in a sparse format where the recipe names one."""
     fmt = chosen.format
     if fmt:
         fmt, note = fitting(fmt, weight.shape)
@@ -121,7 +120,7 @@ def _packed(chosen: Chosen, weight: Source, mask: Tensor | None, form: Form | No
         return made
     if wanted:
         return replace(made, main=to_sparse(made.main, wanted))
-    return replace(made, main=sparsest(made.main)) if mask is not None else made
+    return made  # `finish` stores it sparse where that takes fewer bytes; until then stages see plain codes
 
 
 def sparsest(main: Packed) -> Packed:
