@@ -40,7 +40,9 @@ class Ingredient:
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
+class Opened:
+    """A float checkpoint, open."""
+
     located: Located
     described: Described
 
@@ -83,10 +85,10 @@ def merge_models(
         raise UsageError(f"{options.method} needs the base that the models were tuned from", param="base")
     with ExitStack() as stack:
         first = base if base is not None else models[0].reference
-        root = _open(first, store, stack)
-        others = [_open(model.reference, store, stack) for model in models]
+        root = open_floats(first, store, stack)
+        others = [open_floats(model.reference, store, stack) for model in models]
         for other in others:
-            _check_alike(root, other)
+            check_alike(root, other)
         use_base = base is not None and options.needs_base
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-", dir=store.home.tmp))
         folder = Path(scratch) / "model"
@@ -100,7 +102,7 @@ def merge_models(
         )  # fmt: skip
 
 
-def _open(reference: str, store: Store, stack: ExitStack) -> _Open:
+def open_floats(reference: str, store: Store, stack: ExitStack) -> Opened:
     located = locate(reference, store.home)
     described = describe(located.path)
     stack.callback(described.source.close)
@@ -109,10 +111,10 @@ def _open(reference: str, store: Store, stack: ExitStack) -> _Open:
             f"merging reads safetensors folders, {reference} is {described.source.format}",
             remedy="Merge the Hugging Face folders, then export", param="model",
         )  # fmt: skip
-    return _Open(located, described)
+    return Opened(located, described)
 
 
-def _check_alike(a: _Open, b: _Open) -> None:
+def check_alike(a: Opened, b: Opened) -> None:
     """Raises UnsupportedError naming the first difference that a merge would turn into nonsense."""
     names = f"{a.located.name} and {b.located.name}"
     one, two = read_tokenizer(a.described), read_tokenizer(b.described)
@@ -140,7 +142,7 @@ def _first_other_token(a: Tokenizer, b: Tokenizer) -> int | None:
 
 
 def _write(
-    root: _Open, others: Sequence[_Open], weights: Sequence[float], options: MergeOptions, use_base: bool,
+    root: Opened, others: Sequence[Opened], weights: Sequence[float], options: MergeOptions, use_base: bool,
     folder: Path, progress: Progress,
 ) -> None:  # fmt: skip
     source = root.described.source
@@ -152,8 +154,8 @@ def _write(
             nonlocal done
             done += source.info(name).nbytes
             progress("merge", done, total)
-            base = torch.from_numpy(_floats(root, name)) if use_base else None
-            tensors = [torch.from_numpy(_floats(other, name)) for other in others]
+            base = torch.from_numpy(floats_of(root, name)) if use_base else None
+            tensors = [torch.from_numpy(floats_of(other, name)) for other in others]
             merged = merge(name, base, tensors, weights, options).numpy()
             return as_bytes(narrowed(merged, source.info(name).dtype, name))
 
@@ -168,5 +170,6 @@ def _write(
             shutil.copy(file, target)
 
 
-def _floats(model: _Open, name: str) -> npt.NDArray[np.float32]:
+def floats_of(model: Opened, name: str) -> npt.NDArray[np.float32]:
+    """A tensor as float32 of the checkpoint's shape, the caller's own."""
     return np.array(materialise(model.described.source, name), np.float32)
