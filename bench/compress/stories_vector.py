@@ -8,6 +8,7 @@ would outweigh its codes in a model 64 wide.
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,19 +24,22 @@ from inhouse.compress.recipe import parse_recipe
 from inhouse.store.home import Home
 from inhouse.store.store import Store
 
+STORIES = 300  # that rows are drawn from
+
 
 def measure(books: int, rows: int) -> dict[str, Any]:
     """Compresses into a store of its own and scores what was stored."""
     with TemporaryDirectory(prefix="vector-") as folder:
         text = Path(folder) / "stories.txt"
-        text.write_text("\n<|endoftext|>\n".join(sample_stories()[SCORED : SCORED + 3 * rows]))
+        text.write_text("\n<|endoftext|>\n".join(sample_stories()[SCORED : SCORED + STORIES]))
         recipe = parse_recipe(
             {
                 "calibration": {"texts": [str(text)], "samples": rows, "length": 256, "mode": "documents"},
                 "stages": [{"quantize": {"method": "vector-shared", "books": books}}],
             }
         )
-        home, began = Home(Path(folder) / "home", Path(folder) / "cache"), time.process_time()
+        os.environ["INHOUSE_HOME"] = str(Path(folder) / "home")  # the pipeline's own sessions look there as well
+        home, began = Home.find(), time.process_time()
         done = compress(str(model_folder()), "vector", recipe, home=home)
         seconds = time.process_time() - began
         with Store(home) as store:
