@@ -137,7 +137,7 @@ def _tokens(work: Work, calibration: Calibration | None) -> npt.NDArray[np.int64
 def manifest(recipe: Recipe, work: Work, calibration: Calibration | None, print_: Mapping[str, Any]) -> dict[str, Any]:
     """What the checkpoint says of how it was made: a function of what was asked, never of when."""
     units = [line for line in work.journal.lines if "unit" in line and not line["unit"].endswith("/end")]
-    records = {line["unit"]: line["record"] for line in units if line.get("record")}
+    records = {line["unit"]: _timeless(line["record"]) for line in units if line.get("record")}
     texts = [dict(text) for text in calibration.texts] if calibration is not None else []
     texts += [dict(text) for record in records.values() for text in record.get("texts", ())]
     return {
@@ -146,6 +146,11 @@ def manifest(recipe: Recipe, work: Work, calibration: Calibration | None, print_
         "calibration": calibration.manifest() | {"texts": []} if calibration is not None else None,
         "texts": texts, "notes": list(work.notes), "fallbacks": fallbacks(records), "units": records,
     }  # fmt: skip
+
+
+def _timeless(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a method recorded, without how long it took: the journal keeps that."""
+    return {key: value for key, value in record.items() if key != "seconds"}
 
 
 def fallbacks(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
