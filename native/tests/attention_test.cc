@@ -311,6 +311,7 @@ void check_shape(const Kernels& k, const Shape& s, KvType type, int length) {
 int main() {
   int levels = 0;
   for (const Kernels* k; (k = available_kernels(levels)) != nullptr; ++levels) {
+    if (!test::wanted(k->isa)) continue;
     for (KvType type : {kKvF32, kKvF16, kKvBF16, kKvInt8}) {
       check_shape(*k, {4, 2, 16, 16, 0, kCausal, false, false, 0}, type, 300);
       check_shape(*k, {3, 1, 24, 20, 0, kCausal, true, true, 5.0f}, type, 280);

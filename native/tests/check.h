@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <random>
 #include <string>
 #include <vector>
@@ -34,6 +35,13 @@ double worst(const A& a, const B& b) {
     if (std::isnan(a[i])) return INFINITY;
   }
   return largest > 0 ? difference / largest : difference;
+}
+
+// Whether a level is to be tested: all of them, or the one in $INHOUSE_TEST_LEVEL. An emulator takes minutes for what
+// the portable level, which the host has tested already, does in a second.
+inline bool wanted(const char* isa) {
+  const char* only = std::getenv("INHOUSE_TEST_LEVEL");
+  return only == nullptr || std::string(only) == isa;
 }
 
 inline int finish() {

@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "dispatch.h"
 #include "formats.h"
 #include "kernels.h"
@@ -292,6 +293,7 @@ int main() {
   std::mt19937 rng(11);
   int levels = 0;
   for (const Kernels* k; (k = available_kernels(levels)) != nullptr; ++levels) {
+    if (!test::wanted(k->isa)) continue;
     const int rows = std::string(k->isa) == "scalar" ? 3 : 19;
     for (int format = kFirstCoded; format < kFormatCount; ++format) {
       for (const int kept : {0, 7, 50, 100}) {
