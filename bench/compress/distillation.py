@@ -2,7 +2,7 @@
 without stories260K as teacher, scored by its loss on held-out stories (number 100 on, never trained on).
 
 The control (cross-entropy alone) runs with 3 seeds x 3 learning rates; each seed's best is what the student with
-teacher (one learning rate, chosen beforehand) must beat. Each is compared at equal tokens and at equal CPU time: in the
+teacher (one learning rate, chosen in a look at seed 0) must beat. Each is compared at equal tokens and at equal CPU time: in the
 second the control goes on for as many more steps as the teacher's cost would have paid for. The response reads cached
 top-64 logits; features are hidden states and attention maps, relations similarities of tokens, each beside
 cross-entropy.
