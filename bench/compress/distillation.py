@@ -2,9 +2,9 @@
 without stories260K as teacher, scored by its loss on held-out stories (number 100 on, never trained on).
 
 The control (cross-entropy alone) runs with 3 seeds x 3 learning rates; each seed's best is what the student with
-teacher (one learning rate, chosen in a look at seed 0) must beat. Each is compared at equal tokens and at equal CPU time: in the
-second the control goes on for as many more steps as the teacher's cost would have paid for. The response reads cached
-top-64 logits; features are hidden states and attention maps, relations similarities of tokens, each beside
+teacher (one learning rate, chosen in a look at seed 0) must beat. Each is compared at equal tokens and at equal CPU
+time: in the second the control goes on for as many more steps as the teacher's cost would have paid for. The response
+reads cached top-64 logits; features are hidden states and attention maps, relations similarities of tokens, each beside
 cross-entropy.
 
     python -m bench.compress.distillation [--data build/teacher_text.npz] [--steps 100] [--seeds 3] [--out FILE]
