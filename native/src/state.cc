@@ -1,12 +1,12 @@
 #include "state.h"
 
-#include "kv_codes.h"
-
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstring>
 #include <string>
+
+#include "kv_codes.h"
 
 namespace inhouse {
 

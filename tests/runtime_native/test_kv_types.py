@@ -60,8 +60,8 @@ def test_int8_codes_are_those_of_quantize_rows() -> None:
 @pytest.mark.realdata
 def test_divergence_of_each_type_is_small(realdata: Path) -> None:
     text = gzip.decompress((realdata / "text" / "tinystories_sample_2MiB.txt.gz").read_bytes()).decode()
-    bound = {"f32": 1e-12, "f16": 1e-5, "bf16": 1e-3, "int8": 1e-2}
+    bound = {"f32": 1e-12, "f16": 1e-5, "bf16": 1e-3, "int8": 1e-2}  # of codes of 4 bits and their mixtures too
     tool = importlib.import_module("tools.kv_types")
     for row in tool.divergences(str(realdata / "models" / "stories260k" / "hf"), text[:4000]):
         assert row.found.kld_mean is not None
-        assert row.found.kld_mean <= bound[row.kv_dtype], row.kv_dtype
+        assert row.found.kld_mean <= bound.get(row.kv_dtype, 1e-2), row.kv_dtype
