@@ -24,6 +24,8 @@ from inhouse.core.errors import InhouseError
 from inhouse.core.settings import load_settings
 from inhouse.engine.request import SamplingParams, TokenEvent, make_request
 from inhouse.engine.session import Session
+from inhouse.load.describe import describe
+from inhouse.load.locate import locate
 from inhouse.store.home import Home
 from inhouse.store.store import Store
 
@@ -78,7 +80,7 @@ def measure(name: str, home: Home, texts: Path) -> dict[str, Any]:
     began = time.perf_counter()
     done = compress(model, f"method-{name.replace('_', '-')}", recipe, home=home)
     seconds = time.perf_counter() - began
-    before = 4 * int(done.result["parameters"])
+    before = stored_before(model)
     gate = done.result["gate"]
     return {
         "id": f"method/{name}", "what": recipe.summary(), "bytes": done.result["bytes"], "seconds": round(seconds, 1),
@@ -88,6 +90,15 @@ def measure(name: str, home: Home, texts: Path) -> dict[str, Any]:
         "command": f"python -m bench.compress.methods {name}",
         "note": "short options; time taken on a busy machine",
     }  # fmt: skip
+
+
+def stored_before(model: str) -> int:
+    """Bytes of all tensors of the opened model."""
+    source = describe(locate(model).path).source
+    try:
+        return sum(source.info(name).nbytes for name in source)
+    finally:
+        source.close()
 
 
 def _speed_of(ref: str, home: Home) -> float:

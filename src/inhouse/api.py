@@ -219,7 +219,7 @@ def compress(
         from inhouse.compress.recipe import load_recipe, parse_recipe
         from inhouse.compress.shorts import SHORTS, short_recipe
     except ModuleNotFoundError as error:
-        raise UnavailableError(f"compression needs {error.name}", remedy="pip install inhouse[torch]") from None
+        raise UnavailableError(f"compression needs {error.name}", remedy="pip install inhouse[compress]") from None
     if isinstance(recipe, Mapping):
         document = dict(recipe)
     else:

@@ -29,16 +29,20 @@ def sample_documents(
     machine give equal ids.
 
     Args:
-        prompts: what the sequences begin with, taken in turn; none: the tokenizer's BOS.
+        prompts: what the sequences begin with, taken in turn; none: the tokenizer's BOS, or, where it has none, what
+            ends a text.
         stop_ids: further ids that end a sequence (models trained on documents joined by BOS write BOS there).
 
     Raises UsageError if there is nothing to begin with, or the error that ended a request.
     """
     begins = [list(prompt) for prompt in prompts]
     if not begins:
-        if session.tokenizer.bos_id is None:
+        first = session.tokenizer.bos_id
+        if first is None:  # many have none (Qwen, GPT-2): what ends a text is what the next one follows
+            first = min(session.tokenizer.eos_ids, default=None)
+        if first is None:
             raise UsageError("the tokenizer has no BOS to begin a text with", remedy="Give prompts", param="prompts")
-        begins = [[session.tokenizer.bos_id]]
+        begins = [[first]]
     done = 0
     while done < count:
         together = min(TOGETHER, count - done)

@@ -3,7 +3,7 @@
 Knows how a method of scope `matrix` is called and what its result becomes in a Work; knows no method.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -72,7 +72,8 @@ def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | No
     chosen = with_statistics(Chosen(METHODS[method], options, fmt, stats), name)
     form = work.form(name)
     if chosen.row.family == "quantize" and form is not None and _has_factors(form):
-        made: Any = _factors(chosen, form)
+        turned = work.programs.weights[name].kind == "embedding"  # its `a` is read transposed, which codes are not
+        made: Any = _factors(chosen, form, ("a",) if turned else ())
     else:
         under = chosen.row.family == "quantize" or chosen.row.takes_form
         made = _packed(chosen, Source(work, name, under), work.mask(name), form)
@@ -141,12 +142,16 @@ def _has_factors(form: Form) -> bool:
     return form.low_rank is not None or form.outer is not None or bool(form.train)
 
 
-def _factors(chosen: Chosen, form: Form) -> Form:
+def _factors(chosen: Chosen, form: Form, floats: Collection[str] = ()) -> Form:
     """A factorised matrix: each part in the format, where that makes it smaller. Statistics are of the inputs of those
     parts that the matrix's own inputs meet."""
     made: dict[str, Packed] = {}
     first = ("a",) if form.outer is None else ()  # what a stack shares must be the same for all of its matrices
     for which, packed in form.matrices():
+        if which in floats:
+            made[which] = packed
+            chosen.say(f"factor {which} of the embedding stays {packed.format}: it is read transposed")
+            continue
         met = which in first or (which == "" and form.outer is None)
         seen = replace(chosen, stats=chosen.stats if met else None, record={})
         apart = with_statistics(seen, which)

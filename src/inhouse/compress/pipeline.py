@@ -6,7 +6,7 @@ Knows the order of things; each is a page's own. A run lives in its folder under
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from inhouse.compress.gate import Judged, gate
 from inhouse.compress.generated import sample_documents
 from inhouse.compress.memory import PeakMemory
 from inhouse.compress.plan import disk_need, predict
-from inhouse.compress.recipe import Recipe
+from inhouse.compress.recipe import Recipe, matches
 from inhouse.compress.report import Inputs, write_report
 from inhouse.compress.runs import RunFolder
 from inhouse.compress.seen import find_seen
@@ -132,6 +132,7 @@ def prepare(model: str, recipe: Recipe, folder: Path, home: Home, progress: Prog
     work = Work.open(model, folder, home=home)
     try:
         _check_family(work, recipe)
+        work.notes += _idle_overrides(work, recipe)
         calibration = _calibration(work, recipe, texts, model, progress)
         _check_gate(recipe, calibration)
         need = estimate(work, recipe, calibration)
@@ -149,6 +150,16 @@ def prepare(model: str, recipe: Recipe, folder: Path, home: Home, progress: Prog
     except BaseException:
         work.close()
         raise
+
+
+def _idle_overrides(work: Work, recipe: Recipe) -> list[str]:
+    """Overrides that no weight of the model answers to; `head` and `embed` stand in recipes for models of any kind."""
+    known = ("head.weight", "embed.weight")
+    return [
+        f"stages[{at}]: the override {override.pattern!r} matches no weight"
+        for at, stage in enumerate(recipe.stages) for override in stage.overrides
+        if override.pattern not in known and not any(matches(override.pattern, name) for name in work.names())
+    ]  # fmt: skip
 
 
 def dry_run(model: str, recipe: Recipe, home: Home | None = None, scratch: Path | None = None) -> dict[str, Any]:
@@ -272,7 +283,7 @@ def _run(
     told = finish.manifest(recipe, work, prepared.calibration, prepared.print)
     stored, notes = finish.write(work, out, told)
     proven = finish.proof(work, out, prepared.calibration, _may_run(prepared, stored.nbytes), folder.path, progress)
-    judged = _gate(prepared, folder.path, progress)
+    judged = _inherited(_gate(prepared, folder.path, progress), work.parent, home)
     if judged is None:
         notes.append(f"not measured against its parent: {work.spec.family} is no decoder")
     if judged is not None:
@@ -320,6 +331,18 @@ def _gate(prepared: Prepared, folder: Path, progress: Progress) -> Judged | None
         return gate(str(work.described.path), child, recipe, plain, recipe.threads, progress)
     finally:
         shutil.rmtree(folder / BASELINE, ignore_errors=True)
+
+
+def _inherited(judged: Judged | None, parent: str | None, home: Home) -> Judged | None:
+    """A child of a version that failed its gate has failed, too: it was measured beside what nobody may promote."""
+    if judged is None or parent is None:
+        return judged
+    with Store(home) as store:
+        if store.catalog.resolve(parent).summary.gate != "failed":
+            return judged
+    report = judged.report
+    reasons = (*report.reasons, f"its parent {parent} failed its own gate")
+    return replace(judged, report=replace(report, passed=False, reasons=reasons))
 
 
 def _report(prepared: Prepared, told: Mapping[str, Any], result: Mapping[str, Any], judged: Judged | None,

@@ -169,8 +169,19 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """A YAML file as a mapping. Raises UsageError."""
     import yaml  # lazily: whoever names a short recipe needs no YAML
 
+    class Once(yaml.SafeLoader):
+        """A key that stands twice is an error: the first would be dropped in silence."""
+
+    def mapping(loader: Any, node: Any) -> Any:
+        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise UsageError(f"{path.name}: the key {twice!r} stands twice in one mapping", param=str(twice))
+        return yaml.SafeLoader.construct_mapping(loader, node, deep=True)
+
+    Once.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
     try:
-        document = yaml.safe_load(path.read_text("utf-8"))
+        document = yaml.load(path.read_text("utf-8"), Once)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}", param="recipe") from None
     if not isinstance(document, dict):

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader
 
-from inhouse.compress import plots
 from inhouse.compress.evaluate import Divergence
 from inhouse.compress.gate import Judged
 from inhouse.compress.speed import Speed
@@ -77,7 +76,11 @@ def facts(inputs: Inputs) -> dict[str, Any]:
 
 
 def drawings(inputs: Inputs) -> dict[str, str]:
-    """Name -> SVG; what there is nothing to draw of is left out."""
+    """Name -> SVG; what there is nothing to draw of is left out, and all where matplotlib is not installed."""
+    try:
+        from inhouse.compress import plots
+    except ImportError:
+        return {}
     out: dict[str, str] = {}
     matrices = [t for t in inputs.tensors if len(t.shape) == 2]
     if matrices:
@@ -95,7 +98,7 @@ def drawings(inputs: Inputs) -> dict[str, str]:
     if inputs.judged is not None:
         divergence = inputs.judged.divergence
         out["kld"] = plots.histogram(divergence.kld, "KL divergence, nats a token (dashed: median, 99 %)")
-        out["positions"] = _agreement(divergence)
+        out["positions"] = plots.curve(*_agreement(divergence), "position of the token", "share of equal top-1")
     for name, before, after, rank in inputs.spectra:
         x = np.arange(1, max(len(before), len(after)) + 1, dtype=np.float64)
         both = {"before": np.maximum(before, 1e-9), "after": np.maximum(after, 1e-9)}
@@ -123,15 +126,15 @@ def _kind(t: TensorFacts) -> str:
     return ".".join(part for part in parts if part != "layers" and not part.isdigit())
 
 
-def _agreement(d: Divergence) -> str:
-    """Same top-1 by position in the piece."""
+def _agreement(d: Divergence) -> tuple[Any, dict[str, Any]]:
+    """Same top-1 by position in the piece: middles of bins, shares."""
     edges = np.linspace(d.position.min(), d.position.max() + 1, POSITION_BINS + 1)
     place = np.clip(np.digitize(d.position, edges) - 1, 0, POSITION_BINS - 1)
     total = np.bincount(place, minlength=POSITION_BINS)
     same = np.bincount(place, weights=d.agree, minlength=POSITION_BINS)
     there = total > 0
     x = ((edges[:-1] + edges[1:]) / 2)[there]
-    return plots.curve(x, {"same": same[there] / total[there]}, "position of the token", "share of equal top-1")
+    return x, {"same": same[there] / total[there]}
 
 
 def _quantiles(d: Divergence) -> dict[str, float]:

@@ -103,8 +103,8 @@ class RunFolder:
         Raises ConflictError with the differences where there is one of another.
         """
         there = self.described()
-        if there is None or self.result() is not None:
-            return False
+        if there is None or self.result() is not None or not (self.path / JOURNAL).exists():
+            return False  # nothing of it was done: whatever is asked now begins anew
         differs = list(difference(there.get("fingerprint", {}), print_now))
         if differs:
             raise ConflictError(

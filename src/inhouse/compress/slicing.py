@@ -72,6 +72,11 @@ def kept_width(total: int, share: float, multiple: int = 0) -> tuple[int, str]:
     for m in (multiple,) if multiple else MULTIPLES:
         kept = max(m, round(wanted / m) * m)
         if kept <= total and (multiple or m == MULTIPLES[-1] or abs(kept - wanted) <= total / 16):
+            if kept == total and share:
+                raise UsageError(
+                    f"{share:.1%} of {total} channels is less than half of {m}, the least that can go: nothing would",
+                    remedy="Ask for more, or name a smaller multiple",
+                )
             return kept, _WHY.get(m, f"a multiple of {m} was asked for")
     if multiple:
         raise UsageError(f"no multiple of {multiple} is left of {total}", remedy="Name a smaller multiple")

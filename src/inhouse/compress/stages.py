@@ -13,7 +13,7 @@ from typing import Any
 
 from inhouse.compress.blocks import Block, BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
-from inhouse.compress.matrix import compress_matrix
+from inhouse.compress.matrix import compress_matrix, fitting
 from inhouse.compress.memory import anonymous_bytes
 from inhouse.compress.recipe import Stage
 from inhouse.compress.stats import LinearStats
@@ -117,6 +117,21 @@ class StageRun:
                 self._tell(1)
 
         BlockRunner(self.work, self.calibration, self.work.folder, self.memory).run_blocks(visit)
+        if row.family == "quantize":
+            self._rest(row.name)
+
+    def _rest(self, method: str) -> None:
+        """Rounds the matrices that lie outside the blocks, or that the method left alone: a stage that names a format
+        leaves none of those it selects in floats without a word."""
+        for name in selected(self.work, self.stage):
+            unit, fmt = f"{self.id}/{name}", self.stage.choice(name)[1]
+            if unit in self.work.units() or not fmt or self.work.form(name) is not None:
+                continue
+            kept, _ = fitting(fmt, self.work.shape(name))
+            row = METHODS["rtn"]
+            self.work.put_form(name, row.run(self.work.value(name), None, row.options(), kept))
+            said = f"{name}: {method} works on the linears of layers; rounded to {kept}"
+            self.work.save(unit, peak=self.peak(), record={"fallback": said})
 
     # The model at once.
 

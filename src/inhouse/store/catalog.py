@@ -234,7 +234,11 @@ class Catalog:
             known = [str(n) for (n,) in self._db.execute("SELECT number FROM versions WHERE model = ?", (model,))]
             remedy = f"{ref.name} has versions {', '.join(known)}."
         else:
-            found = self._first("SELECT id FROM versions WHERE model = ? ORDER BY number DESC LIMIT 1", (model,))
+            # the latest that did not fail its quality gate: only a model all of whose versions did is what failed
+            failed = "COALESCE(json_extract(summary, '$.gate'), '') = 'failed'"
+            found = self._first(
+                f"SELECT id FROM versions WHERE model = ? ORDER BY {failed}, number DESC LIMIT 1", (model,)
+            )
             remedy = ""
         if found is None:
             raise NotFoundError(f"there is no {ref}", remedy=remedy)

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import zstandard
 
-from inhouse.core.errors import FormatError, UnsupportedError
+from inhouse.core.errors import ConflictError, FormatError, NotFoundError, UnsupportedError
 from inhouse.core.progress import Progress, silent
 from inhouse.store import delta_bits as bits
 from inhouse.store import delta_codec as codec
@@ -80,8 +80,12 @@ def make_delta(
         lossy: float matrices become base + scale * sign (BitDelta, arXiv 2402.10193), a scale a row; the result's own
             digests stand in the manifest, so that applying it is checked all the same.
 
-    Raises CapacityError, FormatError.
+    Raises CapacityError, FormatError, ConflictError (the file exists), NotFoundError (its folder does not).
     """
+    if path.exists():
+        raise ConflictError(f"{path} is there already", remedy="Name a file that is not")
+    if not path.absolute().parent.is_dir():
+        raise NotFoundError(f"there is no folder {path.parent} to write a delta into", param="file")
     total = sum(file.stat().st_size for file, _ in new.files.values())
     with atomic_file(path) as out:
         out.write(bytes(_HEAD.size + _SEAL))

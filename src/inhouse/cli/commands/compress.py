@@ -1,5 +1,6 @@
 """`inhouse compress`: a smaller version of a model, by a recipe, measured and gated."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,8 @@ def command(
         raise UsageError("name the model and the new model", remedy="inhouse compress MODEL NEW --to q4", param="NEW")
     if sum(given is not None for given in (recipe, to, target_size, max_kld)) != 1:
         raise UsageError("give one of --recipe FILE, --to NAME, --target-size and --max-kld", param="recipe")
+    if max_kld is not None and not (math.isfinite(max_kld) and max_kld > 0):
+        raise UsageError(f"--max-kld is {max_kld}, must be above 0", param="max_kld")
     if resume and restart:
         raise UsageError("--resume and --restart exclude each other", param="resume")
     from inhouse.compress import pipeline
