@@ -24,6 +24,7 @@ from inhouse.core.errors import CapacityError
 METHOD_COPIES = 6  # float32 matrices that a method makes of the one it is given
 SOLVER_COPIES = 5  # Gram matrices that a method makes of the one it is given
 WHOLE_COPIES = 2  # of the model in float32, that a method of scope `model` holds: as it is and as it was
+GROWTH = 96 << 20  # what libraries take once they work: arenas, buffers of products, the engine that measures
 LEARNED_COPIES = 6  # weights, gradients, two moments, the teacher, the best so far
 
 
@@ -49,8 +50,15 @@ def estimate(work: Work, recipe: Recipe, calibration: Calibration | None) -> Nee
     single = max((_matrix(work, name, matrix) for name in work.matrices()), default=0)
     most = max((_piece(work, piece, wanted) for piece in pieces), default=0)
     sequence = activation_bytes(pieces, calibration.tokens.shape[1]) if calibration is not None else 0
-    model = _copies(recipe) * 4 * sum(_size(work, name) for name in work.names())
-    return Need(anonymous_bytes(), max(single, most, model), sequence)
+    model = _copies(recipe) * 4 * sum(_size(work, name) for name in work.names()) + _learning(work, recipe)
+    return Need(anonymous_bytes() + GROWTH, max(single, most, model), sequence)
+
+
+def _learning(work: Work, recipe: Recipe) -> int:
+    """While a batch is learned from: every value of the Program, its gradient, and the logits twice more."""
+    batches = [getattr(stage.options, "batch_tokens", 0) for stage in recipe.stages if "gradients" in stage.needs()]
+    widths = sum(value.width for op in work.program.ops for value in op.outputs)
+    return max(batches, default=0) * 4 * (2 * widths + 2 * work.spec.vocab_size)
 
 
 def _copies(recipe: Recipe) -> int:
@@ -108,13 +116,18 @@ def check_memory(need: Need, ram: int | None) -> int:
         return 1 << 30
     if need.least > ram:
         raise CapacityError(
-            f"--ram {ram / 1e9:.2f}GB does not suffice: this needs about {need.least / 1e9:.2f}GB "
-            f"({need.base / 1e9:.2f} for the program itself, {need.fixed / 1e9:.2f} for the largest layer, "
-            f"{need.sequence / 1e9:.2f} for one sequence)",
-            remedy=f"Give --ram {-(-need.least * 11 // 10 // 10**8) / 10:.1f}GB, or calibrate on shorter sequences",
+            f"--ram {_size_text(ram)} does not suffice: this needs about {_size_text(need.least)} "
+            f"({_size_text(need.base)} for the program itself, {_size_text(need.fixed)} for the largest layer or what "
+            f"is learned, {_size_text(need.sequence)} for one sequence)",
+            remedy=f"Give --ram {_size_text(need.least * 11 // 10)}, or calibrate on shorter sequences",
             param="ram", needed=need.least,
         )  # fmt: skip
     return ram - need.base - need.fixed
+
+
+def _size_text(nbytes: int) -> str:
+    """Bytes as `--ram` takes them."""
+    return f"{nbytes / 1e9:.2f}GB" if nbytes >= 10**9 else f"{-(-nbytes // 10**6)}MB"
 
 
 def check_disk(folder: Path, needed: int) -> None:
