@@ -23,7 +23,7 @@ def comparable(recipe: Recipe) -> bool:
     taken away, trained or repaired on the way."""
     kinds = {stage.kind for stage in recipe.stages}
     by_data = any(row.name not in ROUNDING for s in recipe.stages if s.kind == "quantize" for row in s.methods())
-    return by_data and kinds <= {"quantize", "smooth", "awq", "rotate", "kv"}
+    return by_data and kinds <= {"quantize", "smooth"}
 
 
 def formats_of(work: Work) -> dict[str, str]:

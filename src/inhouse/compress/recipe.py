@@ -37,14 +37,10 @@ ORDER: Mapping[str, tuple[int, str]] = {
     "prune": (3, "zeros are chosen in whole matrices, before factors or codes are made of them"),
     "lowrank": (4, "factors are made of floats, before codes"),
     "smooth": (5, "scales and rotations are folded into floats, before codes"),
-    "awq": (5, "scales and rotations are folded into floats, before codes"),
-    "rotate": (5, "scales and rotations are folded into floats, before codes"),
     "quantize": (6, "codes are made of the final floats"),
     "repair": (7, "what rounding lost is known only after it"),
     "qat": (7, "it begins from the codes' grid"),
-    "kv": (8, "the cache is calibrated on the model that will fill it"),
     "attention": (9, "attention is cut on the model that will run"),
-    "export": (10, "files are made of the finished model"),
 }
 ANYWHERE = ("distill", "finetune")  # healing holds zeros, and trains through factors and codes
 GATES: Mapping[str, float] = {"near-lossless": 0.01, "good": 0.05, "usable": 0.15}  # mean KL divergence, nats a token
@@ -360,8 +356,8 @@ def _check_order(stages: Sequence[Stage]) -> None:
         if rank < highest:
             raise UsageError(
                 f"stages[{i}]: {stage.kind} cannot come after {before}: {reason}",
-                remedy="Put the stages in the order merge, structured pruning, pruning, lowrank, smooth or rotate, "
-                "quantize, repair or qat, kv, attention, export (distill and finetune anywhere)", param=f"stages[{i}]",
+                remedy="Put the stages in the order merge, structured pruning, pruning, lowrank, smooth, "
+                "quantize, repair or qat, attention (distill and finetune anywhere)", param=f"stages[{i}]",
             )  # fmt: skip
         highest, before = rank, stage.kind
 
