@@ -21,10 +21,9 @@ import numpy as np
 import torch
 from bench.compress.results import record
 from bench.compress.scoring import score
-from bench.compress.teacher_text import as_dataset, model_folder, teacher_text, training_stories
+from bench.compress.teacher_text import as_dataset, model_folder, rows, teacher_text, training_stories
 from torch import Tensor
 
-from inhouse.compress.calibrate import Calibration
 from inhouse.compress.factored import Factors
 from inhouse.compress.fit import FitConfig, FitResult, Setup, fit
 from inhouse.compress.methods.rank_budget import RankBudget
@@ -48,15 +47,6 @@ def share_out(work: Work, ratio: float, stories: list[list[int]]) -> dict[str, F
     options = RankBudget(ratio=ratio, probe=PROBE)
     spectra, ranks = budget(work, rows(stories[:MOMENTS]), rows(stories[MOMENTS : MOMENTS + JUDGES]), options)
     return {name: Factors(*cut(spectra[name], rank)) for name, rank in ranks.items() if rank}
-
-
-def rows(documents: list[list[int]]) -> Calibration:
-    """Documents as they are, one a row."""
-    lengths = torch.tensor([len(ids) for ids in documents])
-    tokens = torch.zeros(len(documents), int(lengths.max()), dtype=torch.int64)
-    for i, ids in enumerate(documents):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-    return Calibration(tokens, lengths, "", ())
 
 
 def heal(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from bench.compress.results import record
 from bench.compress.scoring import score
-from bench.compress.teacher_text import as_dataset, model_folder, teacher_text, training_stories
+from bench.compress.teacher_text import as_dataset, model_folder, rows, teacher_text, training_stories
 from torch import Tensor
 
 from inhouse.compress.activations import observe
@@ -47,15 +47,6 @@ from inhouse.store.stored_source import StoredSource
 MOMENTS, HELD = 200, 48  # stories from number 100 on: for statistics, then to choose the best step by
 GOALS = {("sparsegpt", "0.5"): ("about 14.6", "<= 4.05"), ("wanda", "0.5"): ("about 18", "<= 4.05"),
          ("sparsegpt", "2:4"): (None, "<= 4.40"), ("wanda", "2:4"): (None, "<= 4.40")}  # fmt: skip
-
-
-def rows(documents: list[list[int]]) -> Calibration:
-    """Documents as they are, one a row."""
-    lengths = torch.tensor([len(ids) for ids in documents])
-    tokens = torch.zeros(len(documents), int(lengths.max()), dtype=torch.int64)
-    for i, ids in enumerate(documents):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-    return Calibration(tokens, lengths, "", ())
 
 
 def prune(work: Work, calibration: Calibration, given: argparse.Namespace) -> None:

@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
+from inhouse.compress.calibrate import Calibration
 from inhouse.compress.evaluate import SEPARATOR
 from inhouse.compress.generated import sample_documents
 from inhouse.core.settings import load_settings
@@ -65,6 +68,15 @@ def write(path: Path, count: int, seed: int, threads: int = 1) -> Dataset:
     path.parent.mkdir(parents=True, exist_ok=True)
     data.save(path)
     return data
+
+
+def rows(documents: list[list[int]]) -> Calibration:
+    """Documents as they are, one a row."""
+    lengths = torch.tensor([len(ids) for ids in documents])
+    tokens = torch.zeros(len(documents), int(lengths.max()), dtype=torch.int64)
+    for i, ids in enumerate(documents):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+    return Calibration(tokens, lengths, "", ())
 
 
 def main() -> None:

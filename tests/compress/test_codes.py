@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from inhouse.compress.methods.fixed import Exponent, FixedOptions, fixed, fraction, mantissas, quantised
-from inhouse.compress.methods.logcodes import FORMAT, LogOptions, decode, encode, logcodes, table_codes
+from inhouse.compress.methods.logcodes import LogOptions, decode, encode, logcodes, table_codes
 from inhouse.compress.stats import collect
 from inhouse.core.errors import FormatError, UsageError
-from inhouse.runtime.packed import FORMATS
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -64,7 +63,6 @@ def test_the_scale_is_as_good_as_a_fine_search() -> None:
     assert gaps[0] <= gaps[1]
 
 
-@pytest.mark.skipif(FORMAT not in FORMATS, reason=f"the packed format {FORMAT} is not there yet")
 def test_the_packed_form_means_what_the_codes_mean() -> None:
     weight = drawn(33, 70, seed=3)
     form = logcodes(weight, collect([drawn(50, 70, seed=4)], 70), LogOptions(importance=False))

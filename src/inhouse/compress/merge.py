@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inhouse.compress.methods.merging import MergeOptions, check_models, merge
+from inhouse.compress.methods.merging import MergeOptions, check_models, first_other_token, merge
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.export_targets import as_bytes, narrowed
 from inhouse.load.importer import Imported, import_model
 from inhouse.load.locate import Located, locate
-from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.source import materialise, side_files
 from inhouse.store.store import Store
@@ -118,7 +117,7 @@ def check_alike(a: Opened, b: Opened) -> None:
     """Raises UnsupportedError naming the first difference that a merge would turn into nonsense."""
     names = f"{a.located.name} and {b.located.name}"
     one, two = read_tokenizer(a.described), read_tokenizer(b.described)
-    if (token := _first_other_token(one, two)) is not None:
+    if (token := first_other_token(one, two)) is not None:
         raise UnsupportedError(
             f"{names} have different vocabularies ({one.vocab_size} and {two.vocab_size} tokens, id {token} differs "
             "first)", remedy="Merge models of one tokenizer; rows of other tokens have nothing to do with one another",
@@ -134,11 +133,6 @@ def check_alike(a: Opened, b: Opened) -> None:
             raise UnsupportedError(f"{name!r} is {info.dtype}; merging needs floats", param=name)
     if a.described.spec != b.described.spec:
         raise UnsupportedError(f"{names} are computed differently: their configs disagree beyond sizes")
-
-
-def _first_other_token(a: Tokenizer, b: Tokenizer) -> int | None:
-    count = max(a.vocab_size, b.vocab_size)
-    return next((i for i in range(count) if a.token_of(i) != b.token_of(i)), None)
 
 
 def _write(

@@ -3,6 +3,7 @@
 Knows the order of things; each is a page's own. A run lives in its folder under the model home until it is finished.
 """
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -294,7 +295,7 @@ def _run(
             parent=work.parent, derived=recipe.summary() if work.parent else None, progress=progress,
         )  # fmt: skip
     most = max([peak.peak, *(int(line.get("peak", 0)) for line in work.journal.lines)])
-    parameters = sum(_count(work.shape(name)) for name in work.names())
+    parameters = sum(math.prod(work.shape(name)) for name in work.names())
     if recipe.ram is not None and most > recipe.ram:
         notes.append(f"memory peaked at {most / 1e9:.2f}GB, above the {recipe.ram / 1e9:.2f}GB that were granted")
     result = {
@@ -374,13 +375,6 @@ def _calibration_notes(prepared: Prepared) -> list[str]:
             f"{sum(dead.values())} inputs of {len(dead)} linears were 0 throughout (most: {dead[most]} of {most})"
         )
     return notes
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 __all__ = ["CapacityError", "Compressed", "ConflictError", "Prepared", "compress", "dry_run", "prepare"]

@@ -7,6 +7,7 @@ the pipeline's parts; the version itself is then made by the pipeline, under the
 
 import hashlib
 import json
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -134,7 +135,7 @@ def _pool(
         if not isinstance(work.spec, ModelSpec) or work.spec.headless:
             raise UsageError(f"{work.spec.family} has no logits to compare", param="model")
         pool = list(candidates(work.spec.layers))
-        parameters = sum(_count(work.shape(name)) for name in work.names())
+        parameters = sum(math.prod(work.shape(name)) for name in work.names())
         smallest = min(
             (predict(work, parse_recipe(c.document(base)))["bytes"] for c in pool if len(c.stages) == 1), default=0
         )
@@ -212,10 +213,3 @@ def _key(model: str, base: Mapping[str, Any], home: Home) -> str:
     """What makes measurements comparable: model and the recipe's other parts."""
     text = json.dumps([content_digest(locate(model, home)), base], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total

@@ -107,6 +107,7 @@ class _Writer:
         self._base, self._out, self._lossy = base, out, lossy
         self._mapped = {name: FileMapping(path) for name, path in base.paths.items()}
         self._places = tensor_places(base.paths)
+        self._wholes: dict[str, list[Run]] = {}
         self._by_digest = {digest: name for name, (_, digest) in base.files.items()}
         self._total, self._done, self._progress = total, 0, progress
         self.ways: dict[str, int] = {}
@@ -137,7 +138,9 @@ class _Writer:
             return self._places.get((run.tensor, run.dtype, run.shape))
         if name not in self._base.files:
             return None
-        wholes = [r for r in runs_of(self._base.files[name][0], name) if not r.tensor]
+        if name not in self._wholes:  # once a file: a GGUF has a gap after most tensors
+            self._wholes[name] = [r for r in runs_of(self._base.files[name][0], name) if not r.tensor]
+        wholes = self._wholes[name]
         same = [r for r in wholes if r.begin == run.begin] or wholes[:1]
         return (name, same[0]) if same else None
 

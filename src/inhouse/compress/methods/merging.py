@@ -35,6 +35,7 @@ from torch import Tensor
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.model.tokens.tokenizer import Tokenizer
 
 PARALLEL = 0.9995  # |cosine| from which two vectors count as one direction: the arc is then the line
 
@@ -214,9 +215,15 @@ def merge_stage(work: Work, calibration: Calibration | None, options: MergeStage
         report["models"] = [other.digest for other in others]
 
 
+def first_other_token(a: Tokenizer, b: Tokenizer) -> int | None:
+    """The lowest id that means another token in `b`; None where the vocabularies are equal."""
+    count = max(a.vocab_size, b.vocab_size)
+    return next((i for i in range(count) if a.token_of(i) != b.token_of(i)), None)
+
+
 def _check_same(work: Work, other: Work) -> None:
     a, b = work.tokenizer, other.tokenizer
-    token = next((i for i in range(max(a.vocab_size, b.vocab_size)) if a.token_of(i) != b.token_of(i)), None)
+    token = first_other_token(a, b)
     if token is not None:
         raise UnsupportedError(f"{other.reference} has another vocabulary: id {token} differs first", param="models")
     shapes = {name: work.shape(name) for name in work.names()}
