@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 NATIVE_SOURCES := $(shell find native -name '*.cc' -o -name '*.h' -o -name 'CMakeLists.txt')
 BUILD_TOOLS := scikit-build-core cmake ninja
 
-.PHONY: help run test check bench soak demo-model native-test format clean
+.PHONY: help run test check bench bench-peers bench-kernels soak demo-model native-test format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | column -t -s "$$(printf '\t')"
@@ -44,6 +44,14 @@ soak: $(VENV)/dev ## the long forms: 100,000 hostile inputs, kill -9 rounds, lon
 
 bench: $(VENV)/core ## speed of this machine on the demo model; kernels with `make bench-kernels`
 	@$(BIN)/inhouse bench demo
+
+bench-peers: $(VENV)/core ## other engines in turns with ours: KITS=FOLDER [PLAN=full] [MINUTES=40] [TRACE=FILE] (bench/peers/README.md)
+	@PYTHONPATH="$(CURDIR)" $(BIN)/python -m bench.peers.run --plan $(or $(PLAN),full) --minutes $(or $(MINUTES),0) \
+		$(if $(KITS),--kits $(KITS)) $(if $(TRACE),--trace $(TRACE))
+
+bench-kernels: $(VENV)/core ## every linear shape of the usual models, formats and levels, beside the machine's peaks (lines of JSON)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S native -B build/native -G Ninja >&2 && $(BIN)/ninja -C build/native linear_bench >&2
+	@find build/native -name linear_bench -type f -exec {} --model all --isa avx2,avx512 \;
 
 demo-model: $(VENV)/dev ## train the demo model again from its data (resumable; hours on a CPU)
 	@$(BIN)/python -m demo.make

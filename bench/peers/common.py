@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 Prompts = Sequence[Sequence[int]]
 Generate = Callable[[Prompts, int], tuple[float, float]]
 
+RSS = (2048, 128)  # prompt and new tokens after which `rss` is read
+
 # cell -> (streams, prompt tokens, new tokens); one new token: the prompt is what is measured
 CELLS = {
     "prefill512": (1, 512, 1),
@@ -64,24 +66,25 @@ def peak_rss(pid: int | str = "self") -> int:
 def run_cells(
     wanted: str, generate: Generate, seed: int, more: Callable[[str], dict[str, object]] = lambda _: {}
 ) -> None:
-    """Runs the cells in order, each once after a short warm-up, and tells their rates, and `more(cell)` beside."""
+    """Runs the cells in order, each once after a short warm-up, and tells their rates, and `more(cell)`, called just
+    before the cell, beside."""
     generate([ids(32, seed + 1)], 8)
     for n, cell in enumerate(wanted.split(",")):
         if cell not in CELLS:
             continue
         streams, prompt, new = CELLS[cell]
+        beside = more(cell)
         prompts = [ids(prompt, seed + 1000 * (n + 1) + i) for i in range(streams)]
         if new == 1:
             if prompt <= 512:
                 generate([ids(prompt, seed + 2)], 1)
-            tell(cell, prompt / generate(prompts, 1)[1], "tok/s", **more(cell))
+            tell(cell, prompt / generate(prompts, 1)[1], "tok/s", **beside)
         else:
             first, total = generate(prompts, new + 1)
-            tell(
-                cell, streams * new / (total - first), "tok/s", prefill_tokens_s=streams * prompt / first, **more(cell)
-            )
+            tell(cell, streams * new / (total - first), "tok/s", prefill_tokens_s=streams * prompt / first, **beside)
     if "rss" in wanted.split(","):
-        tell("rss", peak_rss(), "B")
+        generate([ids(RSS[0], 7)], RSS[1])
+        tell("rss", peak_rss(), "B", **more("rss"))
 
 
 def clock() -> float:

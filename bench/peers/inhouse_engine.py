@@ -12,13 +12,17 @@ import common
 from inhouse.core.settings import load_settings
 from inhouse.engine.request import Failed, Finished, SamplingParams, TokenEvent, make_request
 from inhouse.engine.session import Session
+from inhouse.plan.memory import weight_bytes
+from inhouse.runtime.executor import KV_DTYPES
+from inhouse.runtime.kv_codes import element_type
+from inhouse.tune.limits import fresh_peaks
 from inhouse.tune.measure import CELLS, least_work
 
 
 def main() -> None:
     parser = common.arguments()
     parser.add_argument("--quantize", default=None)
-    parser.add_argument("--kv", default="auto")
+    parser.add_argument("--kv", default="f16")
     parser.add_argument("--kv-memory", default="1GiB")
     given = parser.parse_args()
     settings = load_settings(
@@ -50,11 +54,19 @@ def main() -> None:
             generate([common.ids(32, given.seed)], 1)
             common.tell("cold", common.process_age(), "s")
 
-        def work(key: str) -> dict[str, object]:
-            tokens, least = least_work(session, next(cell for cell in CELLS if cell.key == key))
-            return {"work_tokens": tokens, "work": asdict(least), "kv": session.model.executor.kv_dtype}
+        common.run_cells(given.cells, generate, given.seed, lambda cell: beside(session, cell, given.threads))
 
-        common.run_cells(given.cells, generate, given.seed, work)
+
+def beside(session: Session, key: str, threads: int) -> dict[str, object]:
+    """What a cell must do at least, and the machine's peaks now, probed in another process; for `rss` what the model
+    and the positions that were filled must take."""
+    executor = session.model.executor
+    if key == "rss":
+        elements = KV_DTYPES[element_type(executor.kv_dtype)]
+        a_position = sum(group.bytes_per_token(elements) for group in executor.programs.groups)
+        return {"weights_bytes": weight_bytes(session.model.weights), "kv_bytes": a_position * sum(common.RSS)}
+    tokens, least = least_work(session, next(cell for cell in CELLS if cell.key == key))
+    return {"work_tokens": tokens, "work": asdict(least), "peaks": asdict(fresh_peaks(threads))}
 
 
 main()

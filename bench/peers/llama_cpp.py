@@ -60,7 +60,7 @@ def server(tool: str, model: str, threads: int, cells: list[str]) -> None:
         if "cold" in cells:
             common.tell("cold", time.perf_counter() - began, "s")
         if "rss" in cells:
-            post(2048, 128)
+            post(*common.RSS)
             common.tell("rss", common.peak_rss(process.pid), "B")
     finally:
         process.terminate()
@@ -78,7 +78,10 @@ def main() -> None:
         if cell not in common.CELLS:
             continue
         streams, prompt, new = common.CELLS[cell]
-        if streams > 1:
+        if new == 1 and prompt > 512:  # llama-bench would warm up by the whole prompt
+            tool = os.path.join(given.bin, "llama-batched-bench")
+            common.tell(cell, batched(tool, model, threads, 1, prompt, 1)[1], "tok/s")
+        elif streams > 1:
             tool = os.path.join(given.bin, "llama-batched-bench")
             decoded, prefilled = batched(tool, model, threads, streams, prompt, new)
             common.tell(cell, decoded, "tok/s", prefill_tokens_s=prefilled)

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--trace", default="", help="replay these requests instead (written by http_load.py --plan)")
     given = parser.parse_args()
     config = genai.SchedulerConfig()
-    config.cache_size, config.enable_prefix_caching = 3, False
+    config.cache_size, config.enable_prefix_caching = 1 if "rss" in given.cells else 3, False
     config.max_num_batched_tokens, config.max_num_seqs = 16384 if "8192" in given.cells else 4096, 64
     properties = {"INFERENCE_NUM_THREADS": given.threads}
     pipeline = genai.ContinuousBatchingPipeline(

@@ -1,9 +1,10 @@
 """The roofline of a step: what a Program must read and compute, and how long this machine needs for that at least.
 
-Counts each matrix once a step, K and V of every position once a sequence, int8 products at the int8 peak, float
-products at the f32 peak, and attention at twice the f32 peak (what bf16 dot products reach; a stricter yardstick than
-f32 arithmetic). Norms, activations, sampling and everything in Python are not counted: they are what a share below
-100 % is lost to. Run as a module it measures the machine's peaks and prints them as JSON.
+Counts each matrix once a step, the head for sampled rows alone, K and V of every position once a sequence in the bytes
+of the KV type. int8 products at the int8 peak; products with bf16 weights, and attention, at twice the f32 peak (what
+bf16 dot products reach; a stricter yardstick than f32 arithmetic, which is all that AVX2 has); other float products at
+the f32 peak. Norms, activations, sampling and everything in Python are not counted: they are what a share below 100 %
+is lost to. Run as a module it measures the machine's peaks and prints them as JSON.
 """
 
 import json
@@ -37,22 +38,24 @@ class Work:
     int8_ops: float = 0.0
     f32_ops: float = 0.0
     attention_ops: float = 0.0
+    bf16_ops: float = 0.0
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             self.bytes_read + other.bytes_read, self.int8_ops + other.int8_ops,
-            self.f32_ops + other.f32_ops, self.attention_ops + other.attention_ops,
+            self.f32_ops + other.f32_ops, self.attention_ops + other.attention_ops, self.bf16_ops + other.bf16_ops,
         )  # fmt: skip
 
     @property
     def ops(self) -> float:
         """All operations together."""
-        return self.int8_ops + self.f32_ops + self.attention_ops
+        return self.int8_ops + self.f32_ops + self.attention_ops + self.bf16_ops
 
     def seconds(self, peaks: Peaks) -> float:
         """The least time: reading and computing overlap, the kinds of arithmetic do not."""
         arithmetic = self.int8_ops / peaks.int8_ops + self.f32_ops / peaks.f32_ops
-        return max(self.bytes_read / peaks.read_bytes, arithmetic + self.attention_ops / (2 * peaks.f32_ops))
+        halves = (self.attention_ops + self.bf16_ops) / (2 * peaks.f32_ops)
+        return max(self.bytes_read / peaks.read_bytes, arithmetic + halves)
 
 
 def step_work(
@@ -76,8 +79,8 @@ def _linears(op: Op, weights: Mapping[str, Weight], rows: int) -> Work:
         if not isinstance(weight, Packed):
             continue
         ops = 2.0 * weight.shape[0] * weight.shape[1] * rows
-        floats = is_float(weight.format)
-        work += Work(weight.nbytes if rows else 0.0, 0.0 if floats else ops, ops if floats else 0.0)
+        kind = "int8_ops" if not is_float(weight.format) else "bf16_ops" if weight.format == "bf16" else "f32_ops"
+        work += Work(weight.nbytes if rows else 0.0, **{kind: ops})
     return work
 
 

@@ -109,7 +109,7 @@ def measure(session: Session, cell: Cell, peaks: Peaks, rounds: int = 3, seed: i
 def least_work(session: Session, cell: Cell) -> tuple[int, Work]:
     """Tokens and least work of what the cell is about: the whole prompts, or one step in the middle of the answers."""
     model, budget = session.model, session.engine.config.step_tokens
-    programs, weights, kv_dtype = model.programs, model.weights, model.executor.kv_dtype
+    programs, weights, kv_dtype = model.executor.programs, model.weights, model.executor.kv_dtype
     if not cell.prefill:
         chunk = Chunk(1, cell.prompt + cell.answer // 2)
         return cell.streams, step_work(programs, weights, kv_dtype, [chunk] * cell.streams)

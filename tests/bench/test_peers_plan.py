@@ -1,0 +1,108 @@
+"""Plans of bench/peers: what is dropped, in which order engines run, what goes on after a kill. No engine runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+from bench.peers import plan, run, sides
+from bench.peers.plan import Bout, Entry
+
+ENTRIES = (
+    Entry(1, "qwen2.5-0.5b", "4.5", "decode32", {"openvino": 2, "llama": 1}, second=True),
+    Entry(2, "qwen2.5-0.5b", "4.5", "batch8", {"llama": 2}),
+)
+
+
+def test_rounds_come_before_ranks_and_turn_round() -> None:
+    found = list(plan.bouts(ENTRIES, "f16", "int8"))
+    assert [(bout.cells, bout.round, bout.engines) for bout in found] == [
+        ("decode32", 0, ("ours f16", "ours int8", "openvino", "llama")),
+        ("batch8", 0, ("ours f16", "llama")),
+        ("decode32", 1, ("openvino", "ours int8", "ours f16")),
+        ("batch8", 1, ("llama", "ours f16")),
+    ]
+
+
+def test_last_rounds_are_dropped_first_then_the_least_important() -> None:
+    found = list(plan.bouts(ENTRIES, "f16", ""))
+    cost = {bout.name: 60.0 for bout in found}
+    assert plan.cut(found, cost, 240.0) == (found, [])
+    kept, dropped = plan.cut(found, cost, 100.0)
+    assert kept == found[:1]
+    assert dropped == [found[3], found[2], found[1]]
+
+
+def test_seconds_by_hand() -> None:
+    bout = Bout("qwen2.5-0.5b", "4.5", "prefill512,decode2048", 0, ("ours f16", "llama"), 1)
+    ours = 0.7 + 1 + (2 * 512 / 680 + 1) + (2048 / 520 + 128 / 72 + 1)
+    assert plan.seconds(bout, "ours f16") == pytest.approx(ours)
+
+
+def test_every_plan_has_a_pace_and_a_side_for_each_engine(tmp_path: Path) -> None:
+    for entries in plan.PLANS.values():
+        found = list(plan.bouts(entries, "f16", "int8"))
+        assert len({bout.name for bout in found}) == len(found)
+        for bout in found:
+            for engine in bout.engines:
+                assert 1.0 < plan.seconds(bout, engine) < 300.0
+                assert run.side_of(bout, engine, tmp_path).lacking()
+
+
+def test_the_full_plan_covers_every_goal_on_both_models() -> None:
+    for model in sides.MODELS:
+        cells = {c for e in plan.FULL if e.model == model and e.bits == "4.5" for c in e.cells.split(",")}
+        assert cells >= {
+            "prefill512", "prefill4096", "decode32", "decode2048", "decode8192", "batch8", "batch32", "cold", "rss",
+        }  # fmt: skip
+    assert all(max(e.peers.values()) > 1 for e in plan.FULL if e.bits.endswith(sides.AVX2))
+
+
+def test_what_is_not_installed_is_told_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = run.Report(tmp_path / "peers.json", tmp_path, fresh=False)
+    found = run.present(list(plan.bouts(ENTRIES, "f16", "")), report, None)
+    assert found == []
+    assert (
+        "left out: llama on qwen2.5-0.5b at 4.5 bits: no KITS/models/qwen2.5-0.5b-Q4_0.gguf" in capsys.readouterr().out
+    )
+    assert any("openvino" in line for line in json.loads(report.path.read_text())["left_out"])
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[str, str]] = []
+
+    def fake(side: sides.Side, bout: Bout, kits: Path, trace: Path | None) -> list[dict[str, object]]:
+        ran.append((bout.name, side.key))
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        if side.key == "llama":
+            raise RuntimeError("no such thing")
+        return [{"bout": bout.name, "cell": bout.cells, "value": 1.0}]
+
+    monkeypatch.setattr(run, "run_side", fake)
+    found = list(plan.bouts(ENTRIES, "f16", ""))
+    with pytest.raises(KeyboardInterrupt):
+        run.run(found, run.Report(tmp_path / "out.json", tmp_path, fresh=False), 0, None)
+    first = list(ran)
+    again = run.Report(tmp_path / "out.json", tmp_path, fresh=False)
+    assert again.done() == {found[0].name}  # the second bout was not whole
+    assert again.kept["left_out"] == [f"llama in {found[0].name}: no such thing"]
+    assert again.usual(found[0], "openvino") is not None
+    ran.clear()
+    ran.extend([("", "")] * 5)
+    run.run(found, again, 0, None)
+    assert [name for name, _ in ran[5:]] == [name for bout in found[1:] for name in [bout.name] * len(bout.engines)]
+    assert len(first) == 5
+
+
+def test_no_bout_starts_that_would_end_too_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+
+    def slow(side: sides.Side, bout: Bout, kits: Path, trace: Path | None) -> list[dict[str, object]]:
+        now[0] += 100.0
+        return [{"bout": bout.name, "cell": bout.cells, "value": 1.0}]
+
+    monkeypatch.setattr(run, "run_side", slow)
+    monkeypatch.setattr(run.time, "monotonic", lambda: now[0])
+    report = run.Report(tmp_path / "out.json", tmp_path, fresh=False)
+    run.run(list(plan.bouts(ENTRIES, "f16", "")), report, 3.0, None)
+    assert len(report.done()) == 1
