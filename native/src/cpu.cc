@@ -26,6 +26,7 @@ bool cpu_has_avx512() {
          __builtin_cpu_supports("avx512vnni");
 }
 bool cpu_has_vbmi2() { return cpu_has_avx512() && __builtin_cpu_supports("avx512vbmi2"); }
+bool cpu_has_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
 bool cpu_has_neon() { return false; }
 
 FlushScope::FlushScope() : before_(_mm_getcsr()) { _mm_setcsr(static_cast<unsigned>(before_) | 0x8040u); }
@@ -37,6 +38,7 @@ void cpu_pause() { _mm_pause(); }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_vbmi2() { return false; }
+bool cpu_has_bf16() { return false; }
 bool cpu_has_neon() { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }
 
 FlushScope::FlushScope() {
@@ -52,6 +54,7 @@ void cpu_pause() { asm volatile("yield"); }
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
 bool cpu_has_vbmi2() { return false; }
+bool cpu_has_bf16() { return false; }
 bool cpu_has_neon() { return false; }
 FlushScope::FlushScope() : before_(0) {}
 FlushScope::~FlushScope() = default;

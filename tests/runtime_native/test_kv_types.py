@@ -11,6 +11,7 @@ import pytest
 
 from inhouse.plan.memory import block_bytes
 from inhouse.runtime.executor import KV_DTYPES
+from inhouse.runtime.packed_pack import narrow_bf16
 from inhouse.runtime.packed_quantize import quantize_rows_reference
 from inhouse.runtime.program import Attr, StateKind
 from inhouse.runtime.step import BLOCK_SIZE
@@ -55,6 +56,26 @@ def test_int8_codes_are_those_of_quantize_rows() -> None:
             scales: F32 = stored[head, 2 * 32 * BLOCK_SIZE :].view(np.float32)
             assert np.array_equal(codes.astype(np.int16) - 128, np.asarray(wanted[0]).reshape(-1))
             assert scales[slot] == np.asarray(wanted[1]).reshape(-1)[0]
+
+
+@pytest.mark.parametrize("head_dim", [32, 21])
+def test_bf16_lies_in_pairs(head_dim: int) -> None:
+    """K at [d / 2][slot][d % 2], an odd last element at [slot]; V at [slot / 2][d][slot % 2]."""
+    model = _attention(head_dim, 20)
+    native = model.native(kv_dtype="bf16")
+    native.run("step", steps(model.programs, [([7, 11, 7], 0)], blocks_each=1))
+    stored = native.read_blocks("kv", np.zeros(1, np.int32)).reshape(2, -1).view(np.uint16)
+    keys, values = noise(101, 53, 2 * head_dim), noise(102, 53, 40)
+    even = head_dim // 2 * 2
+    for slot, token in enumerate((7, 11, 7)):
+        for head in range(2):
+            k = narrow_bf16(keys[token, head_dim * head : head_dim * (head + 1)])
+            v = narrow_bf16(values[token, 20 * head : 20 * (head + 1)])
+            pairs = stored[head, : even * BLOCK_SIZE].reshape(-1, BLOCK_SIZE, 2)[:, slot].reshape(-1)
+            assert np.array_equal(pairs, k[:even])
+            assert np.array_equal(stored[head, even * BLOCK_SIZE + slot : head_dim * BLOCK_SIZE][:1], k[even:])
+            rows = stored[head, head_dim * BLOCK_SIZE :].reshape(BLOCK_SIZE // 2, 20, 2)
+            assert np.array_equal(rows[slot // 2, :, slot % 2], v)
 
 
 @pytest.mark.realdata

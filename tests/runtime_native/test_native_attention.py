@@ -55,6 +55,7 @@ class Case:
 
 CASES = {
     "gqa": Case(),
+    "odd-dim": Case(head_dim=21, v_dim=7),
     "mha-tiny-heads": Case(heads=8, kv_heads=8, head_dim=8, v_dim=8),
     "mqa": Case(heads=7, kv_heads=1, head_dim=32, v_dim=32),
     "odd-heads": Case(head_dim=20, v_dim=20),
@@ -107,8 +108,16 @@ CASES = {
 
 
 def tolerance(kv_dtype: str) -> float:
-    """The op's; over int8 K and V the native executor also turns queries and weights into 16-bit integers."""
-    return 2e-4 if kv_dtype == "int8" else OPS["attention"].tolerance
+    """The op's; over int8 K and V the native executor also turns queries and weights into 16-bit integers; over bf16 a
+    weight in the middle of two numbers may be rounded to either."""
+    return {"int8": 2e-4, "bf16": 1.5e-3}.get(kv_dtype, OPS["attention"].tolerance)
+
+
+def disagree(found: F32, expected: F32, kv_dtype: str) -> str:
+    """Empty if the two are as near as the KV type allows; of bf16 nearly all elements as near as of f32."""
+    off = worst(found, expected)
+    apart = float(np.mean(np.abs(found - expected) > OPS["attention"].tolerance * np.abs(expected).max()))
+    return "" if off <= tolerance(kv_dtype) and (apart <= 0.04 or kv_dtype == "int8") else f"off {off}, {apart} apart"
 
 
 @pytest.mark.parametrize("kv_dtype", KV_DTYPES)
@@ -127,7 +136,7 @@ def test_attention_agrees_with_torch(name: str, kv_dtype: str) -> None:
         expected = torch.run("step", step)["out0"]
         for native in natives:
             found = native.run("step", step)["out0"]
-            assert worst(found, expected) <= tolerance(kv_dtype), (native.name, number)
+            assert not disagree(found, expected, kv_dtype), (native.name, number)
         firsts = [first + size for first, size in zip(firsts, sizes, strict=True)]
 
 
@@ -198,7 +207,7 @@ def test_cross_attention_agrees_with_torch(kv_dtype: str) -> None:
         for chunks in ([(3, 0), (1, 500), (40, 7)], [(1, 3), (1, 501), (0, 0)]):
             step = _cross_step(model, chunks, lengths)
             expected = torch.run("step", step)["out"]
-            assert worst(native.run("step", step)["out"], expected) <= tolerance(kv_dtype), level
+            assert not disagree(native.run("step", step)["out"], expected, kv_dtype), level
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -15,10 +15,6 @@ struct F16Kv {
   using T = uint16_t;
   static IH_INLINE V get(const T* p) { return load_f16(p); }
 };
-struct BF16Kv {
-  using T = uint16_t;
-  static IH_INLINE V get(const T* p) { return load_bf16(p); }
-};
 
 // Where the K and V of a partition's blocks lie, as T.
 template <class T>

@@ -3,6 +3,8 @@
 namespace inhouse::IH_ISA {
 namespace {
 
+IH_INLINE VI bits_of(V v) { return __builtin_bit_cast(VI, v); }
+
 // 2^n * p for integer n in [-252, 256], in two steps so that the ends of the float range come out right.
 IH_INLINE V scale_by_power(V p, VI n) {
   const VI half = shift_right_signed<1>(n);
@@ -40,6 +42,25 @@ IH_INLINE V exp_below(V x) {
   p = fma(p, r, set1(0.6931470036506653f));
   p = fma(p, r, set1(1.0f));
   return mul(p, from_bits(shift_left<23>(add_int(to_int(n), set1_int(127)))));
+}
+
+// 2^x for whole x <= 0; 0 below -126, NaN stays NaN.
+IH_INLINE V power_of_two(V x) {
+  const V y = from_bits(shift_left<23>(add_int(to_int(max(set1(-126.0f), x)), set1_int(127))));
+  return select(less(x, set1(-126.0f)), zero(), select(less_equal(x, x), y, x));
+}
+
+// 2^x as the weights of a softmax need it that are rounded to bf16: -126 where x is below, x <= 1; off by 2.7e-6
+// relative, however far x is from the interval of the fit; NaN stays NaN.
+IH_INLINE V exp2_below(V x) {
+  constexpr float kWhole = 12583039.0f;  // 1.5 * 2^23 + 127: adding it leaves round(x) + 127 in the lowest bits
+  const V held = max(set1(-126.0f), x), shifted = add(held, set1(kWhole));
+  const V f = sub(held, sub(shifted, set1(kWhole)));
+  V p = fma(set1(0.009570102207362652f), f, set1(0.05591785907745361f));
+  p = fma(p, f, set1(0.240247443318367f));
+  p = fma(p, f, set1(0.6931217908859253f));
+  p = fma(p, f, set1(0.9999992847442627f));
+  return mul(p, from_bits(shift_left<23>(bits_of(shifted))));
 }
 
 // tanh x; near zero by an odd polynomial (|x| < 0.6, 1e-9), elsewhere through e^2x.

@@ -162,6 +162,9 @@ def _attention(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> l
     cross: q alone, K and V are positions 0..encoder_lengths[n] of a cross group, all seen.
     score = scale * q.k; softcap > 0: cap * tanh(score / cap). Which keys a query at p sees: causal: k <= p;
     prefix: k <= p or k < prefixes[n]; bidirectional: all stored; window > 0: of those |p - k| < window only.
+    Over a bf16 cache queries are rounded to bf16 too, and so are softmax weights as 2^(score log2(e) - m), m a whole
+    number near the largest (which one does not matter to the rounding); products and sums are f32, and the weights are
+    divided by the sum of the rounded ones.
     optional weights: (ALiBi slopes [heads] | relative bias table [buckets, heads] of T5, sinks [heads]); buckets of
     relative bias look both ways unless the mask is causal.
 

@@ -1,5 +1,6 @@
 """Attention in torch: which keys a query sees, and the weighted sum over them. Knows no cache."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -113,28 +114,47 @@ def attend(
     return _attend_plain(q, k, v, seen, scale, softcap, bias, sinks)
 
 
-def _attend_plain(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, bias: Tensor | None,
-    sinks: Tensor | None,
+def _scores(
+    q: Tensor, k: Tensor, seen: Tensor | None, scale: float, softcap: float, bias: Tensor | None
 ) -> Tensor:  # fmt: skip
-    """`attend` written out, for what the fused function cannot do."""
-    batch, heads, queries, _ = q.shape
-    shared = heads // k.shape[1]
-    k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
-    scores = scale * (q.float() @ k.float().transpose(-1, -2))
+    """f32 [B, heads, Q, K], minus infinity where a key is not seen."""
+    scores = scale * (q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2))
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if bias is not None:
         scores = scores + bias
     if seen is None:
-        seen = torch.ones(1, queries, queries, dtype=torch.bool, device=q.device).tril()
-    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+        seen = torch.ones(1, q.shape[2], q.shape[2], dtype=torch.bool, device=q.device).tril()
+    return scores.masked_fill(~seen[:, None], -torch.inf)
+
+
+def _attend_plain(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`attend` written out, for what the fused function cannot do."""
+    scores = _scores(q, k, seen, scale, softcap, bias)
     if sinks is not None:
-        sink = sinks.float()[None, :, None, None].expand(batch, heads, queries, 1)
+        sink = sinks.float()[None, :, None, None].expand(*scores.shape[:3], 1)
         weights = torch.softmax(torch.cat([scores, sink], dim=-1), dim=-1)[..., :-1]
     else:
         weights = torch.softmax(scores, dim=-1)
-    return (weights @ v.float()).to(q.dtype)
+    return (weights @ v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)).to(q.dtype)
+
+
+def _attend_bf16(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, softcap: float, bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """`attend` over K and V of bf16, with queries and weights rounded as the attention op says (runtime/ops.py)."""
+    powers = _scores(q.bfloat16(), k, seen, scale, softcap, bias) * math.log2(math.e)
+    top = powers.amax(dim=-1, keepdim=True).round()
+    top = top.masked_fill(top == -torch.inf, 0.0)
+    weights = torch.exp2(powers - top).bfloat16().float()
+    total = weights.sum(dim=-1, keepdim=True)
+    if sinks is not None:
+        total = total + torch.exp(sinks.float()[None, :, None, None] - top * math.log(2.0))
+    return (weights @ v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1) / total).to(q.dtype)
 
 
 def attend_op(
@@ -148,7 +168,8 @@ def attend_op(
 ) -> Tensor:
     """`attend` with the attributes and optional weights (bias table, sinks) of an attention op.
 
-    `positions` of queries [B, Q] and keys [B, K]; `seen` as in `attend`.
+    `positions` of queries [B, Q] and keys [B, K]; `seen` as in `attend`. Over K and V of bf16, queries and weights are
+    rounded too; where activations are bf16 themselves, as the fused function does it.
     """
     table = weights[0] if weights else None
     sinks = weights[1] if len(weights) > 1 else None
@@ -161,4 +182,6 @@ def attend_op(
             max_distance=int(op.attrs["max_distance"]), mask=str(op.attrs["mask"]),
         )  # fmt: skip
     scale, softcap = float(op.attrs["scale"]), float(op.attrs["softcap"])
+    if k.dtype is torch.bfloat16 and q.dtype is not torch.bfloat16:
+        return _attend_bf16(q, k, v, seen, scale, softcap, bias, sinks)
     return attend(q, k.to(q.dtype), v.to(q.dtype), seen, scale=scale, softcap=softcap, bias=bias, sinks=sinks)
