@@ -3,6 +3,7 @@
 // an input (q k v; gate up) are one, as in a step; weights are read from memory, not from a cache.
 // Usage: linear_bench [--model NAME|all] [--format NAME,...] [--isa NAME,...] [--rows N,...] [--threads N]
 //                     [--seconds S (a figure)] [--totals (no single matrices)] [--huge (huge pages)]
+//                     [--fine (no activation scales of powers of two)]
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -34,7 +35,7 @@ struct Options {
   std::vector<int64_t> rows = {1, 2, 4, 8, 16, 32, 64, 512};
   int threads = 0;
   double seconds = 0.05;
-  bool totals = false, huge = false;
+  bool totals = false, huge = false, fine = false;
 };
 
 struct Free {
@@ -72,8 +73,8 @@ struct Memory {
 };
 
 // Seconds of one multiplication, the median over `budget` seconds; `used` becomes the bytes of the weight.
-double time_matrix(const Kernels& kernels, int threads, int format, int64_t out, int64_t in, int64_t rows,
-                   const Memory& memory, double budget, size_t* used) {
+double time_matrix(const Kernels& kernels, const Options& o, int format, int64_t out, int64_t in, int64_t rows,
+                   const Memory& memory, size_t* used) {
   const size_t tile = static_cast<size_t>(layout_of(kFormats[format], in).tile_bytes);
   const int64_t cut = std::min<int64_t>(out, static_cast<int64_t>(kBufferBytes / tile) * kTileRows);
   const size_t bytes = static_cast<size_t>(packed_bytes(kFormats[format], cut, in));
@@ -81,12 +82,13 @@ double time_matrix(const Kernels& kernels, int threads, int format, int64_t out,
   const bool codes = takes_int8(kFormats[format]);
   const QuantRows quants = quant_rows(memory.quants.get(), (rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes, in, rows);
   const float* x = reinterpret_cast<const float*>(memory.x.get());
-  for (int64_t r = 0; codes && r < rows; ++r) kernels.quantize_row(x + r * in, in, kQuantGroup, quants, r);
+  const bool powers = !o.fine && kFormats[format].low + kFormats[format].high <= 6;
+  for (int64_t r = 0; codes && r < rows; ++r) kernels.quantize_row(x + r * in, in, kQuantGroup, powers, quants, r);
   const LinearInput input = {rows, in, codes ? nullptr : x, codes ? &quants : nullptr};
   std::vector<double> times;
   double last = now();
-  for (const double begin = last; times.size() < 4 || last - begin < budget;) {
-    Pool::Step pool(Pool::process(), threads);
+  for (const double begin = last; times.size() < 4 || last - begin < o.seconds;) {
+    Pool::Step pool(Pool::process(), o.threads);
     const size_t copy = times.size() % copies;
     const Weight w = {format, cut, in, memory.weights.get() + copy * bytes, bytes};
     const LinearTask task = {&w, nullptr, reinterpret_cast<float*>(memory.y.get())};
@@ -115,7 +117,7 @@ void measure(const Options& o, const Kernels& kernels, const Peaks& peaks, const
     if (!layout_of(kFormats[format], m.in).valid) return;
     const int64_t n = m.head && rows >= kPromptRows ? 1 : rows;
     size_t used = 0;
-    const double once = time_matrix(kernels, o.threads, format, m.out, m.in, n, memory, o.seconds, &used);
+    const double once = time_matrix(kernels, o, format, m.out, m.in, n, memory, &used);
     const double products = 2.0 * static_cast<double>(m.out * m.in * n), count = static_cast<double>(m.count);
     if (!o.totals) {
       std::printf(
@@ -149,8 +151,8 @@ std::vector<std::string> split(const char* text) {
 bool parse(int argc, char** argv, Options* o) {
   for (int i = 1; i < argc; ++i) {
     const std::string key = argv[i];
-    if (key == "--totals" || key == "--huge") {
-      (key == "--huge" ? o->huge : o->totals) = true;
+    if (key == "--totals" || key == "--huge" || key == "--fine") {
+      (key == "--huge" ? o->huge : key == "--fine" ? o->fine : o->totals) = true;
       continue;
     }
     if (++i == argc) return false;

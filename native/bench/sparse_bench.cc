@@ -260,7 +260,7 @@ int main(int argc, char** argv) {
     if (o.levels.empty() ? !last : !named) continue;
     input.quants = quant_rows(input.memory.data(), capacity, o.in, o.rows);
     for (int64_t r = 0; r < o.rows; ++r) {
-      kernels->quantize_row(input.x.data() + r * o.in, o.in, kQuantGroup, input.quants, r);
+      kernels->quantize_row(input.x.data() + r * o.in, o.in, kQuantGroup, false, input.quants, r);
     }
     for (const Cell& cell : o.cells) measure(*kernels, o, cell, input);
   }

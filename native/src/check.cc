@@ -74,6 +74,7 @@ void check_quantize_rows(Rule& r) {
   r.alike(r.in(0), r.out(0));
   r.need(r.in(0).dtype == DType::kF32 && r.out(0).dtype == DType::kI8, "must turn f32 into i8");
   r.need(r.out(0).group == r.op().integer(0), "group differs from the value's");
+  r.need(r.op().integer(1) == 0 || r.op().integer(1) == 1, "powers must be 0 or 1");
   r.need(r.out(0).group % kQuantGroup == 0 || r.out(0).group == r.in(0).width, "group must be a multiple of 32");
 }
 

@@ -42,6 +42,8 @@ struct QuantRows {
 };
 
 constexpr int64_t kMaxLanes = 8;
+constexpr float kLeastPower = 0x1p-60f;  // of scales that are powers of two
+constexpr float kMostPower = 0x1p60f;    // up to which bodies may add exponents; beyond it they multiply
 
 // Rows that lie together where a step has so many.
 constexpr int64_t lanes_for(int64_t rows) { return rows < 2 ? 1 : rows < 3 ? 2 : rows < 5 ? 4 : kMaxLanes; }
@@ -201,8 +203,9 @@ struct Kernels {
                     const float* bias, float* y, int64_t ldy);
   // Row `row` of a packed matrix as f32 [in] (embedding gather; exact dequantisation).
   void (*unpack_row)(const Weight& w, int64_t row, float* out);
-  // Row `row` of quantize_rows from x [width]; `group` is a multiple of kQuantGroup, or not below `width`.
-  void (*quantize_row)(const float* x, int64_t width, int64_t group, const QuantRows& q, int64_t row);
+  // Row `row` of quantize_rows from x [width]; `group` is a multiple of kQuantGroup, or not below `width`; `powers`:
+  // scales are powers of two.
+  void (*quantize_row)(const float* x, int64_t width, int64_t group, bool powers, const QuantRows& q, int64_t row);
   // Row-wise f32 bodies.
   void (*rms_norm)(const float* x, const float* w, float eps, float offset, int64_t heads, int64_t n, float* y);
   void (*layer_norm)(const float* x, const float* w, const float* b, float eps, int64_t n, float* y);

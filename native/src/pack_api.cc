@@ -36,7 +36,7 @@ Status quantized_linear(const inhouse::Kernels& k, const ih_weight& w, const flo
   const int64_t capacity = (rows + inhouse::kMaxLanes - 1) / inhouse::kMaxLanes * inhouse::kMaxLanes;
   std::vector<uint8_t> memory(static_cast<size_t>(inhouse::quant_bytes(capacity, w.in)));
   const inhouse::QuantRows q = inhouse::quant_rows(memory.data(), capacity, w.in, rows);
-  for (int64_t r = 0; r < rows; ++r) k.quantize_row(x + r * w.in, w.in, inhouse::kQuantGroup, q, r);
+  for (int64_t r = 0; r < rows; ++r) k.quantize_row(x + r * w.in, w.in, inhouse::kQuantGroup, false, q, r);
   k.linear_i8(weight_of(w), q, static_cast<int>(rows), 0, (w.out + 15) / 16, nullptr, y, w.out);
   return {};
 }

@@ -16,7 +16,7 @@
 namespace inhouse {
 
 constexpr int64_t kMagic = 0x31575048494eLL;
-constexpr int64_t kFlatVersion = 3;
+constexpr int64_t kFlatVersion = 4;
 constexpr int64_t kMaxTables = 4;       // of a tensor train
 constexpr int64_t kMaxTrain = 1 << 16;  // numbers of any slice or product of slices of it
 
@@ -27,7 +27,7 @@ enum class OpKind : int32_t {
   kEmbed,          // source (0 tokens, 1 positions, 2 types), offset, scale
   kRmsNorm,        // eps, heads, offset
   kLayerNorm,      // eps
-  kQuantizeRows,   // group (never 0)
+  kQuantizeRows,   // group (never 0), whether scales are powers of two
   kLinears,        //
   kRotary,         // factor, source (0 positions, 1 two-part)
   kRope,           // head_dim, interleaved

@@ -43,7 +43,7 @@ void Runner::row_op(const Op& op, int64_t r) {
     case OpKind::kLayerNorm:
       return kernels_.layer_norm(x, vector(op, 0), vector(op, 1), op.real(0), width, row(out, r));
     case OpKind::kQuantizeRows:
-      return kernels_.quantize_row(x, width, value(out).group, codes(out), r);
+      return kernels_.quantize_row(x, width, value(out).group, op.integer(1) != 0, codes(out), r);
     case OpKind::kRope: {
       const int64_t head_dim = op.integer(0);
       return kernels_.rope(x, row(op.inputs[1], r), width / head_dim, head_dim, value(op.inputs[1]).width,

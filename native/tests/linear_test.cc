@@ -129,17 +129,17 @@ struct Matrix {
 };
 
 struct Rows {  // activations, and their quantised form by the kernel itself
-  Rows(const Kernels& k, int rows, int64_t width, int64_t group, std::mt19937& rng)
+  Rows(const Kernels& k, int rows, int64_t width, int64_t group, std::mt19937& rng, bool powers = false)
       : x(rows * width),
         capacity((rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes),
         memory(quant_bytes(capacity, width)) {
     std::normal_distribution<float> normal;
     for (float& v : x) v = normal(rng);
-    remake(k, rows, width, group);
+    remake(k, rows, width, group, powers);
   }
-  void remake(const Kernels& k, int rows, int64_t width, int64_t group) {
+  void remake(const Kernels& k, int rows, int64_t width, int64_t group, bool powers = false) {
     q = quant_rows(memory.data(), capacity, width, rows);
-    for (int r = 0; r < rows; ++r) k.quantize_row(&x[r * width], width, group, q, r);
+    for (int r = 0; r < rows; ++r) k.quantize_row(&x[r * width], width, group, powers, q, r);
   }
   int8_t& code(int64_t r, int64_t k) const { return q.codes[q.at(r, k / 32) * 32 + k % 32]; }
   std::vector<float> x;
@@ -226,6 +226,44 @@ void check_matrix(const Kernels& k, int format, int64_t out, int64_t in, int row
       [&](int r, int64_t o) { return expected_i8(m, whole, r, o); });
 }
 
+// Scales that are powers of two: the reference's values; and beside a row with a NaN, or with scales too large to add
+// exponents for, where bodies multiply them, the same bits.
+void check_powers(const Kernels& k, int format, std::mt19937& rng) {
+  const int64_t in = 512, out = 37;
+  const int rows = 13;
+  Matrix m(format, out, in, rng);
+  if (!takes_int8(m.f) || !m.l.valid) return;
+  if (m.f.scale == kF16 && !m.f.two_level) {
+    for (int64_t o = 0; o < out; o += 3)
+      std::memset(m.bytes.data + o / 16 * m.l.tile_bytes + m.l.scale + o % 16 * 2, 0, 2);
+  }
+  const std::string name = std::string(k.isa) + " " + m.f.name + " powers";
+  Rows x(k, rows, in, 32, rng, true);
+  std::fill_n(&x.x[2 * in + 64], 32, 0.0f);
+  std::fill_n(&x.x[3 * in], in, 0x1p-90f);
+  x.remake(k, rows, in, 32, true);
+  const auto run = [&](const Rows& given, int n, int64_t a, int64_t b, float* y) {
+    k.linear_i8(m.weight, given.q, n, a, b, nullptr, y, out);
+  };
+  check_linear(
+      name, m, rows, std::string(k.isa) != "scalar", [&](int n, int64_t a, int64_t b, float* y) { run(x, n, a, b, y); },
+      [&](int r, int64_t o) { return expected_i8(m, x, r, o); });
+  std::vector<float> added(rows * out), multiplied(rows * out);
+  run(x, rows, 0, 3, added.data());
+  for (const float fault : {std::nanf(""), 0x1p100f}) {
+    Rows other = x;
+    other.x[(rows - 1) * in + 7] = fault;
+    other.remake(k, rows, in, 32, true);
+    run(other, rows, 0, 3, multiplied.data());
+    check(std::memcmp(added.data(), multiplied.data(), static_cast<size_t>((rows - 1) * out) * 4) == 0, name + " bits");
+    for (int64_t o = 0; o < out; ++o) {
+      const float y = multiplied[(rows - 1) * out + o], wanted = expected_i8(m, other, rows - 1, o);
+      check(std::isnan(fault) ? std::isnan(y) : agree(y, wanted, std::string(k.isa) != "scalar", std::fabs(wanted)),
+            name + " fault");
+    }
+  }
+}
+
 // Rows and inputs from the middle of a larger matrix of activations give the bits of a matrix of their own.
 void check_views(const Kernels& k, int format, std::mt19937& rng) {
   const int64_t in = 256, out = 20;
@@ -265,14 +303,14 @@ void check_extremes(const Kernels& k, int format, std::mt19937& rng) {
 }
 
 // Row 2 of three, between rows that it must leave alone.
-void check_quantize(const Kernels& k, int64_t width, int64_t group, std::mt19937& rng) {
+void check_quantize(const Kernels& k, int64_t width, int64_t group, bool powers, std::mt19937& rng) {
   Rows rows(k, 3, width, group, rng);
   float* x = &rows.x[2 * width];
   if (width > 40) std::fill(x, x + 32, 0.0f);
   if (width > 70) x[64] = std::nanf("");
   std::fill(rows.memory.begin(), rows.memory.end(), uint8_t{99});
   const QuantRows q = quant_rows(rows.memory.data(), rows.capacity, width, 3);
-  k.quantize_row(x, width, group, q, 2);
+  k.quantize_row(x, width, group, powers, q, 2);
   const std::string name = std::string(k.isa) + " quantize_row " + std::to_string(width);
   for (int64_t first = 0; first < width; first += group) {
     const int64_t last = std::min(width, first + group);
@@ -284,8 +322,10 @@ void check_quantize(const Kernels& k, int64_t width, int64_t group, std::mt19937
     }
     for (int64_t i = first; i < last; ++i) {
       const float scale = q.scales[q.at(2, i / 32)];
-      check(nan ? std::isnan(scale) : scale == most / 127.0f, name + " scale");
-      const float code = nan || most == 0 ? 0.0f : std::nearbyint(x[i] * (127.0f / most));
+      const float power = std::max(0x1p-60f, std::exp2(std::ceil(std::log2(most / 127.0f))));
+      check(nan ? std::isnan(scale) : scale == (powers ? power : most / 127.0f), name + " scale");
+      const float inverse = powers ? 1.0f / power : 127.0f / most;
+      const float code = nan || most == 0 ? 0.0f : std::nearbyint(x[i] * inverse);
       check(rows.code(2, i) == code, name + " code");
     }
   }
@@ -316,10 +356,12 @@ int main() {
       check_matrix(*k, format, 1, 32, 1, rng);
       check_extremes(*k, format, rng);
       check_views(*k, format, rng);
+      check_powers(*k, format, rng);
     }
     for (const int64_t width : {1, 15, 16, 31, 32, 33, 172, 512}) {
-      check_quantize(*k, width, 32, rng);
-      check_quantize(*k, width, width, rng);
+      check_quantize(*k, width, 32, false, rng);
+      check_quantize(*k, width, 32, true, rng);
+      check_quantize(*k, width, width, false, rng);
     }
     std::printf("%s done\n", k->isa);
   }

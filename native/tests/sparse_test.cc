@@ -170,7 +170,7 @@ struct Rows {
         q(quant_rows(memory.data(), (rows + 7) / 8 * 8, width, rows)) {
     std::normal_distribution<float> normal;
     for (float& v : x) v = normal(rng);
-    for (int r = 0; r < rows; ++r) k.quantize_row(&x[static_cast<size_t>(r * width)], width, kQuantGroup, q, r);
+    for (int r = 0; r < rows; ++r) k.quantize_row(&x[static_cast<size_t>(r * width)], width, kQuantGroup, false, q, r);
   }
   std::vector<float> x;
   std::vector<uint8_t> memory;

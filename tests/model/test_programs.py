@@ -110,6 +110,25 @@ def test_mixed_linears_are_split() -> None:
     assert attention.inputs[2] == first.outputs[1]
 
 
+def test_wide_rows_of_narrow_weights_take_powers_of_two() -> None:
+    """Where every weight of the op has at most 6 bits; formats with finer codes, or with one scale a row, do not."""
+
+    def powers(width: int, *formats: str) -> list[bool]:
+        names = [f"w{i}" for i in range(len(formats))]
+        weights = {name: WeightSpec(name, (64, width), "linear") for name in names}
+        weights["table"] = WeightSpec("table", (9, width), "embedding")
+        builder = Builder("step", weights)
+        builder.op("linears", builder.one("embed", weights=["table"]), weights=[*names, *[""] * len(names)])
+        programs = ProgramSet({"step": builder.finish()}, weights, (), 9, 8)
+        ops = quantize_activations(programs, dict(zip(names, formats, strict=True))).programs["step"].ops
+        return [bool(op.attrs["powers"]) for op in ops if op.kind == "quantize_rows"]
+
+    assert powers(768, "q4_0", "q6_0", "u4_g128_bf16") == [True]
+    assert powers(736, "q4_0") == [False]
+    assert powers(1024, "q4_0", "q8_0") == [False]
+    assert powers(1024, "i8_token") == [False]
+
+
 def test_unknown_formats_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="q9_z"):
         quantize_activations(build(spec_of()), {"embed.weight": "q9_z"})

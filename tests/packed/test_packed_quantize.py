@@ -132,6 +132,22 @@ def test_quantized_rows_follow_their_definition(group: int) -> None:
     assert np.abs(codes).max() == 127
 
 
+def test_scales_that_are_powers_of_two_are_the_least_that_hold_the_group() -> None:
+    x = draws("heavy", (9, 172))
+    x[2], x[3], x[4] = 0, 1e-35, 127 * np.float32(2.0**-20)
+    codes, scales = quantize_rows_reference(x, 32, powers=True)
+    mantissa, _ = np.frexp(scales)
+    assert (mantissa == 0.5).all()
+    assert (scales[2:4] == np.float32(2.0**-60)).all()
+    assert (scales[4] == np.float32(2.0**-20)).all()
+    for row in (0, 1, 4, 5, 6, 7, 8):
+        for g in range(6):
+            part = x[row, 32 * g : 32 * g + 32]
+            most = np.abs(part).max() / scales[row, g]
+            assert 63.5 < most <= 127
+            assert np.array_equal(codes[row, 32 * g : 32 * g + 32], np.rint(part / scales[row, g]))
+
+
 def test_a_fault_in_a_row_is_seen_in_its_scale() -> None:
     x = np.ones((3, 64), np.float32)
     x[0, 40], x[1, 0], x[2, :32] = np.nan, -np.inf, 1e-35

@@ -115,15 +115,16 @@ def test_embedding_is_gathered_exactly(source: str, packing: str) -> None:
         np.testing.assert_array_equal(found, packed.dequantize()[ids] * np.float32(0.5))
 
 
-@pytest.mark.parametrize("kind", ["q8", "q4"])
-def test_quantised_linears_agree_with_torch(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "width"), [("q8", 96), ("q4", 96), ("q4", 768)])
+def test_quantised_linears_agree_with_torch(kind: str, width: int) -> None:
     """Both executors multiply the same int8 activations: only float rounding of the sums is left."""
     one = OneOp()
-    names = [one.packed(f"w{i}", quantize(noise(i, out, 96), _kind(kind))) for i, out in enumerate((5, 48))]
-    model = one.build("linears", [96], [*names, "", one.vector("b", noise(7, 48))])
+    names = [one.packed(f"w{i}", quantize(noise(i, out, width), _kind(kind))) for i, out in enumerate((5, 48))]
+    model = one.build("linears", [width], [*names, "", one.vector("b", noise(7, 48))])
     formats = {n: w.format for n, w in model.weights.items() if isinstance(w, Packed) and n in names}
     model = Model(quantize_activations(model.programs, formats), model.weights)
-    assert "quantize_rows" in [op.kind for op in model.programs.programs["step"].ops]
+    made = [op.attrs["powers"] for op in model.programs.programs["step"].ops if op.kind == "quantize_rows"]
+    assert made == [width >= 768]
     step = steps(model.programs, [(tokens(1, 40), 0)], blocks_each=64)
     expected = model.torch().run("step", step)
     for level in LEVELS:

@@ -56,18 +56,22 @@ def test_layer_norm_with_and_without_bias() -> None:
     close(ops.layer_norm(x, w, b, eps=1e-5), y + b)
 
 
+@pytest.mark.parametrize("powers", [False, True])
 @pytest.mark.parametrize("group", [0, 32, 16])
 @pytest.mark.parametrize("width", [32, 172, 7])
-def test_quantised_rows_are_bit_equal_to_the_definition(group: int, width: int) -> None:
+def test_quantised_rows_are_bit_equal_to_the_definition(group: int, width: int, powers: bool) -> None:
     x = randn(9, width) * torch.logspace(-6, 6, 9)[:, None]
     x[1] = 0
     x[2, 3] = 1e-35
     x[3, 0], x[4, 1] = math.nan, math.inf
-    ours = ops.quantize_rows(x, group=group)
-    codes, scales = quantize_rows_reference(x.numpy(), group)
+    ours = ops.quantize_rows(x, group=group, powers=powers)
+    codes, scales = quantize_rows_reference(x.numpy(), group, powers)
     np.testing.assert_array_equal(ours.codes.numpy(), codes)
     np.testing.assert_array_equal(ours.scales.numpy(), scales)
-    assert float((ours.dequantize()[5:] - x[5:]).abs().max()) <= float(x[5:].abs().max()) / 254 * 1.001
+    assert (
+        float((ours.dequantize()[5:] - x[5:]).abs().max())
+        <= float(x[5:].abs().max()) / (127 if powers else 254) * 1.001
+    )
 
 
 def test_linears_of_quantised_rows_multiply_the_integers() -> None:

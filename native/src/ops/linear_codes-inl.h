@@ -52,6 +52,14 @@ void prepare_run(const QuantRows& x, int64_t from, int64_t count, Strip& strip, 
   }
 }
 
+// Whether the product of a scale of the tile and one of the activations may come from adding exponents, where the
+// latter are powers of two: scales of f16 are normal numbers as floats, and codes of more bits keep finer scales.
+template <int ID>
+bool may_add_exponents(const Weight& w) {
+  constexpr Format f = kFormats[ID];
+  return kAddsExponents && f.low + f.high <= 6 && (f.family ? kFormats[w.format].scale : f.scale) == kF16;
+}
+
 // Rows [first, end) of the view against tiles [begin, tiles_end); their lanes lie in [group, groups_end).
 struct Piece {
   int64_t first, end, begin, tiles_end;
@@ -66,6 +74,35 @@ void prepare(const QuantRows& x, const Piece& p, int64_t blocks, Strip& strip) {
     prepare_run<ID>(x, (g * x.blocks + x.block) * x.lanes, run, strip, (g - p.group) * run,
                     (p.groups_end - p.group) * run);
   }
+}
+
+// Whether `count` scales, each `step` after the other, are powers of two that exponents can be added for.
+inline bool are_powers(const float* scales, int64_t count, int64_t step) {
+  int32_t mantissas = 0;
+  bool inside = true;
+  for (int64_t i = 0; i < count; ++i) {
+    const float scale = scales[i * step];
+    mantissas |= __builtin_bit_cast(int32_t, scale) & 0x7fffff;
+    inside &= scale >= kLeastPower && scale <= kMostPower;
+  }
+  return mantissas == 0 && inside;
+}
+
+// The same of all rows of a piece.
+inline bool has_powers(const QuantRows& x, const Piece& p, int64_t blocks) {
+  for (int64_t row = p.first; row < p.end;) {
+    const int64_t lane = (x.row + row) % x.lanes, n = x.lanes - lane < p.end - row ? x.lanes - lane : p.end - row;
+    const float* scales = x.scales + x.at(row, 0);
+    if (n == x.lanes) {
+      if (!are_powers(scales, blocks * n, 1)) return false;
+    } else {
+      for (int64_t r = 0; r < n; ++r) {
+        if (!are_powers(scales + r, blocks, x.lanes)) return false;
+      }
+    }
+    row += n;
+  }
+  return true;
 }
 
 IH_INLINE int32_t four_codes(const int8_t* p) {
@@ -93,8 +130,21 @@ struct Dots<true, WIDE> {
   IH_INLINE VI end(int32_t start) const { return widen(sums, start); }
 };
 
-// R rows of activations, which lie side by side from `x`, times one tile.
-template <int ID, int R>
+IH_INLINE V times(V scale, float by) { return mul(scale, set1(by)); }
+
+// A scale of weights, made ready to be multiplied with scales of activations.
+template <bool POWERS>
+IH_INLINE auto factor_of(V scale) {
+  if constexpr (POWERS) {
+    return powered(scale);
+  } else {
+    return scale;
+  }
+}
+
+// R rows of activations, which lie side by side from `x`, times one tile. POWERS: their scales are powers of two; the
+// bits are the same, sooner.
+template <int ID, int R, bool POWERS>
 __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64_t lanes, V* y) {
   constexpr Format f = kFormats[ID];
   constexpr int halves = Tile<ID>::halves, quads = 8 / halves;
@@ -117,8 +167,9 @@ __attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64
         IH_UNROLL for (int r = 0; r < R; ++r) { dots[r].add(w, four_codes(x.codes + r * kBlock + 4 * q)); }
       });
       const V scale = tile.scale(b, h);
+      const auto factor = factor_of<POWERS>(scale);
       IH_UNROLL for (int r = 0; r < R; ++r) {
-        sums[r] = fma(to_float(dots[r].end(start(r))), mul(scale, set1(x.scale[r])), sums[r]);
+        sums[r] = fma(to_float(dots[r].end(start(r))), times(factor, x.scale[r]), sums[r]);
       }
       if constexpr (Tile<ID>::offset) {
         const V minimum = tile.minimum(b, h);
@@ -142,7 +193,7 @@ inline int64_t rows_at_once(const QuantRows& x, int64_t row, int64_t end) {
 
 // `n` rows (R, or less) through all tiles of the piece: their activations stay in the first-level cache, and outputs
 // are written in runs.
-template <int ID, int R>
+template <int ID, int R, bool POWERS>
 IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, const Piece& p,
                           int64_t row, int64_t n, const float* bias, float* y, int64_t ldy) {
   if (n == R) {
@@ -154,11 +205,11 @@ IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, 
                              {strip.sum + at, strip.sum + half + at}};
     for (int64_t tile = p.begin; tile < p.tiles_end; ++tile) {
       V sums[R];
-      codes_tile<ID, R>(tile_of<ID>(w, l, tile), entries, x.lanes, sums);
+      codes_tile<ID, R, POWERS>(tile_of<ID>(w, l, tile), entries, x.lanes, sums);
       for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (row + r) * ldy);
     }
   } else if constexpr (R > 1) {
-    codes_rows<ID, R / 2>(w, l, x, strip, p, row, n, bias, y, ldy);
+    codes_rows<ID, R / 2, POWERS>(w, l, x, strip, p, row, n, bias, y, ldy);
   }
 }
 
@@ -170,6 +221,7 @@ void codes_linear(const Weight& w, const QuantRows& x, int64_t rows, int64_t til
   const int64_t fit = kStarts / starts < kStripRows / x.lanes ? kStarts / starts : kStripRows / x.lanes;
   const int64_t tiles = l.tile_bytes < kTilesBytes ? kTilesBytes / l.tile_bytes : 1;
   const int64_t groups_end = (x.row + rows + x.lanes - 1) / x.lanes, group = x.row / x.lanes;
+  const bool may = may_add_exponents<ID>(w);
   Strip strip;
   for (int64_t begin = tile_begin; begin < tile_end; begin += tiles) {
     const int64_t end = tile_end - begin < tiles ? tile_end : begin + tiles;
@@ -179,9 +231,13 @@ void codes_linear(const Weight& w, const QuantRows& x, int64_t rows, int64_t til
       const int64_t stop = last == groups_end ? rows : last * x.lanes - x.row;
       const Piece piece = {first, stop, begin, end, g, last};
       if (groups_end - group > fit || begin == tile_begin) prepare<ID>(x, piece, l.blocks, strip);
+      const bool powers = may && has_powers(x, piece, l.blocks);
       for (int64_t row = first; row < stop;) {
         const int64_t n = rows_at_once(x, row, stop);
-        codes_rows<ID, kIntRows>(w, l, x, strip, piece, row, n, bias, y, ldy);
+        if constexpr (kAddsExponents && kFormats[ID].low + kFormats[ID].high <= 6) {
+          if (powers) codes_rows<ID, kIntRows, true>(w, l, x, strip, piece, row, n, bias, y, ldy);
+        }
+        if (!powers) codes_rows<ID, kIntRows, false>(w, l, x, strip, piece, row, n, bias, y, ldy);
         row += n;
       }
     }

@@ -33,16 +33,24 @@ IH_INLINE int32_t largest_bits(const float* x, int64_t n) {
   return reduce_max_int(most);
 }
 
-void quantize_row(const float* x, int64_t width, int64_t group, const QuantRows& q, int64_t row) {
+// The least power of two that is not below most / 127, and not below kLeastPower.
+IH_INLINE float power_scale(float most) {
+  const int32_t bits = __builtin_bit_cast(int32_t, most / 127.0f);
+  const float power = __builtin_bit_cast(float, (bits + 0x7fffff) & 0x7f800000);
+  return power < kLeastPower ? kLeastPower : power;
+}
+
+void quantize_row(const float* x, int64_t width, int64_t group, bool powers, const QuantRows& q, int64_t row) {
   int64_t at = q.at(row, 0);
   for (int64_t first = 0; first < width; first += group) {
     const int64_t end = width - first < group ? width : first + group;
     const int32_t bits = largest_bits(x + first, end - first);
     const bool finite = bits < 0x7f800000;
     const float most = __builtin_bit_cast(float, bits);
-    const bool some = finite && most >= kTiny;
-    const float scale = some ? most / 127.0f : finite ? 0.0f : __builtin_nanf("");
-    const V inverse = set1(some ? 127.0f / most : 0.0f);
+    const bool some = finite && (powers || most >= kTiny);
+    const float found = powers ? power_scale(most) : most / 127.0f;
+    const float scale = some ? found : finite ? 0.0f : __builtin_nanf("");
+    const V inverse = set1(!some ? 0.0f : powers ? 1.0f / scale : 127.0f / most);
     for (int64_t i = first; i < end; i += kQuantGroup, at += q.lanes) {
       q.scales[at] = scale;
       if (some) {

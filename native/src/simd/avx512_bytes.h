@@ -32,6 +32,23 @@ IH_INLINE Narrow narrow(int32_t start) { return set1_int(start); }
 IH_INLINE Narrow dot_narrow(Narrow acc, B codes, int32_t activations) { return dot(acc, codes, activations); }
 IH_INLINE VI widen(Narrow acc, int32_t) { return acc; }
 
+// A scale times powers of two, by adding exponents: an addition takes a port that products leave free. Exact where
+// scale and product are normal numbers or zero.
+constexpr bool kAddsExponents = true;
+struct Powered {
+  VI bits;  // of the scale, less those of 1
+  M some;   // where it is not zero
+};
+IH_INLINE Powered powered(V scale) {
+  const VI bits = _mm512_castps_si512(scale);
+  return {_mm512_sub_epi32(bits, _mm512_set1_epi32(0x3f800000)),
+          _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x7fffffff))};
+}
+IH_INLINE V times(Powered scale, float power) {
+  const VI bits = _mm512_set1_epi32(__builtin_bit_cast(int32_t, power));
+  return _mm512_castsi512_ps(_mm512_maskz_add_epi32(scale.some, scale.bits, bits));
+}
+
 // Byte I of each row as an integer.
 template <int I>
 IH_INLINE VI byte_of(B codes) {

@@ -5,8 +5,10 @@
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kIntRows = 4;    // rows of activations that linear_i8 works on at once
-constexpr int kFloatRows = 2;  // the same for linear_f32, which keeps two sums a row
+constexpr int kIntRows = 4;             // rows of activations that linear_i8 works on at once
+constexpr int kFloatRows = 2;           // the same for linear_f32, which keeps two sums a row
+constexpr bool kAddsExponents = false;  // to multiply scales with powers of two
+IH_INLINE V powered(V scale) { return scale; }
 
 struct B {
   uint8x16_t q[4];

@@ -4,8 +4,10 @@
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kIntRows = 1;    // rows of activations that linear_i8 works on at once
-constexpr int kFloatRows = 1;  // the same for linear_f32
+constexpr int kIntRows = 1;             // rows of activations that linear_i8 works on at once
+constexpr int kFloatRows = 1;           // the same for linear_f32
+constexpr bool kAddsExponents = false;  // to multiply scales with powers of two
+IH_INLINE V powered(V scale) { return scale; }
 
 struct B {
   uint8_t v[64];

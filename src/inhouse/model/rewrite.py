@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.ops import Builder
-from inhouse.runtime.packed import WHOLE_ROW, activation_group
+from inhouse.runtime.packed import WHOLE_ROW, activation_group, activation_powers
 from inhouse.runtime.program import Op, Program, ProgramSet, Value, WeightSpec
 
 
@@ -64,12 +64,12 @@ def quantize_activations(programs: ProgramSet, formats: Mapping[str, str]) -> Pr
     Args:
         formats: canonical weight name -> packed format; names that are not there are floats.
 
-    Linears that need the same granularity of the same value share one quantised input; a `linears` op with both kinds
-    of weights is split in two. Raises UnsupportedError for an unknown format.
+    Linears that need the same granularity of the same value share one quantised input, with scales that are powers of
+    two where all weights of an op allow it; a `linears` op with both kinds of weights is split in two.
+    Raises UnsupportedError for an unknown format.
     """
-    groups = {name: activation_group(fmt) for name, fmt in formats.items()}
     known = known_weights(programs)
-    rewritten = {name: _Quantize(program, known, groups).run() for name, program in programs.programs.items()}
+    rewritten = {name: _Quantize(program, known, formats).run() for name, program in programs.programs.items()}
     return replace(programs, programs=rewritten)
 
 
@@ -240,10 +240,11 @@ class _Order(Rewriter):
 
 
 class _Quantize(Rewriter):
-    def __init__(self, program: Program, weights: Mapping[str, WeightSpec], groups: Mapping[str, int]) -> None:
+    def __init__(self, program: Program, weights: Mapping[str, WeightSpec], formats: Mapping[str, str]) -> None:
         super().__init__(program, weights)
-        self._groups = groups
-        self._quantized: dict[tuple[int, int], Value] = {}  # (new value, group) -> its quantised rows
+        self._formats = formats
+        self._groups = {name: activation_group(fmt) for name, fmt in formats.items()}
+        self._quantized: dict[tuple[int, int, bool], Value] = {}  # (new value, group, powers) -> its quantised rows
 
     def rewrite(self, op: Op) -> None:
         if op.kind == "linears":
@@ -262,8 +263,9 @@ class _Quantize(Rewriter):
         for i, name in enumerate(op.weights[:half]):
             by_group.setdefault(self._group(name, x), []).append(i)
         for group, which in by_group.items():
-            weights = tuple(op.weights[i] for i in which) + tuple(op.weights[half + i] for i in which)
-            made = self.emit(replace(op, inputs=(self._rows(x, group),), weights=weights))
+            names = tuple(op.weights[i] for i in which)
+            weights = names + tuple(op.weights[half + i] for i in which)
+            made = self.emit(replace(op, inputs=(self._rows(x, group, names),), weights=weights))
             self.bind(tuple(op.outputs[i] for i in which), made)
 
     def _experts(self, op: Op) -> None:
@@ -277,7 +279,9 @@ class _Quantize(Rewriter):
             by_group.setdefault(found.pop() if len(found) == 1 else 0, []).append(i)
         for group, which in by_group.items():
             names = [op.weights[start + i * experts + e] for start in (0, half) for i in which for e in range(experts)]
-            made = self.emit(replace(op, inputs=(self._rows(x, group), routing), weights=tuple(names)))
+            made = self.emit(
+                replace(op, inputs=(self._rows(x, group, names[: len(names) // 2]), routing), weights=tuple(names))
+            )
             self.bind(tuple(op.outputs[i] for i in which), made)
 
     def _heads(self, op: Op) -> None:
@@ -286,18 +290,21 @@ class _Quantize(Rewriter):
         group = self._groups.get(op.weights[0], 0)
         if group == WHOLE_ROW or (group and x.width // int(op.attrs["heads"]) % group):
             group = 0
-        self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, group),))))
+        self.bind(op.outputs, self.emit(replace(op, inputs=(self._rows(x, group, ()),))))
 
     def _group(self, name: str, x: Value) -> int:
         """Elements that share a scale; a row shorter than that (a side branch of low rank) stays floats."""
         group = self._groups.get(name, 0)
         return 0 if group > x.width else group
 
-    def _rows(self, x: Value, group: int) -> Value:
-        """`x` itself for float weights, else its quantised rows, made once."""
+    def _rows(self, x: Value, group: int, weights: Sequence[str]) -> Value:
+        """`x` itself for float weights, else its quantised rows for these weights, made once."""
         if not group:
             return x
-        key = (x.id, group)
+        powers = bool(weights) and all(activation_powers(self._formats[name], x.width) for name in weights if name)
+        key = (x.id, group, powers)
         if key not in self._quantized:
-            self._quantized[key] = self._builder.one("quantize_rows", x, group=0 if group == WHOLE_ROW else group)
+            self._quantized[key] = self._builder.one(
+                "quantize_rows", x, group=0 if group == WHOLE_ROW else group, powers=powers
+            )
         return self._quantized[key]

@@ -15,7 +15,7 @@ from inhouse.runtime.packed_layout import TILE_ROWS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
 MAGIC = 0x31575048494E
-FLAT_VERSION = 3
+FLAT_VERSION = 4
 
 AXES = (Axis.TOKENS, Axis.SAMPLED, Axis.SEQUENCES, Axis.ROUTED)
 DTYPES = (DType.F32, DType.I8)
@@ -74,7 +74,7 @@ def _rotary(c: _Context) -> list[int]:
 
 
 def _quantize(c: _Context) -> list[int]:
-    return [c.op.outputs[0].group]
+    return [c.op.outputs[0].group, *c.attrs("powers")]
 
 
 def _attention(c: _Context) -> list[int]:

@@ -115,7 +115,8 @@ def _layer_norm(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> 
 
 def _quantize_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
     """x [A, W] -> q [A, W] int8: s = max|x| / 127 over each `group` of a row (0: the whole row; the last group
-    may be short), q = round-half-even(x * (127 / max|x|)), all in f32; s = 0 and q = 0 where the group is all zero."""
+    may be short), q = round-half-even(x * (127 / max|x|)), all in f32; s = 0 and q = 0 where the group is all zero.
+    With `powers`, s is the least power of two that is not below that, and q = round-half-even(x / s)."""
     group = _int(attrs, "group") or xs[0].width
     return [(xs[0].axis, xs[0].width, DType.I8, group)]
 
@@ -328,7 +329,7 @@ OPS: Mapping[str, OpSpec] = {
     "embed_train": OpSpec(_embed_train, {"axis": "T", "source": "tokens", "scale": 1.0, "widths": None}, 2e-6),
     "rms_norm": OpSpec(_rms_norm, {"eps": None, "heads": 1, "offset": 0.0}, 2e-6),
     "layer_norm": OpSpec(_layer_norm, {"eps": None}, 4e-6),
-    "quantize_rows": OpSpec(_quantize_rows, {"group": 0}, 0.0),
+    "quantize_rows": OpSpec(_quantize_rows, {"group": 0, "powers": False}, 0.0),
     "linears": OpSpec(_linears, {}, 2e-5),
     "rotary": OpSpec(_rotary, {"axis": "T", "factor": 1.0, "source": "positions"}, 1e-6),
     "rope": OpSpec(_rope, {"head_dim": None, "interleaved": False}, 1e-6),

@@ -11,6 +11,7 @@ F32 = npt.NDArray[np.float32]
 
 BLOCK = 32  # inputs of a code block, and elements of an activation row that share a scale
 WHOLE_ROW = -1  # an activation row has one scale
+POWERS_BITS, POWERS_WIDTH = 6, 768  # weights of at most so many bits and at least so many inputs: activation_powers
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,16 @@ def activation_group(name: str) -> int:
     if fmt.low == 0 or fmt.table in FLOAT_TABLES or fmt.coding == "columns":
         return 0
     return WHOLE_ROW if fmt.per_token else BLOCK
+
+
+def activation_powers(name: str, width: int) -> bool:
+    """Whether activations in front of a linear of this format and `width` inputs take scales that are powers of two.
+
+    They cost up to one of the 8 bits of a code, which disappears beside weights of at most 6 bits, and make products
+    of scales sums of exponents (docs/decisions/012). Narrow models, whose time goes elsewhere, keep fine scales.
+    """
+    fmt = format_of(name)
+    return activation_group(name) == BLOCK and fmt.low + fmt.high <= POWERS_BITS and width >= POWERS_WIDTH
 
 
 def widen_bf16(raw: npt.NDArray[np.generic]) -> F32:

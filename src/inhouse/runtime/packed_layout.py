@@ -43,6 +43,7 @@ from inhouse.runtime.packed_formats import SCALAR_BYTES as SCALAR_BYTES
 from inhouse.runtime.packed_formats import TABLES as TABLES
 from inhouse.runtime.packed_formats import Format as Format
 from inhouse.runtime.packed_formats import activation_group as activation_group
+from inhouse.runtime.packed_formats import activation_powers as activation_powers
 from inhouse.runtime.packed_formats import format_of as format_of
 from inhouse.runtime.packed_formats import is_float as is_float
 from inhouse.runtime.packed_formats import table_values as table_values

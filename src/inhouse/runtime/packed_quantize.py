@@ -23,6 +23,7 @@ QUANTIZED_FORMAT = {"q8": "q8_0", "q6": "q6_0", "q4": "q4_0"}
 Q4_EXTREMES = tuple(-6.5 - 0.25 * i for i in range(11))
 Q6_EXTREMES = (-30.0, -31.0, -32.0, -33.0)
 TINY = np.float32(1e-30)  # a group whose largest magnitude is below this counts as all zero: 127 / max stays finite
+LEAST_POWER = np.float32(2.0**-60)  # the smallest activation scale, where scales are powers of two
 
 
 def quantize(
@@ -149,12 +150,14 @@ def _searched(groups: F32, extremes: tuple[float, ...], half: int) -> tuple[F32,
     return scales, np.clip(codes, low, high)
 
 
-def quantize_rows_reference(x: F32, group: int) -> tuple[I8, F32]:
+def quantize_rows_reference(x: F32, group: int, powers: bool = False) -> tuple[I8, F32]:
     """Op quantize_rows, defined: int8 codes [rows, width] and f32 scales [rows, ceil(width / group)].
 
     For each group (0: the whole row; the last may be short), with m = max|x| and everything in f32:
     s = m / 127; codes = round-half-even(x * (127 / m)). A group with m < 1e-30 has s = 0 and codes 0; one that
     holds NaN or infinity has s = NaN and codes 0, so that the fault shows in every output it reaches.
+    With `powers`, s is the least power of two that is not below m / 127, and at least LEAST_POWER;
+    codes = round-half-even(x / s).
     """
     rows, width = x.shape
     group = group or width
@@ -166,6 +169,12 @@ def quantize_rows_reference(x: F32, group: int) -> tuple[I8, F32]:
     usable = (most >= TINY) & np.isfinite(most)
     scales = np.divide(most, np.float32(127), out=np.zeros_like(most), where=usable)
     inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=usable)
+    if powers:
+        usable = np.isfinite(most)
+        exact = np.divide(most, np.float32(127), out=np.zeros_like(most), where=usable)
+        bits = (exact.view(np.int32) + np.int32(0x7FFFFF)) & np.int32(0x7F800000)
+        scales = np.maximum(bits.view(np.float32), LEAST_POWER)
+        inverse = np.float32(1) / scales
     clean: npt.NDArray[np.float32] = np.where(usable[:, :, None], grouped, np.float32(0))
     codes = np.rint(clean * inverse[:, :, None]).astype(np.int8).reshape(rows, -1)[:, :width]
     scales[~np.isfinite(most)] = np.nan

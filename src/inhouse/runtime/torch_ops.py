@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from inhouse.core.errors import UnsupportedError
-from inhouse.runtime.packed_quantize import TINY
+from inhouse.runtime.packed_quantize import LEAST_POWER, TINY
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +95,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, *, eps: float) ->
     )
 
 
-def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
+def quantize_rows(x: Tensor, *, group: int = 0, powers: bool = False) -> QuantRows:
     """int8 rows with a scale for each `group` elements (0: the row), bit for bit as
-    `packed_quantize.quantize_rows_reference` defines them: codes = round-half-even(x * (127 / max|x|))."""
+    `packed_quantize.quantize_rows_reference` defines them: codes = round-half-even(x * (127 / max|x|)); with `powers`,
+    of x over a scale that is a power of two."""
     width = x.shape[1]
     size = group or width
     source = x if x.requires_grad and torch.is_grad_enabled() else None
@@ -105,11 +106,19 @@ def quantize_rows(x: Tensor, *, group: int = 0) -> QuantRows:
     padded = F.pad(x.float(), (0, -width % size)).reshape(len(x), -(-width // size), size)
     most = padded.abs().amax(-1)
     finite = torch.isfinite(most)
-    usable = finite & (most >= float(TINY))
+    usable = finite & (powers | (most >= float(TINY)))
     safe = torch.where(usable, most, torch.ones_like(most))
-    codes = torch.round(torch.where(usable[..., None], padded, 0.0) * (127.0 / safe)[..., None]).to(torch.int8)
-    scales = torch.where(usable, most / 127.0, torch.zeros_like(most)).masked_fill(~finite, torch.nan)
+    exact = most_power(safe / 127.0) if powers else safe / 127.0
+    inverse = 1.0 / exact if powers else 127.0 / safe
+    codes = torch.round(torch.where(usable[..., None], padded, 0.0) * inverse[..., None]).to(torch.int8)
+    scales = torch.where(usable, exact, torch.zeros_like(most)).masked_fill(~finite, torch.nan)
     return QuantRows(codes.flatten(1)[:, :width], scales, size, source)
+
+
+def most_power(x: Tensor) -> Tensor:
+    """The least powers of two that are not below x > 0, and at least LEAST_POWER; float32 of x's shape."""
+    bits = (x.view(torch.int32) + 0x7FFFFF) & 0x7F800000
+    return bits.view(torch.float32).clamp(min=float(LEAST_POWER))
 
 
 def linears(x: Tensor | QuantRows, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:

@@ -182,7 +182,9 @@ _OPS: Mapping[str, Run] = {
     "embed_train": _embed_train,
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
-    "quantize_rows": lambda op, xs, ws, rows: [ops.quantize_rows(_tensor(xs[0]), group=int(op.attrs["group"]))],
+    "quantize_rows": lambda op, xs, ws, rows: [
+        ops.quantize_rows(_tensor(xs[0]), group=int(op.attrs["group"]), powers=bool(op.attrs["powers"]))
+    ],
     "linears": _linears,
     "rotary": _rotary,
     "rope": _rope,
