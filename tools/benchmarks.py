@@ -79,8 +79,10 @@ def quality(report: Mapping[str, Any]) -> Iterator[str]:
     yield from [
         "## What the formats keep", "",
         f"Written by `{report['command']}`. KL divergence (nats a token) to the float model on the same weights and",
-        "text; a peer's format is its weights' rounding alone, computed by us; ours includes its rounded activations.",
-        "",
+        "text; a peer's format is its weights' rounding alone, computed by us, though these engines round activations",
+        "to 8 bits as well; ours includes its rounded activations and its KV type. Our q8 is Q8_0 itself, so what it",
+        "has beyond llama.cpp's row is rounded activations. Random models have nearly flat distributions, so their",
+        "likeliest token means little.", "",
         "| model | format | whose | bits a weight | mean KL | 99 % KL | top-1 equal |",
         "|---|---|---|--:|--:|--:|--:|",
     ]  # fmt: skip

@@ -1,18 +1,20 @@
 """What formats of about 4.5 and 8.5 bits keep of a float model: KL divergence on the same weights and text, ours beside
 those of other engines. Keeps bench/quality.json, from which tools/benchmarks.py writes its table.
 
-    python tools/quality.py --realdata FOLDER [--models FOLDER_OF_HF_FOLDERS]
+    python tools/quality.py --realdata FOLDER [--models FOLDER_OF_HF_FOLDERS] [--only REGEX] [--missing]
 
 A peer's format is simulated: its matrices are rounded as it rounds them, kept as floats, and run with float
-activations, so its figure is a lower bound of that engine's. Ours are run as served, 8-bit activations included.
+activations and an f32 cache, so its figure is a lower bound of that engine's. Ours are run as served, 8-bit activations
+and the cache's type included; the types of the cache alone stand beside, on float weights.
 """
 
 import argparse
 import gzip
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,17 @@ SIMULATED: dict[str, tuple[str, Rounding, Rounding, float, float]] = {
     "Q8_0": ("llama.cpp", gguf_type("Q8_0"), gguf_type("Q8_0"), 8.5, 8.5),
     "int8 per channel": ("OpenVINO", int8_rows, int8_rows, 8.0, 8.0),
 }
-OURS = {"q4": ("q4", "auto"), "q8": ("q8", "auto")}
+# name -> (wish, KV type, bits of the layers' matrices, of embedding and head)
+OURS: dict[str, tuple[str, str, float, float]] = {
+    "q4 as served, KV f16": ("q4", "f16", 4.5, 6.5),
+    "q4 as served, KV bf16": ("q4", "bf16", 4.5, 6.5),
+    "q4 as served, KV int8": ("q4", "int8", 4.5, 6.5),
+    "q8 as served, KV f16": ("q8", "f16", 8.5, 8.5),
+    "float weights, KV f16": ("", "f16", 16.0, 16.0),
+    "float weights, KV bf16": ("", "bf16", 16.0, 16.0),
+    "float weights, KV int8": ("", "int8", 16.0, 16.0),
+    "float weights, KV int4": ("", "int4", 16.0, 16.0),
+}
 
 
 def is_table(name: str) -> bool:
@@ -127,48 +139,53 @@ def compare(folder: Path, reference: Session, text: str, protocol: str, **settin
     return {"kld_mean": found.kld_mean or 0.0, "kld_p99": found.kld_p99 or 0.0, "top1": found.top1 or 0.0}
 
 
-def rows(name: str, folder: Path, text: str, protocol: str) -> list[dict[str, Any]]:
-    """Every format on one model."""
-    out = []
+def rows(name: str, folder: Path, text: str, protocol: str, have: Container[str]) -> Iterator[dict[str, Any]]:
+    """Every format on one model but those that it has."""
     plain = load_settings({"max_sequences": 1, "kv_dtype": "f32"}, environ={})
     with tempfile.TemporaryDirectory() as scratch, Session.open(str(folder), plain) as reference:
         for form, (whose, layers, tables, low, high) in SIMULATED.items():
+            if form in have:
+                continue
             target = Path(scratch) / "rounded"
             simulate(folder, target, layers, tables)
             found = compare(target, reference, text, protocol, kv_dtype="f32")
-            out.append(
-                {
-                    "model": name,
-                    "format": form,
-                    "whose": whose,
-                    "bits": bits(folder, low, high, 32 if whose == "llama.cpp" else 0),
-                    **found,
-                }
-            )
+            size = bits(folder, low, high, 32 if whose == "llama.cpp" else 0)
+            yield {"model": name, "format": form, "whose": whose, "bits": size, **found}
             shutil.rmtree(target)
-            print(out[-1], flush=True)
-        for form, (wish, kv_dtype) in OURS.items():
-            found = compare(folder, reference, text, protocol, quantize=wish, kv_dtype=kv_dtype)
-            low, high = (4.5, 6.5) if wish == "q4" else (8.5, 8.5)
-            out.append({"model": name, "format": f"{form} as served", "whose": "ours",
-                        "bits": bits(folder, low, high), **found})  # fmt: skip
-            print(out[-1], flush=True)
-    return out
+        for form, (wish, kv_dtype, low, high) in OURS.items():
+            if form not in have:
+                found = compare(folder, reference, text, protocol, quantize=wish, kv_dtype=kv_dtype)
+                yield {"model": name, "format": form, "whose": "ours", "bits": bits(folder, low, high), **found}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--realdata", type=Path, required=True)
     parser.add_argument("--models", type=Path, help="folder of larger HF folders, each scored on 256 tokens")
+    parser.add_argument("--only", default=".", help="regular expression: models to do; rows of others are kept")
+    parser.add_argument("--missing", action="store_true", help="only what is not kept yet")
     given = parser.parse_args()
     text = gzip.decompress((given.realdata / "text" / "tinystories_sample_2MiB.txt.gz").read_bytes()).decode()
-    demo = Path(inhouse.demo.__path__[0])
-    found = rows("stories260K", given.realdata / "models" / "stories260k" / "hf", text, "stories")
-    found += rows("demo", demo, text[:20_000], "window:256")
+    wished = {
+        "stories260K": (given.realdata / "models" / "stories260k" / "hf", text, "stories"),
+        "demo": (Path(inhouse.demo.__path__[0]), text[:20_000], "window:256"),
+    }
     for folder in sorted(given.models.iterdir()) if given.models else []:
         if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
-            found += rows(f"{folder.name} (random)", folder, text[:1100], "window:256")
-    report = {"command": "python tools/quality.py", "rows": found}
+            wished[f"{folder.name} (random)"] = (folder, text[:1100], "window:256")
+    kept = json.loads(OUT.read_text())["rows"] if OUT.exists() else []
+    for name, (folder, scored, protocol) in wished.items():
+        if re.search(given.only, name):
+            kept = [row for row in kept if row["model"] != name or given.missing]
+            have = {row["format"] for row in kept if row["model"] == name}
+            for row in rows(name, folder, scored, protocol, have):
+                print(row, flush=True)
+                kept.append(row)
+                write({"command": "python tools/quality.py", "rows": kept})
+
+
+def write(report: dict[str, Any]) -> None:
+    """Keeps what is measured so far, whole or not at all."""
     scratch = OUT.with_suffix(".new")
     scratch.write_text(json.dumps(report, indent=1) + "\n")
     scratch.replace(OUT)

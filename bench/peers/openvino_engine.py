@@ -45,6 +45,7 @@ def main() -> None:
     if given.trace:
         import http_load
 
+        generate([common.ids(32, given.seed)], 8)  # as http_load.py warms a server
         http_load.report(*replay(pipeline, add, http_load.read_plan(given.trace)))
         return
     if "cold" in given.cells.split(","):

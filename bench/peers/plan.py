@@ -17,7 +17,7 @@ Rounds = Mapping[str, int]
 @dataclass(frozen=True)
 class Entry:
     """Cells of one model at one number of bits, and how often each peer runs them; ours runs in each of its rounds.
-    `rank`: what is dropped last. `second`: whether a second KV type of ours runs too."""
+    `rank`: what is dropped last. `second`: whether further KV types of ours run too."""
 
     rank: int
     model: str
@@ -84,11 +84,12 @@ PLANS: Mapping[str, tuple[Entry, ...]] = {"full": FULL, "short": SHORT, "smoke":
 
 
 def bouts(entries: Iterable[Entry], kv: str, second_kv: str) -> Iterator[Bout]:
-    """All rounds, first rounds first, then by rank. Odd rounds go the other way round, so that no engine always
-    follows the same one."""
+    """All rounds, first rounds first, then by rank; `second_kv`: further KV types of ours, comma-separated. Odd rounds
+    go the other way round, so that no engine always follows the same one."""
+    further = [name for name in second_kv.split(",") if name and name != kv]
     found = []
     for entry in entries:
-        own = (f"ours {kv}", f"ours {second_kv}") if entry.second and second_kv else (f"ours {kv}",)
+        own = tuple(f"ours {name}" for name in [kv, *(further if entry.second else [])])
         for round_ in range(max(entry.peers.values())):
             engines = own + tuple(name for name, rounds in entry.peers.items() if rounds > round_)
             order = engines[::-1] if round_ % 2 else engines

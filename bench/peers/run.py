@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=0, help="drop rounds, then what is least important, to fit")
     parser.add_argument("--only", default=".", help="regular expression over `model bits cells round N`")
     parser.add_argument("--kv", default="f16", help="KV type of ours")
-    parser.add_argument("--second-kv", default="int8", help="another, in the cells where it matters; '': none")
+    parser.add_argument("--second-kv", default="bf16,int8", help="others, in the cells where they matter; '': none")
     parser.add_argument("--trace", type=Path, help="an Azure LLM inference trace (.csv.gz), for the replays")
     parser.add_argument("--fresh", action="store_true", help="throw away what is kept")
     parser.add_argument("--estimate", action="store_true", help="print what would run and how long it takes")
