@@ -56,7 +56,8 @@ def _figures(entry: dict[str, Any] | None) -> str:
     value = entry["value"]
     native = "yes" if value["native"] else "no"
     speed = f"{value['speed_before']:,.0f}, {value['speed']:,.0f}"
-    return f"{value['bytes_before']:,}, {entry['bytes']:,}; {native}; {speed}"
+    token = f"; a token of context {value['token_before']:,}, {value['token']:,}" if "token" in value else ""
+    return f"{value['bytes_before']:,}, {entry['bytes']:,}; {native}; {speed}{token}"
 
 
 def _plain(value: Any) -> str:

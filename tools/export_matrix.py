@@ -24,6 +24,7 @@ LEAVES: Mapping[str, str] = {
     "train": "other values of the same weights, on the format's grid where it was trained for one",
     "transform": "a rotation or scale folded into neighbouring weights: nothing that an export would have to know",
     "merge": "plain weights",
+    "kv": "a key that Inhouse reads: safetensors, gptq, awq, compressed-tensors and gguf carry it, onnx does not",
 }
 HEAD = """# Which export can express which stage
 
@@ -37,9 +38,17 @@ multiplied out, columns in act-order are put back in order, codes that a form la
 not divide fall back to floats for that tensor alone, and are listed, too. `--to safetensors --type f32` keeps every
 value of every stage, at 32 bits. A tied embedding is written once.
 
-KV-cache types are part of running and of no file. Attention narrowed by the stage `attention` is in no other program's
-words: `onnx` writes a plain window into its graph; sinks and strides there, and all of it in every other form, are
-refused.
+A KV type (stage `kv`) changes no tensor: the folders carry it as `inhouse_kv_cache` of config.json, `gguf` as
+`inhouse.kv_cache`, and Inhouse takes it up again; no other program knows these keys, and each chooses its cache by its
+own flags, which the export says (compressed-tensors' `kv_cache_scheme` asks for scales of the whole cache in the
+checkpoint, where ours are made by token and head, so it is not written). An ONNX graph keeps no K and V.
+
+Which texts a model was calibrated or healed on goes along as hashes (`inhouse_seen` in the `__metadata__` of
+safetensors, `inhouse.seen` in GGUF), so that `inhouse eval` refuses to score it on them after an export and an import;
+ONNX has no such place that we read.
+
+Attention narrowed by the stage `attention` is in no other program's words: `onnx` writes a plain window into its
+graph; sinks and strides there, and all of it in every other form, are refused.
 
 ## Stages of a recipe
 

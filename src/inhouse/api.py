@@ -194,39 +194,53 @@ class Engine:
 def compress(
     model: str,
     name: str,
-    recipe: str | Path | Mapping[str, Any],
+    recipe: str | Path | Mapping[str, Any] | None = None,
     *,
+    to: str | None = None,
+    target_size: str | int | None = None,
+    max_kld: float | None = None,
     calibration: Sequence[str | Path] = (),
     ram: str | int | None = None,
     threads: int | None = None,
     resume: bool | None = None,
     progress: Progress = silent,
 ) -> "Compressed":
-    """Makes a compressed version `name` of a model, measured and gated. Needs torch.
+    """Makes a compressed version `name` of a model, measured and gated, as `inhouse compress` does. Needs torch.
+
+    Exactly one of `recipe`, `to`, `target_size` and `max_kld` says what is wanted:
 
     Args:
-        model: name, name:version, name@alias, a folder or a .gguf.
-        recipe: a short name (`q4`), the path of a YAML recipe, or a recipe as a mapping.
-        calibration: text files or globs, in place of those that the recipe names.
-        ram: bytes that may be used, or `4GB`. resume: True: only go on with an unfinished run; False: begin anew.
+        model: name, name:version, name@alias, a folder or a .gguf. name: of the new model in the store.
+        recipe: the path of a YAML recipe, or a recipe as a mapping (docs/compression.md); a short name does, too.
+        to: a short name (`q8`, `q6`, `q5`, `q4`, `q3`, `q2`, `fp8`, `nf4`, ...).
+        target_size: bytes of all tensors as stored, or `1.2GB`: whole recipes are measured, and the one of least
+            divergence within the size is taken.
+        max_kld: mean KL divergence from the model, nats a token: the smallest recipe within it is taken.
+        calibration: text files or globs, in place of those that the recipe names; none: text that the model writes.
+        ram: bytes that may be used, or `4GB`; None: not limited. threads: of torch and of what measures.
+        resume: True: only go on with an unfinished run; False: begin anew; None: go on with one of the same recipe,
+            data and machine, if there is one.
+        progress: told (stage, weights or recipes done, in all).
+
+    Returns:
+        `ref` (the version), `failed` (the gate refused it; it is stored as failed), `result`: a mapping with `bytes`,
+        `bits_per_weight` (over all tensors), `gate` (divergences in nats a token, perplexities, limits), `peak_memory`
+        (bytes), `seconds`, `fallbacks`, `notes`, `report` (path of the page), `search` (what was measured).
 
     Raises:
-        UsageError, UnsupportedError, NotFoundError, CapacityError: it cannot be done as asked, before anything is done.
+        UsageError, UnsupportedError, NotFoundError, CapacityError: it cannot be done as asked, before anything is done;
+        CapacityError also where no recipe keeps the limit, or the disk is full: what was finished is kept.
         ConflictError: an unfinished run of another recipe has the name. UnavailableError: torch is not installed.
     """
     try:
+        from inhouse.compress.asked import asked_recipe, check_one, search_recipe
         from inhouse.compress.pipeline import compress as run
-        from inhouse.compress.recipe import load_recipe, parse_recipe
-        from inhouse.compress.shorts import SHORTS, short_recipe
     except ModuleNotFoundError as error:
         raise UnavailableError(f"compression needs {error.name}", remedy="pip install inhouse[compress]") from None
-    if isinstance(recipe, Mapping):
-        document = dict(recipe)
-    else:
-        named = str(recipe) in SHORTS or not Path(recipe).exists()
-        document = short_recipe(str(recipe)) if named else load_recipe(Path(recipe))
-    if calibration:
-        document["calibration"] = {**(document.get("calibration") or {}), "texts": [str(file) for file in calibration]}
-    budget = {key: value for key, value in (("ram", ram), ("threads", threads)) if value is not None}
-    document["budget"] = {**(document.get("budget") or {}), **budget}
-    return run(model, name, parse_recipe(document), resume=resume, progress=progress)
+    wish = check_one(recipe=recipe, to=to, target_size=target_size, max_kld=max_kld)
+    if wish in ("recipe", "to"):
+        return run(
+            model, name, asked_recipe(recipe, to, calibration, ram, threads), resume=resume, progress=progress
+        )  # fmt: skip
+    found = search_recipe(model, name, target_size, max_kld, calibration, ram, threads, progress)
+    return run(model, name, found.recipe, resume=resume, searched=found.to_dict(), progress=progress)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from inhouse.compress.methods.fixed import Exponent, FixedOptions, fixed, fracti
 from inhouse.compress.methods.logcodes import LogOptions, decode, encode, logcodes, table_codes
 from inhouse.compress.stats import collect
 from inhouse.core.errors import FormatError, UsageError
+from inhouse.runtime.packed_stored import stored_nbytes_of
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -90,6 +92,18 @@ def test_weights_use_the_whole_mantissa_and_never_overflow(size: float) -> None:
     assert "input_fraction" in record
 
 
+def test_mantissas_of_four_bits_are_stored_in_four() -> None:
+    weight = drawn(32, 64, seed=5)
+    (four, record), (eight, _) = fixed(weight, None, FixedOptions(bits=4)), fixed(weight, None, FixedOptions())
+    assert four.main is not None
+    assert eight.main is not None
+    assert four.main.format == "i4_row_f32"
+    scales = 4 * 32
+    assert stored_nbytes_of(four.main) - scales == (stored_nbytes_of(eight.main) - scales) / 2
+    assert torch.equal(torch.from_numpy(four.value()), quantised(weight, record["fraction"], 4))
+    assert len(np.unique(four.value())) <= 15
+
+
 def test_fractions_are_powers_and_follow_exactly() -> None:
     weight = drawn(16, 32, seed=6)
     for power in range(-8, 9):
@@ -103,11 +117,13 @@ def test_fractions_are_powers_and_follow_exactly() -> None:
     assert fraction(outlier) < 0 < fraction(outlier, overflow=0.001)
     with pytest.raises(FormatError):
         fraction(torch.tensor([float("inf")]))
-    for bad in ({"bits": 9}, {"overflow": 0.5}):
+    for bad in ({"bits": 9}, {"bits": 5}, {"bits": 2}, {"overflow": 0.5}):
         with pytest.raises(UsageError):
             FixedOptions(**bad)
     with pytest.raises(UsageError, match="stored as"):
         fixed(weight, None, FixedOptions(), "q8_0")
+    with pytest.raises(UsageError, match="4-bit fixed point is stored as i4_row_f32"):
+        fixed(weight, None, FixedOptions(bits=4), "i8_row_f32")
 
 
 def test_the_exponent_follows_when_activations_scale_by_16() -> None:

@@ -156,6 +156,20 @@ def test_models_of_the_store(stories: Path, tmp_path: Path, store: Store) -> Non
 
 
 @pytest.mark.realdata
+def test_models_that_are_equal_are_said_to_be(stories: Path, tmp_path: Path, store: Store) -> None:
+    same, other = [copy_hf(stories, tmp_path / name) for name in ("same", "twin")], tuned(stories, tmp_path / "a", 1)
+    models = [Ingredient(str(one), 0.5) for one in same]
+    made = merge_models(None, models, "x", MergeOptions("linear"), store=store)
+    assert any(f"{same[0]} and {same[1]} hold the same values: there was nothing" in note for note in made.notes)
+    models.append(Ingredient(str(other), 0.5))
+    made = merge_models(str(other), models, "y", MergeOptions("ties"), store=store)
+    said = [note for note in made.notes if "the same values" in note]
+    assert said == [f"{other} and {other} hold the same values", f"{same[0]} and {same[1]} hold the same values"]
+    made = merge_models(None, [models[0], models[2]], "z", MergeOptions("linear"), store=store)
+    assert not any("the same values" in note for note in made.notes)
+
+
+@pytest.mark.realdata
 def test_other_vocabularies_and_formats_are_refused(stories: Path, tmp_path: Path, store: Store) -> None:
     odd = copy_hf(stories, tmp_path / "odd")
     document = json.loads((odd / "tokenizer.json").read_text())

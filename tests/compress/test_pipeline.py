@@ -171,10 +171,27 @@ def test_an_unfinished_run_of_another_recipe_is_in_the_way(
     monkeypatch.setattr(Journal, "append", append)
     (run,) = list_runs(Home.find())
     assert (run.state, run.units) == ("unfinished", 2)
-    with pytest.raises(ConflictError, match="the recipe was"):
+    with pytest.raises(ConflictError, match=r"the recipe's gates.protocol was 'window:32', is 'window:16'"):
         _compress(model, texts, gates={"text": texts["gate"], "protocol": "window:16"})
+    stage = {"method": "gptq", "format": "q8_0", "damping": 0.5, "include": ["layers.0"]}
+    with pytest.raises(ConflictError) as found:
+        _compress(model, texts, stages=[{"quantize": stage}])
+    said = found.value.details["differences"]
+    assert "the recipe's stages[0].quantize.format was 'q4_0', is 'q8_0'" in said
+    assert any(line.startswith("the recipe's stages[0].quantize.damping was 0.0") for line in said), said
+    assert len(said) == 2
+    text = Path(texts["calibration"])
+    text.write_text(GATE[::-1] * 8)
+    with pytest.raises(ConflictError, match=f"the calibration text {text} was .*, is "):
+        _compress(model, texts)
+    text.write_text(TEXT * 4)
+    torch.set_num_threads(2)
+    with pytest.raises(ConflictError, match="the number of threads was 1, is 2"):
+        _compress(model, texts)
+    torch.set_num_threads(1)
     with pytest.raises(NotFoundError, match="no unfinished run"):
         _compress(model, texts, name="another", resume=True)
+    assert [run.name for run in list_runs(Home.find())] == ["small"]
     done = _compress(model, texts, resume=True)
     with Store() as store:
         resumed = store.catalog.resolve(done.ref).digest
@@ -218,7 +235,7 @@ def test_what_cannot_work_is_refused_before_it_begins(
         _compress(model, texts, **change)
     with Store() as store:
         assert store.catalog.versions() == []
-    assert all(run.units == 0 for run in list_runs(Home.find()))
+    assert not list_runs(Home.find()), "what was refused leaves no folder"
 
 
 def test_the_gate_is_no_text_that_was_calibrated_on(model: str, texts: dict[str, str]) -> None:

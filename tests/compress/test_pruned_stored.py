@@ -10,15 +10,19 @@ import torch
 import transformers
 from torch import Tensor
 
+from inhouse.compress import finish
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.grids import Grid
 from inhouse.compress.matrix import sparsest
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude_mask
 from inhouse.compress.methods.structured import StructuredOptions, structured
 from inhouse.compress.pack_as import pack_as
+from inhouse.compress.recipe import parse_recipe
 from inhouse.compress.sparsity import masked
+from inhouse.compress.stages import StageRun
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError
+from inhouse.load.describe import describe
 from inhouse.load.export import export_model
 from inhouse.load.model import open_model
 from inhouse.load.prove import logits_of
@@ -28,6 +32,7 @@ from inhouse.runtime.form import Form
 from inhouse.runtime.packed_stored import stored_nbytes_of
 from inhouse.runtime.torch_dense import forward
 from inhouse.store.stored_model import write_stored
+from inhouse.store.stored_source import StoredSource
 from tests.compress.tiny_models import make
 
 pytestmark = [pytest.mark.torch, pytest.mark.realdata]
@@ -41,14 +46,16 @@ def pruned(sparsity: str | float, shape: tuple[int, int] = (96, 256)) -> Tensor:
 @pytest.mark.parametrize(("sparsity", "fmt", "coding"), [
     (0.5, "i8_g32", "s8_g32"), (0.5, "i4_g32", "s4_g32"), ("2:4", "i8_g64", "p8_g64"), ("2:4", "i4_g64", "p4_g64"),
     (0.99, "i8_row", "csr_i8"), (0.99, "bf16", "csr_bf16"), (0.05, "i8_g32", "i8_g32"), (0.1, "i4_g32", "i4_g32"),
-    (0.5, "bf16", "bf16"),
+    (0.5, "bf16", "bf16"), (0.5, "q8_0", "s8_g32"), (0.5, "q4_0", "s4_g32"), ("2:4", "q4_0", "p4_g32"),
+    ("2:4", "q8_0", "p8_g32"), (0.05, "q4_0", "q4_0"),
 ])  # fmt: skip
 def test_the_smallest_form_is_chosen_and_zeros_stay(sparsity: str | float, fmt: str, coding: str) -> None:
     """Bitmasks, 2:4 and columns win where the number of zeros says so, and hold what the dense codes hold."""
     weight = pruned(sparsity)
     plain = pack_as(weight, fmt) if fmt == "bf16" else Grid(fmt, weight.shape[1]).quantize(weight)
-    found = sparsest(plain)
+    found, why = sparsest(plain)
     assert found.format == coding
+    assert bool(why) == (found is plain)
     assert stored_nbytes_of(found) <= stored_nbytes_of(plain)
     assert np.array_equal(found.dequantize(), plain.dequantize())
     assert not found.dequantize()[weight.numpy() == 0].any()
@@ -113,3 +120,33 @@ def test_widths_that_a_config_cannot_say_are_refused(stories: Path, tmp_path: Pa
     """Gemma scales its embedding by its width: a narrower one would mean another model."""
     with pytest.raises(UnsupportedError, match="embed_scale"):
         cut("Gemma2", stories, tmp_path, {"hidden": 0.3, "multiple": 16})
+
+
+@pytest.mark.native
+@pytest.mark.parametrize(("sparsity", "form"), [(0.5, "bf16"), (0.97, "csr_bf16")])
+def test_floats_without_zeros_where_that_is_exact(stories: Path, tmp_path: Path, sparsity: float, form: str) -> None:
+    """An f32 checkpoint whose kept values bf16 holds is stored narrower and equal; others stay dense and say why."""
+    folder = make("Llama", stories, tmp_path / "m")
+    stage = {"prune": {"method": "magnitude", "sparsity": sparsity, "include": ["mlp"]}}
+    with Work.open(str(folder), tmp_path / "run") as work:
+        work.begin("even")
+        for name in work.matrices():
+            if "layers.0.mlp" in name:
+                work.put(name, work.value(name).bfloat16().float())
+        work.save("even")
+        StageRun(work, parse_recipe({"stages": [stage]}).stages[0], "0.prune", None, 1 << 28).run()
+        stored, notes = finish.write(work, tmp_path / "new", {})
+        proven = finish.proof(work, tmp_path / "new", None, True, tmp_path / "run")
+        assert proven.logits_error is not None
+        source = describe(tmp_path / "new").source
+        assert isinstance(source, StoredSource)
+        up, other = "layers.0.mlp.up.weight", "layers.1.mlp.up.weight"
+        assert (source.packed(up).format, source.packed(other).format) == (form, "f32")
+        assert np.array_equal(source.form(up).value(), work.value(up).numpy())
+        assert stored.sizes[up] < stored.sizes[other]
+        assert (stored.layouts[up], stored.layouts[other]) == (form, "f32")
+        source.close()
+    dense = [note for note in notes if "is stored dense" in note]
+    assert dense == [note for note in notes if "columns hold bf16, and f32 values are not all exact in it" in note]
+    assert {note.split()[0] for note in dense} >= {other}
+    assert up not in {note.split()[0] for note in dense}

@@ -13,6 +13,8 @@ from inhouse.compress.recipe import Override, Recipe, Stage
 from inhouse.compress.stages import StageRun
 from inhouse.compress.work import Work
 from inhouse.core.progress import Progress, silent
+from inhouse.model.families.kv_cache import with_kv
+from inhouse.model.spec import ModelSpec
 from inhouse.runtime.packed_formats import FORMATS, is_float
 
 ROUNDING = ("round", "rtn")  # methods that are the baseline themselves
@@ -23,7 +25,7 @@ def comparable(recipe: Recipe) -> bool:
     taken away, trained or repaired on the way."""
     kinds = {stage.kind for stage in recipe.stages}
     by_data = any(row.name not in ROUNDING for s in recipe.stages if s.kind == "quantize" for row in s.methods())
-    return by_data and kinds <= {"quantize", "smooth"}
+    return by_data and kinds <= {"quantize", "smooth", "kv"}
 
 
 def formats_of(work: Work) -> dict[str, str]:
@@ -42,7 +44,7 @@ def write_baseline(
 ) -> Path | None:
     """Rounds the model that `work` opened into `folder`/model; None where no matrix became plain codes."""
     formats = formats_of(work)
-    if not formats or work.kept_layers is not None:
+    if not formats or not isinstance(work.spec, ModelSpec) or work.kept_layers is not None:
         return None
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -50,6 +52,8 @@ def write_baseline(
     overrides = tuple(Override(name, "rtn", fmt, options) for name, fmt in formats.items())
     stage = Stage("quantize", "rtn", options, next(iter(formats.values())), tuple(formats), (), overrides)
     with Work.open(str(work.described.path), folder) as plain:
+        if work.spec.kv_cache:
+            plain.replace_spec(with_kv(plain.spec, work.spec.kv_cache))
         StageRun(plain, stage, "0.baseline", calibration, memory, progress).run()
         finish.write(plain, folder / "model", {"summary": "plain rounding, to be compared with"})
     return folder / "model"

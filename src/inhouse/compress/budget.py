@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from inhouse.compress.blocks import activation_bytes, matrix_names
-from inhouse.compress.calibrate import Calibration
 from inhouse.compress.cut import Piece, segments
 from inhouse.compress.matrix import SLAB_BYTES
 from inhouse.compress.memory import anonymous_bytes
@@ -41,15 +40,16 @@ class Need:
         return self.base + self.fixed + self.sequence
 
 
-def estimate(work: Work, recipe: Recipe, calibration: Calibration | None) -> Need:
-    """What compressing takes at least, its proof included. calibration: None: no rows are run."""
+def estimate(work: Work, recipe: Recipe, length: int | None) -> Need:
+    """What compressing takes at least, its proof included. length: tokens of a row of the calibration; None: no rows
+    are run."""
     stages = [(stage, set(selected(work, stage))) for stage in recipe.stages]
     matrix = [(stage, names) for stage, names in stages if {row.scope for row in stage.methods()} == {"matrix"}]
     wanted = {name for stage, names in matrix for name in names if stage.needs(name) == {"gram"}}
-    pieces = segments(work.program) if calibration is not None else []
+    pieces = segments(work.program) if length is not None else []
     single = max((_matrix(work, name, matrix) for name in work.matrices()), default=0)
     most = max((_piece(work, piece, wanted) for piece in pieces), default=0)
-    sequence = activation_bytes(pieces, calibration.tokens.shape[1]) if calibration is not None else 0
+    sequence = activation_bytes(pieces, length) if length is not None else 0
     model = _copies(recipe) * 4 * sum(_size(work, name) for name in work.names()) + _learning(work, recipe)
     return Need(anonymous_bytes() + GROWTH, max(single, most, model), sequence)
 

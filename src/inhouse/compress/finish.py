@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from inhouse.compress.blocks import BlockRunner
 from inhouse.compress.calibrate import Calibration
-from inhouse.compress.matrix import sparsest
+from inhouse.compress.matrix import sparsest, sparsest_floats
 from inhouse.compress.recipe import Recipe
 from inhouse.compress.work import Work
 from inhouse.core.errors import FormatError, UnsupportedError
@@ -28,8 +28,6 @@ from inhouse.model.spec import ModelSpec
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import pack_float
 from inhouse.runtime.packed_pack import narrow_bf16
-from inhouse.runtime.packed_sparse import to_sparse
-from inhouse.runtime.packed_stored import stored_nbytes_of
 from inhouse.store.stored_model import TABLE, StoredModel, write_stored
 from inhouse.store.writing import atomic_file
 
@@ -70,18 +68,25 @@ class Writer:
         if form is not None:
             if form.main is None or self._work.mask(name) is None:
                 return form
-            return replace(form, main=sparsest(form.main))
+            main, why = sparsest(form.main)
+            self._dense(name, why)
+            return replace(form, main=main)
         kind = self._float if self._work.is_changed(name) else self._work.source_dtype(name)
         value = self._work.value(name).numpy()
         try:
             packed = pack_float(value, kind)
-            if kind == "bf16" and self._work.mask(name) is not None:
-                sparse = to_sparse(packed, "csr_bf16")
-                packed = sparse if stored_nbytes_of(sparse) < stored_nbytes_of(packed) else packed
+            if self._work.mask(name) is not None:
+                packed, why = sparsest_floats(value, packed)
+                self._dense(name, why)
             return Form(packed)
         except FormatError:
             self.notes.append(f"{name} is kept as f32: a value is beyond {kind}")
             return Form(pack_float(value, "f32"))
+
+    def _dense(self, name: str, why: str) -> None:
+        """Says why a matrix with zeros is stored with them."""
+        if why:
+            self.notes.append(f"{name} is stored dense: {why}")
 
 
 def float_format(work: Work) -> str:

@@ -9,7 +9,7 @@ model is stored as failed, and nothing points a name at it unless forced.
     any                         no significant loss on the questions, where there are some (McNemar)
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class GateReport:
     baseline_kld: float | None = None
     questions: Paired | None = None
     reasons: tuple[str, ...] = ()
+    kv_dtype: str = ""  # what the judged model kept K and V as
 
     def to_dict(self) -> dict[str, Any]:
         """For the manifest and `--json`."""
@@ -85,21 +86,23 @@ def gate(
     progress: Progress = silent,
 ) -> Judged:
     """Measures `child`, and `baseline` if there is one, against `parent` (references or folders of decoders) and
-    applies the recipe's limits."""
+    applies the recipe's limits. Of the first two, which are about to be moved and removed, no packs are kept."""
     wish = recipe.gate
     settings = load_settings({"threads": threads, "max_sequences": 16})
     asked = read_questions(Path(wish.questions)) if wish.questions is not None else []
     with Session.open(parent, settings) as reference:
         texts, protocol, text = _texts(wish, reference)
         before = answers(reference, asked, progress)
-        with Session.open(child, settings) as session:
+        with Session.open(child, settings, cache=False) as session:
             found, divergence = compare_pieces(session, texts, protocol, reference, progress)
+            kept = session.model.executor.kv_dtype
             task = _task(asked, before, session, progress)
         plain = None
         if baseline is not None:
-            with Session.open(baseline, settings) as session:
+            with Session.open(baseline, settings, cache=False) as session:
                 plain = compare_pieces(session, texts, protocol, reference, progress)[0].kld_mean
-    return Judged(judge(wish, found, text, is_healed(recipe), plain, task), divergence)
+    report = judge(wish, found, text, is_healed(recipe), plain, task)
+    return Judged(replace(report, kv_dtype=kept), divergence)
 
 
 def _task(asked: list[Question], before: list[bool], session: Session, progress: Progress) -> Paired | None:

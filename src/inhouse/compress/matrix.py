@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from inhouse.compress.table import METHODS
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
-from inhouse.runtime.packed import FORMATS, Packed, aligned_empty, is_float, packed_nbytes
+from inhouse.runtime.packed import FORMATS, Packed, aligned_empty, is_float, pack_float, packed_nbytes
 from inhouse.runtime.packed_sparse import sparse_formats, to_sparse
 from inhouse.runtime.packed_stored import stored_nbytes_of
 
@@ -28,6 +29,7 @@ NARROWER: Mapping[str, str] = {
     "tq2_0": "u2_g32",
 }  # fmt: skip
 SLAB_BYTES = 64 << 20  # of float32 rows that a method gets at once of a large matrix, where its rows are apart
+SAME: Mapping[str, str] = {"q4_0": "i4_g32", "q8_0": "i8_g32"}  # the same tiles, and the name that sparse forms know
 SPARSE = ("mask", "pairs", "columns")  # codings of formats that leave zeros out
 
 
@@ -124,17 +126,35 @@ def _packed(chosen: Chosen, weight: Source, mask: Tensor | None, form: Form | No
     return made  # `finish` stores it sparse where that takes fewer bytes; until then stages see plain codes
 
 
-def sparsest(main: Packed) -> Packed:
-    """The matrix in whichever of its plain and sparse forms is stored in the fewest bytes."""
-    best = main
-    for name in sparse_formats(main.format):
+def sparsest(main: Packed) -> tuple[Packed, str]:
+    """The matrix in whichever of its plain and sparse forms is stored in the fewest bytes; and where that is the plain
+    one, why."""
+    plain = Packed(SAME[main.format], main.shape, main.data) if main.format in SAME else main
+    names = sparse_formats(plain.format)
+    if not names:
+        return main, f"{main.format} has no sparse form that holds the same values"
+    best, least = main, 0
+    for name in names:
         try:
-            other = to_sparse(main, name)
+            other = to_sparse(plain, name)
         except UsageError:
             continue  # not two of four
-        if stored_nbytes_of(other) < stored_nbytes_of(best):
+        size = stored_nbytes_of(other)
+        least = min(least or size, size)
+        if size < stored_nbytes_of(best):
             best = other
-    return best
+    return best, "" if best is not main else f"{stored_nbytes_of(main)} bytes, sparse {least}"
+
+
+def sparsest_floats(value: npt.NDArray[np.float32], main: Packed) -> tuple[Packed, str]:
+    """The same for floats: `main` holds `value`, float32 [out, in], as it is or rounded. What bf16 holds exactly is
+    stored as bf16 or as columns of it, where that takes fewer bytes."""
+    held = main.dequantize() if main.format != "f32" else value
+    narrow = pack_float(held, "bf16")
+    if not np.array_equal(narrow.dequantize(), held):
+        return main, f"columns hold bf16, and {main.format} values are not all exact in it"
+    sparse, why = sparsest(narrow)
+    return (sparse, "") if stored_nbytes_of(sparse) < stored_nbytes_of(main) else (main, why)
 
 
 def _has_factors(form: Form) -> bool:

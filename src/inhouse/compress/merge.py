@@ -8,7 +8,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,8 @@ from inhouse.load.describe import Described, describe, read_tokenizer
 from inhouse.load.export_targets import as_bytes, narrowed
 from inhouse.load.importer import Imported, import_model
 from inhouse.load.locate import Located, locate
+from inhouse.load.seen_texts import safetensors_metadata, seen_text
+from inhouse.model.families.kv_cache import without_kv
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.source import materialise, side_files
 from inhouse.store.store import Store
@@ -92,13 +95,34 @@ def merge_models(
         scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-", dir=store.home.tmp))
         folder = Path(scratch) / "model"
         folder.mkdir()
-        _write(root, others, [model.weight for model in models], options, use_base, folder, progress)
+        seen = seen_text([first, *(model.reference for model in models)], store.home)
+        equal = _Equal([*([first] if use_base else []), *(model.reference for model in models)])
+        _write(root, others, [model.weight for model in models], options, use_base, folder, seen, equal, progress)
         parts = " + ".join(f"{model.weight:g} {model.reference}" for model in models)
         parent = f"{root.located.name}:{root.located.version}" if root.located.version else None
-        return import_model(
+        imported = import_model(
             folder, name, store=store, how="move", origin=f"{options.method} of {parts}", parent=parent,
             derived=f"merged: {options.method} of {parts}" if parent else None, progress=progress,
         )  # fmt: skip
+        return replace(imported, notes=(*imported.notes, *equal.notes()))
+
+
+class _Equal:
+    """Which of the models that are merged hold the same values, found while they are read."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._pairs = list(combinations(range(len(names)), 2))
+
+    def see(self, tensors: Sequence[torch.Tensor]) -> None:
+        """The same tensor of each model, in the order of the names."""
+        self._pairs = [(a, b) for a, b in self._pairs if torch.equal(tensors[a], tensors[b])]
+
+    def notes(self) -> list[str]:
+        """One sentence for all, or one for each two."""
+        if len(self._names) > 1 and len(self._pairs) == len(self._names) * (len(self._names) - 1) // 2:
+            return [f"{' and '.join(self._names)} hold the same values: there was nothing to merge"]
+        return [f"{self._names[a]} and {self._names[b]} hold the same values" for a, b in self._pairs]
 
 
 def open_floats(reference: str, store: Store, stack: ExitStack) -> Opened:
@@ -131,13 +155,13 @@ def check_alike(a: Opened, b: Opened) -> None:
             raise UnsupportedError(f"{name!r} is {info.shape} and {right[name].shape} in {names}", param=name)
         if info.dtype not in FLOATS or right[name].dtype not in FLOATS:
             raise UnsupportedError(f"{name!r} is {info.dtype}; merging needs floats", param=name)
-    if a.described.spec != b.described.spec:
+    if without_kv(a.described.spec) != without_kv(b.described.spec):  # what is cached is no part of a merge
         raise UnsupportedError(f"{names} are computed differently: their configs disagree beyond sizes")
 
 
 def _write(
     root: Opened, others: Sequence[Opened], weights: Sequence[float], options: MergeOptions, use_base: bool,
-    folder: Path, progress: Progress,
+    folder: Path, seen: str, equal: _Equal, progress: Progress,
 ) -> None:  # fmt: skip
     source = root.described.source
     total = sum(source.info(name).nbytes for name in source)
@@ -150,13 +174,14 @@ def _write(
             progress("merge", done, total)
             base = torch.from_numpy(floats_of(root, name)) if use_base else None
             tensors = [torch.from_numpy(floats_of(other, name)) for other in others]
+            equal.see([*([base] if base is not None else []), *tensors])
             merged = merge(name, base, tensors, weights, options).numpy()
             return as_bytes(narrowed(merged, source.info(name).dtype, name))
 
         return read
 
     tensors = [TensorData(source.info(name), reading(name)) for name in source]
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", tensors, safetensors_metadata(seen))
     for file in side_files(root.described.path):
         if not file.name.endswith((".safetensors", ".index.json")):
             target = folder / file.relative_to(root.described.path)

@@ -29,6 +29,8 @@ class Method:
         model   run(work, calibration: Calibration | None, options, report: dict[, progress=]) -> None; as block. What
                 it puts into `report` is recorded and must be a function of the inputs alone (no times); under "texts"
                 it lists what else it learned from, as `Calibration.texts` does.
+    check: check(work, weight or "", format, options) -> None, called before any work begins, for each weight of a stage
+    of scope `matrix`, else once; raises what the shapes tell. Not called after a stage that changes shapes.
     options: a frozen dataclass with defaults. needs: what calibration must give. paper: authors, year, arXiv number.
     """
 
@@ -45,6 +47,8 @@ class Method:
     place: str = ""  # a key of recipe.ORDER, where it is not the family's own ("structured" of prune)
     masks: bool = False  # matrix scope: `run` takes `mask` (bool [out, in] or None) as a keyword and keeps its zeros
     takes_form: bool = False  # matrix scope: `run` takes `form` (the weight's Form or None) as a keyword
+    check: Callable[..., None] | None = None
+    plain: tuple[str, ...] = ()  # options that a plain value sets, all of them: `kv: int8`
     fallback: str = ""  # matrix scope: the method for weights without statistics (embeddings, experts without tokens)
 
     def need(self, options: Any) -> str:

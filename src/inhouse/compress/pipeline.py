@@ -17,11 +17,12 @@ from inhouse.compress import finish
 from inhouse.compress.baseline import comparable, write_baseline
 from inhouse.compress.blocks import BlockRunner
 from inhouse.compress.budget import Need, check_disk, check_memory, estimate
-from inhouse.compress.calibrate import Calibration, Text, calibrate, read_texts, rows_of
-from inhouse.compress.fingerprint import fingerprint
+from inhouse.compress.calibrate import Calibration, Text, calibrate, read_texts
+from inhouse.compress.checks import check_shapes
+from inhouse.compress.fingerprint import details, fingerprint
 from inhouse.compress.gate import Judged, gate
-from inhouse.compress.generated import sample_documents
 from inhouse.compress.memory import PeakMemory
+from inhouse.compress.own_text import OwnText
 from inhouse.compress.plan import disk_need, predict
 from inhouse.compress.recipe import Recipe, matches
 from inhouse.compress.report import Inputs, write_report
@@ -33,14 +34,13 @@ from inhouse.compress.tensor_facts import spectra, tensor_facts
 from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
-from inhouse.core.settings import load_settings
-from inhouse.engine.session import Session
 from inhouse.load.importer import import_model
 from inhouse.load.locate import content_digest, locate
 from inhouse.model.spec import ModelSpec
 from inhouse.store.home import Home
 from inhouse.store.refs import check_name
 from inhouse.store.store import Store
+from inhouse.store.stored_model import StoredModel
 
 OUT = "out"
 BASELINE = "baseline"  # beside OUT: plain rounding, to be compared with
@@ -115,7 +115,7 @@ def compress(
             done = _finished(folder, prepared.print, home)
             if done is not None:
                 return done
-            going_on = folder.check_resume(prepared.print)
+            going_on = folder.check_resume(prepared.print, details(recipe, model, prepared.calibration))
             if resume and not going_on:
                 raise NotFoundError(
                     f"there is no unfinished run of {name}", remedy="Leave --resume out", param="resume"
@@ -125,18 +125,27 @@ def compress(
             return _run(folder, prepared, home, peak, began, searched, progress)
 
 
-def prepare(model: str, recipe: Recipe, folder: Path, home: Home, progress: Progress = silent) -> Prepared:
-    """Opens and checks everything that a run needs. The caller closes `work`."""
+def prepare(
+    model: str, recipe: Recipe, folder: Path, home: Home, progress: Progress = silent, own: OwnText | None = None
+) -> Prepared:
+    """Opens and checks everything that a run needs. The caller closes `work`. `own`: what the model writes itself,
+    where several runs share it."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     texts = [text for group, files in recipe.calibration.files.items() for text in read_texts(files, group)]
     work = Work.open(model, folder, home=home)
     try:
         _check_family(work, recipe)
+        check_shapes(work, recipe)
         work.notes += _idle_overrides(work, recipe)
-        calibration = _calibration(work, recipe, texts, model, progress)
+        need = None
+        if _samples(work, recipe, texts):  # before an hour of sampling: what it would then be too large for
+            need = estimate(work, recipe, min(recipe.calibration.options.length, work.spec.context_length))
+            check_memory(need, recipe.ram)
+        calibration = _calibration(work, recipe, texts, own or OwnText(model, recipe.threads), progress)
         _check_gate(recipe, calibration)
-        need = estimate(work, recipe, calibration)
+        if need is None:
+            need = estimate(work, recipe, calibration.tokens.shape[1] if calibration is not None else None)
         memory = check_memory(need, recipe.ram)
         plan = predict(work, recipe)
         if calibration is not None:
@@ -192,7 +201,7 @@ def _check_early(folder: RunFolder, model: str, recipe: Recipe, home: Home, resu
         return
     now = {"recipe": recipe.hash, "model": content_digest(locate(model, home))}
     then = there.get("fingerprint", {})
-    folder.check_resume({**then, **{key: now[key] for key in EARLY}})
+    folder.check_resume({**then, **{key: now[key] for key in EARLY}}, details(recipe, model))
 
 
 def _need_unfinished(folder: RunFolder) -> None:
@@ -231,7 +240,7 @@ def _begin(folder: RunFolder, prepared: Prepared, model: str) -> None:
     folder.begin(
         {
             "name": folder.name, "model": model, "summary": prepared.recipe.summary(),
-            "recipe": prepared.recipe.canonical(), "fingerprint": dict(prepared.print),
+            "details": details(prepared.recipe, model, prepared.calibration), "fingerprint": dict(prepared.print),
             "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
     )  # fmt: skip
@@ -250,25 +259,29 @@ def _finished(folder: RunFolder, print_: Mapping[str, Any], home: Home) -> Compr
     return Compressed(str(result["ref"]), result, fresh=False)
 
 
-def _calibration(work: Work, recipe: Recipe, texts: list[Text], model: str, progress: Progress) -> Calibration | None:
-    """The rows that any stage needs; of the model's own text where the recipe names none."""
-    if all(stage.needs() == {"nothing"} for stage in recipe.stages):
-        return None
-    options = recipe.calibration.options
-    if texts:
-        return calibrate(texts, work.tokenizer, options, work.spec.context_length)
+def _calibrates(recipe: Recipe) -> bool:
+    return any(stage.needs() != {"nothing"} for stage in recipe.stages)
+
+
+def _samples(work: Work, recipe: Recipe, texts: list[Text]) -> bool:
+    """Whether the model has to write its calibration text itself. Raises UsageError for one that writes none."""
+    if texts or not _calibrates(recipe):
+        return False
     if not isinstance(work.spec, ModelSpec) or work.spec.headless:
         raise UsageError(
             f"{work.spec.family} writes no text to calibrate on", remedy="Give --calibration FILE", param="calibration"
         )
-    settings = load_settings({"threads": recipe.threads, "max_sequences": 64})
-    with Session.open(model, settings) as session:
-        length = min(options.length, session.engine.context_length)
-        drawn = sample_documents(session, options.samples, length=length, seed=options.seed, progress=progress)
-        return rows_of(
-            [row for row in drawn if len(row) > 1],
-            "text that the model wrote itself (temperature 1), because no calibration file was given",
-        )
+    return True
+
+
+def _calibration(work: Work, recipe: Recipe, texts: list[Text], own: OwnText, progress: Progress) -> Calibration | None:
+    """The rows that any stage needs; of the model's own text where the recipe names none."""
+    if not _calibrates(recipe):
+        return None
+    options = recipe.calibration.options
+    if texts:
+        return calibrate(texts, work.tokenizer, options, work.spec.context_length)
+    return own.rows(options, progress)
 
 
 def _run(
@@ -307,7 +320,7 @@ def _run(
         "fallbacks": told["fallbacks"], "notes": [*work.notes, *notes, *_calibration_notes(prepared)],
         "search": dict(searched) if searched is not None else None,
     }  # fmt: skip
-    page = _report(prepared, told, result, judged, stored.sizes, home, folder.path, progress)
+    page = _report(prepared, told, result, judged, stored, home, folder.path, progress)
     result["report"] = str(page)
     folder.finish(result)
     return Compressed(imported.version.ref, result)
@@ -347,7 +360,7 @@ def _inherited(judged: Judged | None, parent: str | None, home: Home) -> Judged 
 
 
 def _report(prepared: Prepared, told: Mapping[str, Any], result: Mapping[str, Any], judged: Judged | None,
-            sizes: Mapping[str, int], home: Home, folder: Path, progress: Progress) -> Path:  # fmt: skip
+            stored: StoredModel, home: Home, folder: Path, progress: Progress) -> Path:  # fmt: skip
     """The page about the version that was just imported, in the model home."""
     work = prepared.work
     speed = None
@@ -357,7 +370,7 @@ def _report(prepared: Prepared, told: Mapping[str, Any], result: Mapping[str, An
     source = work.described.source
     with Work.open(str(work.described.path), folder / BASELINE) as original:
         inputs = Inputs(
-            f"{result['ref']}, compressed", result, told, tensor_facts(work, original, sizes, progress),
+            f"{result['ref']}, compressed", result, told, tensor_facts(work, original, stored, progress),
             list(spectra(work, original)), judged, speed, sum(source.info(name).nbytes for name in source),
         )  # fmt: skip
     shutil.rmtree(folder / BASELINE, ignore_errors=True)

@@ -28,6 +28,8 @@ from inhouse.compress.calibrate import CalibrationOptions
 from inhouse.compress.method import Method
 from inhouse.compress.table import METHODS, method
 from inhouse.core.errors import UsageError
+from inhouse.runtime.executor import KV_DTYPES
+from inhouse.runtime.kv_codes import CODED_KV
 from inhouse.runtime.packed_formats import FORMATS
 
 # Families in the order in which they may follow one another, and why what comes later cannot come earlier.
@@ -41,11 +43,13 @@ ORDER: Mapping[str, tuple[int, str]] = {
     "repair": (7, "what rounding lost is known only after it"),
     "qat": (7, "it begins from the codes' grid"),
     "attention": (9, "attention is cut on the model that will run"),
+    "kv": (10, "the cache is that of the attention that will run"),
 }
 ANYWHERE = ("distill", "finetune")  # healing holds zeros, and trains through factors and codes
 GATES: Mapping[str, float] = {"near-lossless": 0.01, "good": 0.05, "usable": 0.15}  # mean KL divergence, nats a token
 RISES: Mapping[str, float] = {"near-lossless": 0.005, "good": 0.03, "usable": 0.08}  # share of the perplexity
 _STAGE_KEYS = ("method", "format", "include", "exclude", "overrides")
+_WITHOUT_WEIGHTS = ("attention", "kv")  # families that touch no weight: of those keys they take `method` alone
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
@@ -92,6 +96,11 @@ class Stage:
             return {METHODS[chosen].need(options)}
         pairs = [(self.method, self.options), *((one.method, one.options) for one in self.overrides)]
         return {METHODS[method].need(options) for method, options in pairs}
+
+    @property
+    def label(self) -> str:
+        """What the options have to say of themselves in a summary."""
+        return str(getattr(self.options, "label", ""))
 
     def methods(self) -> list[Method]:
         """Rows that the stage may use."""
@@ -149,7 +158,8 @@ class Recipe:
     def summary(self) -> str:
         """`quantize gptq q4_0, repair eora`."""
         parts = (
-            " ".join(filter(None, (s.kind, s.method if s.method != s.kind else "", s.format))) for s in self.stages
+            " ".join(filter(None, (s.kind, s.method if s.method != s.kind else "", s.format or s.label)))
+            for s in self.stages
         )
         return ", ".join(parts)
 
@@ -193,6 +203,7 @@ def parse_recipe(document: Mapping[str, Any]) -> Recipe:
         raise _wrong("stages", "must be a list of at least one stage")
     parsed = tuple(_stage(entry, f"stages[{i}]") for i, entry in enumerate(stages))
     _check_order(parsed)
+    _check_together(parsed)
     budget = _mapping(document.get("budget", {}), "budget")
     _known(budget, ("ram", "threads"), "budget")
     threads = budget.get("threads")
@@ -225,9 +236,13 @@ def _stage(entry: Any, where: str) -> Stage:
     families = sorted({row.family for row in METHODS.values()})
     _known([kind], families, where)
     where = f"{where}.{kind}"
+    plain = [row.plain for row in METHODS.values() if row.family == kind][0]
+    if plain and options is not None and not isinstance(options, Mapping):
+        options = dict.fromkeys(plain, options)
     given = _mapping({} if options is None else options, where)
     chosen = _method(given, kind, where)
-    own = {key: value for key, value in given.items() if key not in _STAGE_KEYS}
+    beside = _STAGE_KEYS[:1] if kind in _WITHOUT_WEIGHTS else _STAGE_KEYS
+    own = {key: value for key, value in given.items() if key not in beside}
     made = read_options(chosen, own, where)
     fmt = _format(given.get("format", ""), where)
     overrides = _mapping(given.get("overrides", {}), f"{where}.overrides")
@@ -263,7 +278,7 @@ def _override(
 def read_options(row: Method, given: Mapping[str, Any], where: str = "options") -> Any:
     """An instance of the method's options from plain values. Raises UsageError."""
     known = {f.name: f for f in fields(row.options)}
-    _known(given, [*known, *_STAGE_KEYS], where)
+    _known(given, [*known, *(_STAGE_KEYS[:1] if row.family in _WITHOUT_WEIGHTS else _STAGE_KEYS)], where)
     hints = typing.get_type_hints(row.options)
     values = {key: _value(value, hints[key], f"{where}.{key}") for key, value in given.items()}
     lacking = [
@@ -357,9 +372,29 @@ def _check_order(stages: Sequence[Stage]) -> None:
             raise UsageError(
                 f"stages[{i}]: {stage.kind} cannot come after {before}: {reason}",
                 remedy="Put the stages in the order merge, structured pruning, pruning, lowrank, smooth, "
-                "quantize, repair or qat, attention (distill and finetune anywhere)", param=f"stages[{i}]",
+                "quantize, repair or qat, attention, kv (distill and finetune anywhere)", param=f"stages[{i}]",
             )  # fmt: skip
+        if rank == highest == ORDER["kv"][0]:
+            raise UsageError(f"stages[{i}]: kv is there twice", remedy="Leave one out", param=f"stages[{i}]")
         highest, before = rank, stage.kind
+
+
+def _check_together(stages: Sequence[Stage]) -> None:
+    """Refuses methods of one stage that work on different things, and K and V as codes where attention is cut."""
+    cut = any(stage.kind == "attention" for stage in stages)
+    for i, stage in enumerate(stages):
+        where, scopes = f"stages[{i}].{stage.kind}", {row.name: row.scope for row in stage.methods()}
+        if len(set(scopes.values())) > 1:
+            said = ", ".join(f"{name} on a {scope}" for name, scope in scopes.items())
+            raise UsageError(
+                f"{where}: methods of one stage must work on the same: {said} at a time",
+                remedy="Make two stages of it, with include and exclude", param=f"{where}.overrides",
+            )  # fmt: skip
+        if stage.kind == "kv" and stage.label in CODED_KV and cut:
+            raise UsageError(
+                f"{where}: K and V as {stage.label} are for attention over all positions, which the stage attention "
+                "cuts in every layer", remedy=f"Use {', '.join(KV_DTYPES)}", param=where,
+            )  # fmt: skip
 
 
 def _texts(value: Any) -> Texts:

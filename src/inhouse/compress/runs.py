@@ -53,15 +53,34 @@ class RunFolder:
     @contextmanager
     def held(self) -> Iterator[None]:
         """The folder, for this process alone. Raises ConflictError if another has it."""
-        private_folder(self.path)
-        with open(self.path / LOCK, "w") as file:
+        with self._locked():
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ConflictError(
-                    f"another process is making {self.name}", remedy="Wait for it, or choose another name"
-                ) from None
-            yield
+                yield
+            finally:
+                if not (self.path / RUN).exists() and not (self.path / RESULT).exists():
+                    shutil.rmtree(self.path, ignore_errors=True)  # nothing had begun: a refusal leaves no folder
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        while True:
+            private_folder(self.path)
+            with open(self.path / LOCK, "w") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise ConflictError(
+                        f"another process is making {self.name}", remedy="Wait for it, or choose another name"
+                    ) from None
+                if self._is_here(file.fileno()):
+                    yield
+                    return
+
+    def _is_here(self, descriptor: int) -> bool:
+        """Whether the lock that was taken is the one that lies in the folder: a refused run may have removed it."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / LOCK))
+        except FileNotFoundError:
+            return False
 
     def described(self) -> dict[str, Any] | None:
         """run.json; None where no run has begun."""
@@ -97,15 +116,16 @@ class RunFolder:
         (self.path / RUN).unlink(missing_ok=True)
         self.drop_data()
 
-    def check_resume(self, print_now: Mapping[str, Any]) -> bool:
-        """Whether there is an unfinished run of this very fingerprint to go on with.
+    def check_resume(self, print_now: Mapping[str, Any], details_now: Mapping[str, Any]) -> bool:
+        """Whether there is an unfinished run of this very fingerprint to go on with. `details_now`: what stands behind
+        it (`fingerprint.details`).
 
         Raises ConflictError with the differences where there is one of another.
         """
         there = self.described()
         if there is None or self.result() is not None or not (self.path / JOURNAL).exists():
             return False  # nothing of it was done: whatever is asked now begins anew
-        differs = list(difference(there.get("fingerprint", {}), print_now))
+        differs = list(difference(there.get("fingerprint", {}), print_now, there.get("details", {}), details_now))
         if differs:
             raise ConflictError(
                 f"an unfinished run of {self.name} cannot be resumed: {'; '.join(differs)}",

@@ -18,6 +18,7 @@ from inhouse.compress import finish
 from inhouse.compress.candidates import Candidate, candidates, chosen
 from inhouse.compress.evaluate import compare_pieces
 from inhouse.compress.generated import sample_documents
+from inhouse.compress.own_text import OwnText
 from inhouse.compress.pipeline import prepare
 from inhouse.compress.plan import predict
 from inhouse.compress.recipe import Recipe, parse_recipe
@@ -35,7 +36,8 @@ from inhouse.store.writing import atomic_file
 
 LEAST = 20  # candidates that are measured
 SEQUENCES, TOKENS, SEED = 8, 256, 700_001  # of the model's own text that judges candidates; the gate draws other text
-FOLDER = "searches"  # in the model home's data
+FOLDER = "searches"  # in the model home's data: what was measured, a folder for each name
+MEASURED = "measured.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +108,21 @@ def search(
     home.create()
     folder = home.data / FOLDER / check_name(name)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    pool, wanted = _pool(model, limit, base, folder, home)
-    kept = _Kept(folder / "measured.json", _key(model, base, home))
+    try:
+        pool, wanted = _pool(model, limit, base, folder, home)
+    except BaseException:
+        if not (folder / MEASURED).exists():
+            shutil.rmtree(folder)
+        raise
+    kept = _Kept(folder / MEASURED, _key(model, base, home))
     with Session.open(model, load_settings({"threads": base.get("budget", {}).get("threads")})) as reference:
         length = min(TOKENS, reference.engine.context_length)
         texts = [row for row in sample_documents(reference, SEQUENCES, length=length, seed=SEED) if len(row) > 1]
+        own = OwnText(model, base.get("budget", {}).get("threads"))
         for done, candidate in enumerate(wanted):
             progress("search", done, len(wanted))
             if candidate.name not in kept.done:
-                kept.add(_measure(candidate, model, base, texts, reference, folder, home))
+                kept.add(_measure(candidate, model, base, texts, reference, folder, home, own))
         progress("search", len(wanted), len(wanted))
     measured = [kept.done[candidate.name] for candidate in wanted]
     best = _best(measured, limit)
@@ -152,18 +160,18 @@ def _pool(
 
 def _measure(
     candidate: Candidate, model: str, base: Mapping[str, Any], texts: Sequence[list[int]], reference: Session,
-    folder: Path, home: Home,
+    folder: Path, home: Home, own: OwnText,
 ) -> Measured:  # fmt: skip
     """Runs a candidate in a folder that is gone afterwards."""
     scratch = folder / "candidate"
     shutil.rmtree(scratch, ignore_errors=True)
     try:
-        prepared = prepare(model, parse_recipe(candidate.document(base)), scratch / "run", home)
+        prepared = prepare(model, parse_recipe(candidate.document(base)), scratch / "run", home, own=own)
         with prepared.work as work:
             for at, stage in enumerate(prepared.recipe.stages):
                 StageRun(work, stage, f"{at}.{stage.kind}", prepared.calibration, prepared.memory).run()
             stored, _ = finish.write(work, scratch / "model", {"summary": candidate.name})
-        with Session.open(str((scratch / "model").resolve()), load_settings({})) as session:
+        with Session.open(str((scratch / "model").resolve()), load_settings({}), cache=False) as session:
             kld = compare_pieces(session, texts, "own", reference)[0].kld_mean or 0.0
         return Measured(candidate.name, stored.nbytes, round(kld, 9), candidate.plain)
     except InhouseError as error:  # a candidate that this model's shapes do not allow is no candidate

@@ -1,21 +1,17 @@
 """Which texts a model was calibrated or healed on, and whether a text to be scored is among them.
 
 A document is known by its sha256 and by hashes of runs of four consecutive sentences, so that an excerpt, or a file
-that contains it, is found as well. Pure but for reading manifests of stored versions and their parents.
+that contains it, is found as well. Pure but for asking models and their parents (`load.seen_texts`).
 """
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from inhouse.core.errors import NotFoundError, UsageError
-from inhouse.load.locate import locate
+from inhouse.core.errors import UsageError
+from inhouse.load.seen_texts import seen_by
 from inhouse.store.home import Home
-from inhouse.store.store import Store
-from inhouse.store.stored_model import TABLE
 
 SENTENCES = 4  # of a window: fewer recur in texts of one kind
 LEAST, MOST, SHARE = 32, 1024, 8  # hashes kept of a document: an eighth of its windows, within these
@@ -56,45 +52,14 @@ def find_seen(documents: Iterable[str], records: Sequence[Mapping[str, Any]]) ->
     return None
 
 
-def manifests(reference: str, home: Home | None = None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(name, manifest) of a model and of the versions that it was made of, as far as they are there."""
-    home = home or Home.find()
-    visited: set[str] = set()
-    while reference not in visited:
-        visited.add(reference)
-        try:
-            located = locate(reference, home)
-        except (NotFoundError, UsageError):
-            return
-        document = _manifest(located.path)
-        if document is not None:
-            yield (f"{located.name}:{located.version}" if located.version else located.name), document
-        if not located.version:
-            return
-        with Store(home) as store:
-            parent = store.catalog.resolve(f"{located.name}:{located.version}").parent
-        if parent is None:
-            return
-        reference = parent
-
-
 def refuse_seen(reference: str, documents: Sequence[str], force: bool = False, home: Home | None = None) -> str | None:
     """Raises UsageError if the model, or one that it was made of, has seen one of the documents; with `force` gives
     the sentence instead."""
-    for name, document in manifests(reference, home):
-        found = find_seen(documents, document.get("texts", ()))
+    for name, records in seen_by(reference, home):
+        found = find_seen(documents, records)
         if found is not None:
             said = f"{name} was calibrated or healed on this text ({found['source']})"
             if force:
                 return said
             raise UsageError(said, remedy="Score it on text that it has not seen, or add --force", param="text")
     return None
-
-
-def _manifest(path: Path) -> Mapping[str, Any] | None:
-    try:
-        document = json.loads((path / TABLE).read_text("utf-8")) if path.is_dir() else None
-    except (OSError, ValueError):
-        return None
-    found = document.get("manifest") if isinstance(document, dict) else None
-    return found if isinstance(found, dict) else None

@@ -106,6 +106,21 @@ def largest_saving_rank(shape: tuple[int, int]) -> int:
     return (rows * columns - 1) // (rows + columns)
 
 
+def check_rank(shape: tuple[int, int], rank: int, *, allow_larger: bool = False) -> None:
+    """Raises UsageError for a rank that a matrix [out, in] does not have, and UnsupportedError where its factors would
+    be larger than the matrix (a side branch passes `allow_larger`)."""
+    rows, columns = shape
+    if not 1 <= rank <= min(shape):
+        raise UsageError(f"a matrix [{rows}, {columns}] has no rank {rank}", param="rank")
+    if rank > largest_saving_rank(shape) and not allow_larger:
+        raise UnsupportedError(
+            f"factors of rank {rank} hold {rank * (rows + columns)} numbers, the matrix [{rows}, {columns}] holds "
+            f"{rows * columns}",
+            remedy=f"Use a rank of at most {largest_saving_rank(shape)}, or leave the matrix as it is",
+            param="rank",
+        )
+
+
 def cut(spectrum: Spectrum, rank: int, *, allow_larger: bool = False) -> tuple[Tensor, Tensor]:
     """Factors (a [k, in], b [out, k]), f32, of the best rank-k approximation b a; each direction's size is shared
     evenly between them, so that either may be stored in a narrow type.
@@ -113,16 +128,7 @@ def cut(spectrum: Spectrum, rank: int, *, allow_larger: bool = False) -> tuple[T
     Raises UnsupportedError where the factors would be larger than the matrix (a side branch passes `allow_larger`), and
     UsageError for a rank that the matrix does not have.
     """
-    rows, columns = spectrum.shape
-    if not 1 <= rank <= spectrum.right.shape[0]:
-        raise UsageError(f"a matrix [{rows}, {columns}] has no rank {rank}", param="rank")
-    if rank > largest_saving_rank((rows, columns)) and not allow_larger:
-        raise UnsupportedError(
-            f"factors of rank {rank} hold {rank * (rows + columns)} numbers, the matrix [{rows}, {columns}] holds "
-            f"{rows * columns}",
-            remedy=f"Use a rank of at most {largest_saving_rank((rows, columns))}, or leave the matrix as it is",
-            param="rank",
-        )
+    check_rank(spectrum.shape, rank, allow_larger=allow_larger)
     left, right = spectrum.left[:, :rank], spectrum.right[:rank]
     sizes = left.norm(dim=0), right.norm(dim=1)
     share = torch.where(sizes[0] > 0, (sizes[1] / sizes[0].clamp(min=1e-300)).sqrt(), torch.ones_like(sizes[0]))

@@ -9,17 +9,21 @@ from uuid import uuid4
 from inhouse.core.settings import load_settings
 from inhouse.engine.request import Failed, SamplingParams, TokenEvent, make_request
 from inhouse.engine.session import Session
+from inhouse.plan.memory import token_bytes
 
 PROMPT, ANSWER, ROUNDS = 128, 48, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Medians over the rounds. Tokens a second at one stream; bytes of packed weights in memory."""
+    """Medians over the rounds. Tokens a second at one stream; bytes of packed weights in memory; what K and V are kept
+    as, and the bytes that one more token of a long sequence takes of them."""
 
     prefill: float
     decode: float
     weights: int
+    kv_dtype: str
+    kv_token: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -35,9 +39,13 @@ def measure(before: str, after: str, threads: int | None = None, rounds: int = R
             for session, figures in zip(sessions, seen, strict=True):
                 figures.append(_once(session))
         made = [
-            Speed(median(f[0] for f in figures), median(f[1] for f in figures), session.model.report.nbytes)
+            Speed(
+                median(f[0] for f in figures), median(f[1] for f in figures), session.model.report.nbytes,
+                session.model.executor.kv_dtype,
+                token_bytes(session.model.executor.programs, session.model.executor.kv_dtype),
+            )
             for session, figures in zip(sessions, seen, strict=True)
-        ]
+        ]  # fmt: skip
     return made[0], made[1]
 
 

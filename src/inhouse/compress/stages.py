@@ -45,10 +45,8 @@ class StageRun:
         if f"{self.id}/end" in units:
             return
         self.work.begin(self.id)
-        scopes = {row.scope for row in self.stage.methods()}
-        if len(scopes) > 1:
-            raise UsageError(f"{self.id} mixes methods of the scopes {', '.join(sorted(scopes))}")
-        {"matrix": self._matrices, "block": self._blocks, "model": self._model}[scopes.pop()]()
+        scope = METHODS[self.stage.method].scope  # of all its methods: `parse_recipe` sees to it
+        {"matrix": self._matrices, "block": self._blocks, "model": self._model}[scope]()
         self.work.save(f"{self.id}/end")
 
     # A matrix at a time.

@@ -9,7 +9,14 @@ from inhouse.compress.feedback import GptqOptions
 from inhouse.compress.gradual import GradualOptions, gradual
 from inhouse.compress.method import Method
 from inhouse.compress.methods.awq import AwqOptions, awq
-from inhouse.compress.methods.cores import TrainOptions, TuckerOptions, tensor_train_embedding, tucker_experts
+from inhouse.compress.methods.cores import (
+    TrainOptions,
+    TuckerOptions,
+    tensor_train_embedding,
+    train_check,
+    tucker_check,
+    tucker_experts,
+)
 from inhouse.compress.methods.distill import DistillOptions, distill
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
@@ -18,8 +25,9 @@ from inhouse.compress.methods.gptaq import gptaq
 from inhouse.compress.methods.gptq import gptq
 from inhouse.compress.methods.hadamard import HadamardOptions, hadamard
 from inhouse.compress.methods.hqq import HqqOptions, hqq
+from inhouse.compress.methods.kv import KvOptions, kv, kv_check
 from inhouse.compress.methods.logcodes import LogOptions, logcodes
-from inhouse.compress.methods.lowrank import LowRank, lowrank
+from inhouse.compress.methods.lowrank import LowRank, lowrank, lowrank_check
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
 from inhouse.compress.methods.merging import MERGES, MergeStage, merge_stage
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
@@ -103,19 +111,21 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "fixed", "quantize", "matrix", fixed, FixedOptions,
-            paper="Courbariaux et al. 2014, arXiv 1412.7024", summary="int8 mantissas, one power of two a tensor",
+            paper="Courbariaux et al. 2014, arXiv 1412.7024",
+            summary="int8 or int4 mantissas, one power of two a tensor",
         ),
         Method(
-            "svd", "lowrank", "matrix", lowrank, LowRank, defaults={"method": "svd"},
+            "svd", "lowrank", "matrix", lowrank, LowRank, defaults={"method": "svd"}, check=lowrank_check,
             paper="Eckart and Young 1936", summary="truncated SVD",
         ),
         Method(
             "asvd", "lowrank", "matrix", lowrank, LowRank, needs="moments", defaults={"method": "asvd"}, fallback="svd",
+            check=lowrank_check,
             paper="Yuan et al. 2023, arXiv 2312.05821", summary="SVD of columns scaled by their inputs' size",
         ),
         Method(
             "svd-llm", "lowrank", "matrix", lowrank, LowRank, needs="gram", defaults={"method": "whitened"},
-            fallback="svd",
+            fallback="svd", check=lowrank_check,
             paper="Wang et al. 2024, arXiv 2403.07378", summary="whitened SVD: least output error of a rank",
         ),
         Method(
@@ -123,11 +133,11 @@ METHODS: Mapping[str, Method] = {
             paper="Wang et al. 2025, arXiv 2503.12340", summary="whitened SVD, ranks shared out by measured loss",
         ),
         Method(
-            "tensor-train", "lowrank", "model", tensor_train_embedding, TrainOptions,
+            "tensor-train", "lowrank", "model", tensor_train_embedding, TrainOptions, check=train_check,
             paper="Hrinchuk et al. 2020, arXiv 1901.10787", summary="embedding as tables of a tensor train",
         ),
         Method(
-            "tucker", "lowrank", "model", tucker_experts, TuckerOptions,
+            "tucker", "lowrank", "model", tucker_experts, TuckerOptions, check=tucker_check,
             paper="De Lathauwer et al. 2000", summary="experts as cores between two matrices that they share",
         ),
         Method(
@@ -175,6 +185,12 @@ METHODS: Mapping[str, Method] = {
         Method(
             "window", "attention", "model", window, WindowOptions, paper="Xiao et al. 2023, arXiv 2309.17453",
             summary="a sliding window, first positions, every so many blocks: what is masked is skipped and freed",
+        ),
+        Method(
+            "kv", "kv", "model", kv, KvOptions, plain=("k", "v"), check=kv_check,
+            paper="Liu et al. 2024, arXiv 2402.02750",
+            summary="K and V cached as int8 by token and head, or as int4 codes but for the last 128 positions; "
+            "weights stay, a token of context takes less",
         ),
         Method(
             "qat", "qat", "model", qat, QatOptions, needs="gradients", paper="Liu et al. 2023, arXiv 2305.17888",

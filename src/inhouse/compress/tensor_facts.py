@@ -12,6 +12,7 @@ from torch import Tensor
 from inhouse.compress.work import Work
 from inhouse.core.progress import Progress, silent
 from inhouse.runtime.form import Form
+from inhouse.store.stored_model import StoredModel
 
 MAX_SPECTRUM = 4096  # the shorter side of a matrix whose singular values are computed
 
@@ -35,10 +36,9 @@ class TensorFacts:
         return asdict(self)
 
 
-def tensor_facts(
-    work: Work, original: Work, sizes: Mapping[str, int], progress: Progress = silent
-) -> list[TensorFacts]:
-    """Facts of every weight. `original`: the opened model; `sizes`: bytes as stored."""
+def tensor_facts(work: Work, original: Work, stored: StoredModel, progress: Progress = silent) -> list[TensorFacts]:
+    """Facts of every weight. `original`: the opened model; `stored`: what was written."""
+    sizes = stored.sizes
     layers = {name: op.layer for op in work.program.ops for name in op.weights}
     names, out = work.names(), []
     for done, name in enumerate(names, 1):
@@ -49,8 +49,9 @@ def tensor_facts(
         error = _error(original.value(source), value) if same else None
         out.append(
             TensorFacts(
-                name, layers.get(name, -1), tuple(work.shape(name)), _layout(form, work, name), sizes.get(name, 0),
-                8 * sizes.get(name, 0) / max(value.numel(), 1), float((value == 0).double().mean()), error,
+                name, layers.get(name, -1), tuple(work.shape(name)), _layout(form, stored.layouts, name),
+                sizes.get(name, 0), 8 * sizes.get(name, 0) / max(value.numel(), 1),
+                float((value == 0).double().mean()), error,
                 form.low_rank[0].shape[0] if form is not None and form.low_rank is not None else 0,
             )
         )  # fmt: skip
@@ -58,11 +59,9 @@ def tensor_facts(
     return out
 
 
-def _layout(form: Form | None, work: Work, name: str) -> str:
-    if form is None:
-        return work.source_dtype(name)
-    parts = [form.main.format] if form.main is not None else []
-    if form.low_rank is not None:
+def _layout(form: Form | None, layouts: Mapping[str, str], name: str) -> str:
+    parts = [layouts[name]] if name in layouts else []  # as it was written, without zeros where that is smaller
+    if form is not None and form.low_rank is not None:
         parts.append(f"{form.low_rank[0].format} x {form.low_rank[1].format}")
     return " + ".join(parts)
 

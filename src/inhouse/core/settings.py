@@ -42,7 +42,8 @@ class Settings:
     quantize: str = _setting("", "pack float weights at load; empty: keep as they are", ("", "q8", "q6", "q4"))
     kv_dtype: str = _setting(
         "auto",
-        "KV cache elements; auto: f32 for f32 models, else f16; int4: codes, but for the last 128 positions",
+        "KV cache elements; auto: what the model says, else f32 or f16 by its weights; int4: codes, but for the last "
+        "128 positions",
         ("auto", "f32", "f16", "bf16", "int8", "int4", "k=int8,v=int4", "k=int4,v=int8"),
     )
     activations: str = _setting(

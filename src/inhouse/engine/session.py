@@ -49,8 +49,11 @@ class Session:
         self.vectors = Vectors(model, self.engine)
 
     @classmethod
-    def open(cls, reference: str, settings: Settings | None = None, progress: Progress = silent) -> Self:
-        """Opens a model of the store, a folder, a .gguf, or the embedded `demo`, as the settings say."""
+    def open(
+        cls, reference: str, settings: Settings | None = None, progress: Progress = silent, *, cache: bool = True
+    ) -> Self:
+        """Opens a model of the store, a folder, a .gguf, or the embedded `demo`, as the settings say. `cache`: keep
+        packed weights for the next start."""
         use = settings or Settings()
         model = open_model(
             reference,
@@ -61,6 +64,7 @@ class Session:
             kv_dtype=use.kv_dtype,
             activations=use.activations,
             context=use.context or None,
+            cache=cache,
             progress=progress,
         )
         return cls(model, engine_config(use))

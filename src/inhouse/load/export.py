@@ -22,8 +22,10 @@ from inhouse.load.export_report import ExportReport
 from inhouse.load.export_targets import LOW_RANK, Weights
 from inhouse.load.locate import locate
 from inhouse.load.packing import Part
+from inhouse.load.seen_texts import seen_text
 from inhouse.model.build import build
 from inhouse.model.families.family import Derive
+from inhouse.model.families.kv_cache import GGUF_KEY, KEY
 from inhouse.model.spec import ModelSpec
 from inhouse.runtime.cores import stack_of
 from inhouse.store.home import Home
@@ -76,12 +78,32 @@ def export_model(
             raise UnsupportedError(f"{described.family.name} is no decoder; only decoders are exported")
         plan = _folded(described)
         with described.guard():
-            report = _write(described, plan, form, out, wish, progress, threads or os.cpu_count() or 1)
+            seen = seen_text([reference], home)
+            report = _write(described, plan, form, out, wish, progress, threads or os.cpu_count() or 1, seen)
             described.check_unchanged()
     finally:
         described.source.close()
-    report.notes += plan.notes
+    report.notes += [*plan.notes, *_kv_note(described.spec, form), *_seen_note(seen, form)]
     return report
+
+
+def _kv_note(spec: ModelSpec, form: str) -> list[str]:
+    """What becomes of the KV type that the model names."""
+    if not spec.kv_cache:
+        return []
+    if form == "onnx":
+        return [f"the KV type {spec.kv_cache} is not in the graph, which keeps no K and V between runs"]
+    place = GGUF_KEY if form == "gguf" else f"{KEY} of config.json"
+    return [f"the KV type {spec.kv_cache} stands in {place}, which Inhouse reads; other programs choose for themselves"]
+
+
+def _seen_note(seen: str, form: str) -> list[str]:
+    """What becomes of the texts that the model was calibrated or healed on."""
+    if not seen:
+        return []
+    if form == "onnx":
+        return ["the graph does not say which texts the model was calibrated or healed on"]
+    return ["hashes of the texts that the model was calibrated or healed on go along: `inhouse eval` refuses them"]
 
 
 def _folded(described: Described) -> Plan:
@@ -111,19 +133,19 @@ def _multiplied(source: StoredSource, plan: Plan) -> dict[str, str]:
 
 
 def _write(
-    described: Described, plan: Plan, form: str, out: Path, wish: str, progress: Progress, threads: int
+    described: Described, plan: Plan, form: str, out: Path, wish: str, progress: Progress, threads: int, seen: str
 ) -> ExportReport:
     source = described.source
     weights = Weights(source, plan.columns, _multiplied(source, plan) if isinstance(source, StoredSource) else {})
     if form == "gguf":
-        return export_gguf(described, plan.parts, weights, out, wish, progress, threads)
+        return export_gguf(described, plan.parts, weights, out, wish, progress, threads, seen)
     if form == "onnx":
         from inhouse.load.export_onnx import export_onnx  # needs the package onnx, an extra
 
         return export_onnx(described, plan.parts, weights, out, progress)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
     try:
-        report = export_hf(described, plan.parts, weights, folder, form, wish, progress)
+        report = export_hf(described, plan.parts, weights, folder, form, wish, progress, seen)
         folder.chmod(0o755)
         os.rename(folder, out)
     except BaseException:

@@ -19,6 +19,7 @@ from inhouse.load.describe import Described, read_tokenizer
 from inhouse.load.export_report import ExportReport, Written
 from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, narrowed, row_runs
 from inhouse.load.packing import Part
+from inhouse.load.seen_texts import GGUF_KEY
 from inhouse.model.families.config_out import ROPE_FACTORS, derive_target, gguf_norm_offset, gguf_table, rope_factors
 from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.write import gguf_tokenizer
@@ -59,8 +60,9 @@ def export_gguf(
     wish: str,
     progress: Progress,
     threads: int,
+    seen: str = "",
 ) -> ExportReport:
-    """Writes the file. `wish`: "" (as stored) or one of `gguf_wishes()`.
+    """Writes the file. `wish`: "" (as stored) or one of `gguf_wishes()`. `seen`: what `seen_texts.seen_text` gives.
 
     Raises UnsupportedError for what GGUF cannot say of the model, UsageError for an unknown type.
     """
@@ -72,6 +74,8 @@ def export_gguf(
     targets = make_targets(parts, derive_target(described.family, spec, gguf=True))
     planned = [(target, *_planned(target, weights, spec, wish.upper())) for target in targets]
     metadata = _metadata(described, spec, [t.name for t in targets], wish.upper(), [kind for _, kind, _ in planned])
+    if seen:
+        metadata[GGUF_KEY] = seen
     done, total = 0, sum(int(np.prod(t.shape)) for t in targets)
     tensors: list[TensorData] = []
     with ThreadPoolExecutor(threads, "encode") as pool:

@@ -22,6 +22,7 @@ from inhouse.load.export_coded import CODED_WISHES, coded_form
 from inhouse.load.export_report import ExportReport, Written
 from inhouse.load.export_targets import Target, Weights, as_bytes, make_targets, narrowed
 from inhouse.load.packing import Part
+from inhouse.load.seen_texts import safetensors_metadata
 from inhouse.model.families.config_out import derive_target, hf_config
 from inhouse.model.families.sparse_attention import KEY
 from inhouse.model.spec import ModelSpec
@@ -51,8 +52,10 @@ def export_hf(
     form: str,
     wish: str,
     progress: Progress,
+    seen: str = "",
 ) -> ExportReport:
-    """Writes model.safetensors, config.json and the tokenizer's files into an empty folder."""
+    """Writes model.safetensors, config.json and the tokenizer's files into an empty folder. `seen`: what
+    `seen_texts.seen_text` gives."""
     spec = described.spec
     assert isinstance(spec, ModelSpec)
     report = ExportReport(folder, form)
@@ -78,7 +81,7 @@ def export_hf(
         report.tensors.append(float_row(target, kind, refused, weights.changed(target)))
         if target.kind == "linear":
             floats.append(target.name.removesuffix(".weight"))
-    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", tensors, safetensors_metadata(seen))
     quantization = None if coded is None else coded.config(floats or ["lm_head"])
     _side_files(described, spec, [t.name for t in targets], folder, quantization, max(set(kinds), key=kinds.count))
     if form == "gptq":

@@ -22,6 +22,7 @@ from inhouse.model.build import Spec
 from inhouse.model.encoder import EncoderSpec
 from inhouse.model.families.family import Derive, Family
 from inhouse.model.rewrite import order_columns, quantize_activations
+from inhouse.model.spec import ModelSpec
 from inhouse.model.tokens.chat import ChatTemplate
 from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.runtime import executors
@@ -101,7 +102,8 @@ def open_model(
         quantize: None, `q8`, `q6` or `q4`: what float matrices are packed as.
         executor: `native` or `torch`, the latter on `device`.
         threads: of packing and of the native executor; None: what the machine grants.
-        kv_dtype: `f32`, `f16`, `bf16`, `int8`, or `auto`: f32 for models of f32 matrices alone, else f16.
+        kv_dtype: one of `runtime.kv_codes.KV_TYPES`, or `auto`: what the model says; f32 for models of f32 matrices
+            alone; else f16.
         activations: `int8`: quantised rows meet quantised weights, exact integer products; `float`: they do not, which
             is slower, and agrees with the torch executor to float precision.
         context: a lower limit of positions than the model's own.
@@ -244,9 +246,12 @@ def _made(described: Described, plan: Plan, progress: Progress, threads: int | N
 
 
 def choose_kv_dtype(wish: str, formats: Iterable[str], spec: Spec | None = None) -> str:
-    """`auto` means f32 where all matrices are f32, and for encoders, whose K and V last one step; else f16."""
+    """`auto` means what the model says; f32 where all matrices are f32, and for encoders, whose K and V last one step;
+    else f16."""
     if wish != "auto":
         return wish
+    if isinstance(spec, ModelSpec) and spec.kv_cache:
+        return spec.kv_cache
     if isinstance(spec, EncoderSpec):
         return "f32"
     return "f32" if set(formats) <= {"f32"} else "f16"

@@ -101,6 +101,7 @@ class ModelSpec:
     pooling: Pooling = Pooling("last")  # of Program `embed`
     headless: bool = False  # the checkpoint brings no head: it embeds, and generates nothing
     mla: MlaSpec | None = None  # attention over a compressed cache
+    kv_cache: str = ""  # what K and V are kept as unless the user says otherwise (KV_TYPES); "": by the weights
 
     @property
     def q_width(self) -> int:

@@ -35,6 +35,12 @@ def block_bytes(group: StateGroup, kv_dtype: str) -> int:
     return group.bytes_per_token(KV_DTYPES[element_type(kv_dtype)]) * BLOCK_SIZE
 
 
+def token_bytes(programs: ProgramSet, kv_dtype: str) -> int:
+    """Bytes that one more token of a long sequence takes; what is kept of recent positions alone does not grow."""
+    growing = [group for group in programs.groups if not group.window]
+    return sum(group.bytes_per_token(KV_DTYPES[element_type(kv_dtype)]) for group in growing)
+
+
 def blocks_per_sequence(group: StateGroup, context: int, step_tokens: int) -> int:
     """Blocks that one sequence of `context` tokens holds at most; a window group holds its window, one step, and what
     it keeps for good."""

@@ -39,6 +39,7 @@ MAX_PATCH_BYTES = 64 << 20  # of a run that zstd holds as a dictionary
 MAX_MANIFEST_BYTES = 256 << 20
 _HEAD = struct.Struct("<16sQQ32s")
 _SEAL = 32
+LITTLE = 0.9  # a delta of more than this share of the new version says little more than the version itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +56,31 @@ class FileSet:
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A written delta. `ways` counts the bytes of the new version by how they are said."""
+    """A written delta. `ways` counts the bytes of the new version by how they are said. tensors: of the new version,
+    without those in files that the base has too; strangers: those that the base lacks by name, type and shape."""
 
     path: Path
     nbytes: int
     new_nbytes: int
     ways: Mapping[str, int]
     lossy: bool
+    tensors: int = 0
+    strangers: int = 0
 
     @property
     def share(self) -> float:
         """Of the new version's bytes."""
         return self.nbytes / max(self.new_nbytes, 1)
+
+    @property
+    def note(self) -> str:
+        """What the user should know of two versions that have little to do with one another; else ""."""
+        size = f"the delta is {self.share:.0%} of the new version"
+        if self.tensors and self.strangers == self.tensors:
+            return f"the old version has none of the {self.tensors} tensors by name, type and shape: {size}"
+        if self.strangers:
+            return f"the old version lacks {self.strangers} of {self.tensors} tensors by name, type and shape: {size}"
+        return f"the versions have little in common: {size}" if self.share > LITTLE else ""
 
 
 def make_delta(
@@ -97,7 +111,7 @@ def make_delta(
         head = _HEAD.pack(MAGIC, start, len(text), hashlib.sha256(text).digest())
         out.seek(0)
         out.write(head + hashlib.sha256(head).digest())
-    return Made(path, path.stat().st_size, total, writer.ways, lossy)
+    return Made(path, path.stat().st_size, total, writer.ways, lossy, writer.tensors, writer.strangers)
 
 
 class _Writer:
@@ -111,6 +125,7 @@ class _Writer:
         self._by_digest = {digest: name for name, (_, digest) in base.files.items()}
         self._total, self._done, self._progress = total, 0, progress
         self.ways: dict[str, int] = {}
+        self.tensors = self.strangers = 0
 
     def file(self, name: str, path: Path, digest: str) -> dict[str, Any]:
         """The steps of one file of the new version."""
@@ -123,6 +138,8 @@ class _Writer:
         steps, result = [], hashlib.sha256()
         for run in runs_of(path, name):
             older = self._older(run, name)
+            self.tensors += bool(run.tensor)
+            self.strangers += bool(run.tensor) and older is None
             for at in range(run.begin, run.end, PIECE):
                 end = min(at + PIECE, run.end)
                 step, made = self._step(mapping.data[at:end], run, at - run.begin, older)

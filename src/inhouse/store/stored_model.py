@@ -51,11 +51,12 @@ Vector = npt.NDArray[Any]  # float32, float16, or bf16 as uint16
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """What was written: `nbytes` of all tensors, and of each canonical matrix or vector its own."""
+    """What was written: `nbytes` of all tensors, and of each canonical matrix or vector its own and its format."""
 
     folder: Path
     nbytes: int
     sizes: Mapping[str, int]
+    layouts: Mapping[str, str]
 
 
 def side_branch(name: str) -> tuple[str, str]:
@@ -117,7 +118,8 @@ def write_stored(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return StoredModel(folder, sum(spool.sizes.values()), spool.sizes)
+    layouts = {name: str(entry["format"]) for name, entry in spool.table.items()}
+    return StoredModel(folder, sum(spool.sizes.values()), spool.sizes, layouts)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,10 @@ Threads = Annotated[int | None, typer.Option(help="compute threads; default: all
 Executor = Annotated[str | None, typer.Option(help="native or torch")]
 Device = Annotated[str | None, typer.Option(help="device of the torch executor")]
 KvDtype = Annotated[
-    str | None, typer.Option("--kv", help="KV cache: auto, f32, f16, bf16, int8, int4, or apart: k=int8,v=int4")
+    str | None,
+    typer.Option(
+        "--kv", help="KV cache: auto (what the model says), f32, f16, bf16, int8, int4, or apart: k=int8,v=int4"
+    ),
 ]
 Activations = Annotated[str | None, typer.Option(help="what quantised weights are multiplied with: int8 or float")]
 Context = Annotated[int | None, typer.Option(help="context limit in tokens")]

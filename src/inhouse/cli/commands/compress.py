@@ -1,6 +1,5 @@
 """`inhouse compress`: a smaller version of a model, by a recipe, measured and gated."""
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,7 +7,7 @@ import typer
 
 from inhouse.cli.commands import common
 from inhouse.cli.output import ProgressBar, human_bytes, human_seconds, print_json, print_note, print_table
-from inhouse.core.errors import UsageError
+from inhouse.core.errors import NotFoundError, UsageError
 
 app = common.app()
 
@@ -41,11 +40,10 @@ def command(
         raise UsageError("name the model and the new model", remedy="inhouse compress MODEL NEW --to q4", param="NEW")
     if sum(given is not None for given in (recipe, to, target_size, max_kld)) != 1:
         raise UsageError("give one of --recipe FILE, --to NAME, --target-size and --max-kld", param="recipe")
-    if max_kld is not None and not (math.isfinite(max_kld) and max_kld > 0):
-        raise UsageError(f"--max-kld is {max_kld}, must be above 0", param="max_kld")
     if resume and restart:
         raise UsageError("--resume and --restart exclude each other", param="resume")
     from inhouse.compress import pipeline
+    from inhouse.compress.asked import asked_recipe
 
     searched = None
     if target_size is not None or max_kld is not None:
@@ -53,7 +51,9 @@ def command(
             raise UsageError("a search measures, so it has no --dry-run", param="dry_run")
         chosen, searched = _search(model, name, target_size, max_kld, calibration or [], ram, threads)
     else:
-        chosen = _recipe(recipe, to, calibration or [], ram, threads)
+        if recipe is not None and not recipe.is_file():
+            raise NotFoundError(f"there is no recipe {recipe}", remedy="Check the path", param="recipe")
+        chosen = asked_recipe(recipe, to, calibration or [], ram, threads)
     if dry_run:
         _dry(pipeline.dry_run(model, chosen), json)
         return
@@ -74,30 +74,15 @@ def command(
         raise typer.Exit(1)
 
 
-def _recipe(path: Path | None, to: str | None, texts: list[str], ram: str | None, threads: int | None) -> Any:
-    from inhouse.compress.recipe import load_recipe, parse_recipe
-    from inhouse.compress.shorts import short_recipe
-
-    document = load_recipe(path) if path is not None else short_recipe(str(to))
-    if texts:
-        document["calibration"] = {**(document.get("calibration") or {}), "texts": texts}
-    given = {"ram": ram, "threads": threads}
-    budget = {**(document.get("budget") or {}), **{key: value for key, value in given.items() if value is not None}}
-    return parse_recipe({**document, "budget": budget})
-
-
 def _search(
     model: str, name: str, size: str | None, kld: float | None, texts: list[str], ram: str | None, threads: int | None
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe that keeps the limit best, and what was measured."""
-    from inhouse.compress.search import Limit, search
-    from inhouse.core.settings import parse_size
+    from inhouse.compress.asked import search_recipe
 
-    base: dict[str, Any] = {"calibration": {"texts": texts}} if texts else {}
-    base["budget"] = {key: value for key, value in (("ram", ram), ("threads", threads)) if value is not None}
     bar = ProgressBar(unit="recipes")
     try:
-        found = search(model, name, Limit(parse_size(size) if size is not None else None, kld), base, progress=bar)
+        found = search_recipe(model, name, size, kld, texts, ram, threads, bar)
     finally:
         bar.finish()
     print_note(f"{len(found.measured)} recipes measured; best: {found.best.name}, {human_bytes(found.best.nbytes)}, "

@@ -36,10 +36,12 @@ def make(
         bar.finish()
     if json:
         facts = {"file": str(file), "bytes": made.nbytes, "new_bytes": made.new_nbytes, "share": made.share}
-        print_json(facts | {"ways": dict(made.ways), "lossy": made.lossy})
+        print_json(facts | {"ways": dict(made.ways), "lossy": made.lossy, "note": made.note})
         return
     ways = ", ".join(f"{way} {human_bytes(size)}" for way, size in sorted(made.ways.items(), key=lambda w: -w[1]))
     print(f"{file}: {human_bytes(made.nbytes)}, {made.share:.1%} of {human_bytes(made.new_nbytes)} ({ways})")
+    if made.note:
+        print_note(made.note)
     if made.lossy:
         print_note("lossy: what it makes is near NEW, not equal; `inhouse eval --reference` tells how near")
 

@@ -60,11 +60,11 @@ def command(
         counter = ProgressBar(unit="tokens")
         result = evaluate(session, content, protocol, other, counter)
         counter.finish()
-        kind = session.model.executor.name
+        kind, kept = session.model.executor.name, session.model.executor.kv_dtype
     if json:
-        print_json(result.to_dict() | {"model": model, "reference": reference, "executor": kind})
+        print_json(result.to_dict() | {"model": model, "reference": reference, "executor": kind, "kv_dtype": kept})
         return
-    print(f"perplexity  {result.perplexity:.4f}  over {result.tokens} tokens, protocol {protocol}, {kind}")
+    print(f"perplexity  {result.perplexity:.4f}  over {result.tokens} tokens, protocol {protocol}, {kind}, KV {kept}")
     if reference is not None:
         print(f"reference   {result.reference_perplexity:.4f}")
         print(f"KL mean     {result.kld_mean:.6f} nats a token, 99th percentile {result.kld_p99:.6f}")

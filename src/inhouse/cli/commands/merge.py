@@ -58,7 +58,7 @@ def command(
     finally:
         bar.finish()
     if json:
-        print_json(imported.version.to_dict())
+        print_json(imported.version.to_dict() | {"notes": list(imported.notes)})
         return
     print(f"{imported.version.ref}: {imported.version.origin}")
     for note in imported.notes:

@@ -5,6 +5,7 @@ TT-SVD (Oseledets 2011; of embeddings Hrinchuk et al. 2020, arXiv 1901.10787) an
 stack becomes linear, experts, linear. Both are refused where the cores would hold as many numbers as the matrices.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,19 +51,36 @@ class TuckerOptions:
 def train_form(table: Tensor, options: TrainOptions) -> Form:
     """A table [rows, width] as a tensor train. Raises UnsupportedError where no rank, or not the one asked for, is
     smaller than the table."""
-    rows = near_factors(table.shape[0], options.tables, exact=False)
-    widths = near_factors(table.shape[1], options.tables, exact=True)
-    rank = options.rank or _train_rank(rows, widths, int((1.0 - options.ratio) * table.numel()))
-    numbers = train_numbers(rows, widths, rank) if rank else train_numbers(rows, widths, 1)
-    if numbers >= table.numel() or not rank:
-        raise UnsupportedError(
-            f"a train of rank {max(rank, 1)} holds {numbers} numbers, the table {list(table.shape)} holds "
-            f"{table.numel()}; {options.ratio:.0%} were to be saved",
-            remedy="Use a smaller rank or ratio, or leave the table as it is", param="rank",
-        )  # fmt: skip
+    rows, widths, rank = train_shape((table.shape[0], table.shape[1]), options)
     found = tensor_train(table, rows, widths, rank)
     tables = tuple(pack_as(core.flatten(1).float(), options.factors) for core in found.cores)
     return Form(None, train=tables, widths=tuple(widths), rows=table.shape[0])
+
+
+def train_shape(shape: tuple[int, int], options: TrainOptions) -> tuple[list[int], list[int], int]:
+    """(factors of the rows, of the width, rank) of a table's train. Raises UnsupportedError as `train_form`."""
+    whole = shape[0] * shape[1]
+    rows = near_factors(shape[0], options.tables, exact=False)
+    widths = near_factors(shape[1], options.tables, exact=True)
+    rank = options.rank or _train_rank(rows, widths, int((1.0 - options.ratio) * whole))
+    numbers = train_numbers(rows, widths, rank) if rank else train_numbers(rows, widths, 1)
+    if numbers >= whole or not rank:
+        raise UnsupportedError(
+            f"a train of rank {max(rank, 1)} holds {numbers} numbers, the table {list(shape)} holds {whole}; "
+            f"{options.ratio:.0%} were to be saved",
+            remedy="Use a smaller rank or ratio, or leave the table as it is", param="rank",
+        )  # fmt: skip
+    return rows, widths, rank
+
+
+def train_check(work: Work, name: str, fmt: str, options: TrainOptions) -> None:
+    """Raises UnsupportedError for a model whose embedding cannot become such a train."""
+    embedding = "embed.weight"
+    if embedding not in work.programs.weights:
+        raise UnsupportedError(f"the model has no {embedding}", param=embedding)
+    check_untied(work.programs, embedding)
+    rows, width = work.shape(embedding)
+    train_shape((rows, width), options)
 
 
 def _train_rank(rows: list[int], widths: list[int], budget: int) -> int:
@@ -79,10 +97,8 @@ def tensor_train_embedding(
     work: Work, calibration: Calibration | None, options: TrainOptions, report: dict[str, Any]
 ) -> None:
     """The model's token embedding as a train. Raises UnsupportedError for a tied one, whose cores give no logits."""
+    train_check(work, "", "", options)
     name = "embed.weight"
-    if name not in work.programs.weights:
-        raise UnsupportedError(f"the model has no {name}", param=name)
-    check_untied(work.programs, name)
     table = work.value(name)
     form = train_form(table, options)
     work.put_form(name, form)
@@ -94,20 +110,35 @@ def tensor_train_embedding(
 def tucker_experts(work: Work, calibration: Calibration | None, options: TuckerOptions, report: dict[str, Any]) -> None:
     """Every stack of experts as Tucker cores. Raises UnsupportedError for a model without experts, for experts with
     biases, and where the cores would hold as many numbers as the matrices."""
-    stacks: dict[str, list[str]] = {}
-    for name in work.matrices():
-        if stack_of(name):
-            stacks.setdefault(stack_of(name), []).append(name)
-    if not stacks:
-        raise UnsupportedError("the model has no experts; Tucker cores are for stacks of them", param="tucker")
-    for stack, names in stacks.items():
-        if any(name.removesuffix(".weight") + ".bias" in work.programs.weights for name in names):
-            raise UnsupportedError(f"experts of {stack} have biases, which cores do not", param=stack)
+    tucker_check(work, "", "", options)
+    for stack, names in _stacks(work).items():
         values = torch.stack([work.value(name) for name in names])
         forms, error = tucker_forms(values, options)
         for name, form in zip(names, forms, strict=True):
             work.put_form(name, form)
         report[stack] = {"relative_error": error, "ranks": list(forms[0].main.shape) if forms[0].main else []}
+
+
+def tucker_check(work: Work, name: str, fmt: str, options: TuckerOptions) -> None:
+    """Raises UnsupportedError for a model whose experts cannot become such cores."""
+    stacks = _stacks(work)
+    if not stacks:
+        raise UnsupportedError("the model has no experts; Tucker cores are for stacks of them", param="tucker")
+    for stack, names in stacks.items():
+        if any(name.removesuffix(".weight") + ".bias" in work.programs.weights for name in names):
+            raise UnsupportedError(f"experts of {stack} have biases, which cores do not", param=stack)
+        rows, columns = work.shape(names[0])
+        shape = (len(names), rows, columns)
+        tucker_ranks(shape, int((1.0 - options.ratio) * math.prod(shape)))
+
+
+def _stacks(work: Work) -> dict[str, list[str]]:
+    """Stack -> its matrices, in the order of the experts."""
+    stacks: dict[str, list[str]] = {}
+    for name in work.matrices():
+        if stack_of(name):
+            stacks.setdefault(stack_of(name), []).append(name)
+    return stacks
 
 
 def tucker_forms(stack: Tensor, options: TuckerOptions) -> tuple[list[Form], float]:

@@ -2,10 +2,11 @@
 
 Weights: f by the rule itself, mantissas rounded half to even (Courbariaux et al. 2014, arXiv 1412.7024; Ristretto,
 Gysel 2016, arXiv 1604.03168). Activations: `Exponent` watches how often they overflow and moves f one step at a time.
-Stored as int8 with a power of two as the scale of every row, so each product is a shift.
+Stored as int8 or int4 with a power of two as the scale of every row, so each product is a shift.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,21 +18,26 @@ from inhouse.core.errors import FormatError, UsageError
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import pack_codes
 
-FORMATS = ("i8_row_f32", "i8_token_f32")
+FORMATS: Mapping[int, tuple[str, ...]] = {8: ("i8_row_f32", "i8_token_f32"), 4: ("i4_row_f32",)}  # by bits
 BITS = 8
-ZERO = 128  # the code of mantissa 0
 
 
 @dataclass(frozen=True, slots=True)
 class FixedOptions:
-    """overflow: share of a tensor's values that may be clipped. bits: of the mantissa, sign included, at most 8."""
+    """overflow: share of a tensor's values that may be clipped. bits: of the mantissa, sign included: 8
+    or 4, as those between are stored in as many bytes as 8."""
 
     overflow: float = 0.0
     bits: int = BITS
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= BITS or not 0.0 <= self.overflow < 0.5:
-            raise UsageError(f"{self.bits} bits and an overflow of {self.overflow}", param="bits")
+        if self.bits not in FORMATS:
+            raise UsageError(
+                f"mantissas of {self.bits} bits would be stored in {4 if self.bits < 4 else 8}",
+                remedy=f"Use bits: {' or '.join(map(str, FORMATS))}", param="bits",
+            )  # fmt: skip
+        if not 0.0 <= self.overflow < 0.5:
+            raise UsageError(f"an overflow of {self.overflow}, must lie in 0..0.5", param="overflow")
 
 
 def fixed(
@@ -39,11 +45,13 @@ def fixed(
 ) -> tuple[Form, dict[str, int]]:
     """As the table of methods calls it: weight f32 [out, in] -> Form, and the fraction lengths for the record (that of
     the inputs from the largest magnitudes that calibration saw). Raises UsageError for another format."""
-    fmt = fmt or FORMATS[0]
-    if fmt not in FORMATS:
-        raise UsageError(f"fixed point is stored as {' or '.join(FORMATS)}, not {fmt}", param="format")
+    known = FORMATS[options.bits]
+    fmt = fmt or known[0]
+    if fmt not in known:
+        said = f"{options.bits}-bit fixed point is stored as {' or '.join(known)}, not {fmt}"
+        raise UsageError(said, remedy="Give the `bits` of the format", param="format")
     length = fraction(weight, options.bits, options.overflow)
-    codes = (mantissas(weight, length, options.bits) + ZERO).to(torch.uint8).numpy()
+    codes = (mantissas(weight, length, options.bits) + (1 << (options.bits - 1))).to(torch.uint8).numpy()
     scales = np.full((weight.shape[0], 1), 2.0**-length, np.float32)
     record = {"fraction": length}
     if stats is not None and stats.count:

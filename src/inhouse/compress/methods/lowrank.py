@@ -11,9 +11,10 @@ from torch import Tensor
 
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.ranks import rank_for
-from inhouse.compress.spectrum import METHODS, Spectrum, cut, decompose, output_error
+from inhouse.compress.spectrum import METHODS, Spectrum, check_rank, cut, decompose, output_error
 from inhouse.compress.stats import LinearStats
-from inhouse.core.errors import UsageError
+from inhouse.compress.work import Work
+from inhouse.core.errors import InhouseError, UsageError
 from inhouse.runtime.form import Form
 
 # Plain storage that a low-rank form of floats is held against, widest first.
@@ -56,15 +57,31 @@ def factorise(
     Raises UnsupportedError where the factors would be larger than the matrix, UsageError where the statistics that the
     method needs are missing or the matrix has no rank that saves so much.
     """
-    shape = (weight.shape[0], weight.shape[1])
-    rank = options.rank or rank_for(shape, options.ratio)
-    if rank < 1:
-        raise UsageError(f"no rank of a matrix {list(shape)} saves {options.ratio:.0%}", param="ratio")
+    rank = rank_of((weight.shape[0], weight.shape[1]), options)
     taken = decompose(weight, options.method, gram=gram, mean_abs=mean_abs, alpha=options.alpha)
     form = form_of(taken, rank, options.factors)
     if options.keep_if_better and not better_than_plain(weight, form, gram):
         return None
     return form
+
+
+def rank_of(shape: tuple[int, int], options: LowRank) -> int:
+    """The rank that a matrix [out, in] is cut to. Raises UsageError where it has none that saves so much, and
+    UnsupportedError where the factors would be larger than the matrix."""
+    rank = options.rank or rank_for(shape, options.ratio)
+    if rank < 1:
+        raise UsageError(f"no rank of a matrix {list(shape)} saves {options.ratio:.0%}", param="ratio")
+    check_rank(shape, rank)
+    return rank
+
+
+def lowrank_check(work: Work, name: str, fmt: str, options: LowRank) -> None:
+    """Raises where the shape of a weight tells that it cannot be cut so."""
+    rows, columns = work.shape(name)
+    try:
+        rank_of((rows, columns), options)
+    except InhouseError as error:
+        raise type(error)(f"{name}: {error.message}", remedy=error.remedy, param=name) from None
 
 
 def form_of(taken: Spectrum, rank: int, factors: str = "bf16") -> Form:

@@ -11,6 +11,8 @@ from inhouse.core.errors import UnsupportedError
 from inhouse.model.build import Spec
 from inhouse.model.families.config_out import hf_config, require_same
 from inhouse.model.families.family import Family
+from inhouse.model.families.kv_cache import KEY as KV_KEY
+from inhouse.model.families.kv_cache import kv_key
 from inhouse.model.families.sparse_attention import attention_key
 from inhouse.model.spec import ModelSpec
 
@@ -49,7 +51,8 @@ def changed_config(
         if not isinstance(spec, ModelSpec):
             raise UnsupportedError(f"{family.name} has no config.json and is no decoder")
         return _from_nothing(spec, family, names)
-    whole = {key: value for key, value in config.items() if key not in ("quantization_config", "compression_config")}
+    left_out = ("quantization_config", "compression_config", KV_KEY)
+    whole = {key: value for key, value in config.items() if key not in left_out} | kv_key(spec)
     try:
         require_same(spec, whole, names, (), "config.json")
         return whole

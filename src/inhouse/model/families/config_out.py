@@ -13,6 +13,7 @@ import numpy as np
 from inhouse.core.errors import FormatError, UnsupportedError
 from inhouse.model.build import Spec
 from inhouse.model.families.family import Derive, Family
+from inhouse.model.families.kv_cache import GGUF_KEY, kv_key
 from inhouse.model.families.table import resolve
 from inhouse.model.rotary import inverse_frequencies
 from inhouse.model.spec import ModelSpec, RopeSpec
@@ -106,6 +107,8 @@ def gguf_table(spec: ModelSpec, family: Family, names: Collection[str]) -> dict[
         keys["attention.sliding_window"] = sliding.pop()
     keys |= _gguf_scales(spec, arch)
     table = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in keys.items()}
+    if spec.kv_cache:
+        table[GGUF_KEY] = spec.kv_cache
     stored = {key: np.float32(value).item() if isinstance(value, float) else value for key, value in table.items()}
     factors = rope_factors(rope, spec.context_length)
     written = replace(spec, norm_offset=spec.norm_offset - gguf_norm_offset(spec))
@@ -178,6 +181,7 @@ def hf_config(spec: ModelSpec, family: Family, names: Collection[str]) -> dict[s
         config |= {"sliding_window": spec.windows[0]}
     if spec.rope is not None:
         config |= {"rope_theta": spec.rope.theta} | _hf_rope(spec.rope, spec.context_length)
+    config |= kv_key(spec)
     require_same(spec, config, names, (), "config.json")
     return config
 

@@ -23,6 +23,7 @@ from inhouse.model.families import (
 )
 from inhouse.model.families.family import Family, Tensors
 from inhouse.model.families.fields import Fields
+from inhouse.model.families.kv_cache import gguf_kv, split_kv, with_kv
 from inhouse.model.families.sparse_attention import narrow, split_key
 
 FAMILIES: tuple[Family, ...] = (
@@ -60,9 +61,10 @@ def resolve(
             f"config.json has architectures = {architectures!r}, expected one name", param="architectures"
         )
     config, narrowed = split_key(config)
+    config, kv = split_kv(config)
     for family in FAMILIES:
         if architectures[0] in family.architectures and family.claims(Fields(config, "config.json")):
-            return narrow(family.from_hf(Fields(config, "config.json"), tensors), narrowed), family
+            return with_kv(narrow(family.from_hf(Fields(config, "config.json"), tensors), narrowed), kv), family
     known = [name for family in FAMILIES for name in family.architectures]
     raise _unknown(architectures[0], known)
 
@@ -81,7 +83,8 @@ def _resolve_gguf(config: Mapping[str, Any], tensors: Tensors) -> tuple[Spec, Fa
                 full.setdefault(f"{name}.vocab_size", len(tokens))
             if name in encoders.GGUF_NAMES:
                 full[f"{name}.token_type_count"] = config.get("tokenizer.ggml.token_type_count")
-            return family.from_gguf(Fields(full, "the GGUF metadata", f"{name}.", single=True), tensors), family
+            spec = family.from_gguf(Fields(full, "the GGUF metadata", f"{name}.", single=True), tensors)
+            return with_kv(spec, gguf_kv(config)), family
     raise _unknown(str(name), [known for family in FAMILIES for known in family.gguf])
 
 
