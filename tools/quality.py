@@ -143,6 +143,10 @@ def rows(name: str, folder: Path, text: str, protocol: str, have: Container[str]
     """Every format on one model but those that it has."""
     plain = load_settings({"max_sequences": 1, "kv_dtype": "f32"}, environ={})
     with tempfile.TemporaryDirectory() as scratch, Session.open(str(folder), plain) as reference:
+        for form, (wish, kv_dtype, low, high) in OURS.items():
+            if form not in have:
+                found = compare(folder, reference, text, protocol, quantize=wish, kv_dtype=kv_dtype)
+                yield {"model": name, "format": form, "whose": "ours", "bits": bits(folder, low, high), **found}
         for form, (whose, layers, tables, low, high) in SIMULATED.items():
             if form in have:
                 continue
@@ -152,10 +156,6 @@ def rows(name: str, folder: Path, text: str, protocol: str, have: Container[str]
             size = bits(folder, low, high, 32 if whose == "llama.cpp" else 0)
             yield {"model": name, "format": form, "whose": whose, "bits": size, **found}
             shutil.rmtree(target)
-        for form, (wish, kv_dtype, low, high) in OURS.items():
-            if form not in have:
-                found = compare(folder, reference, text, protocol, quantize=wish, kv_dtype=kv_dtype)
-                yield {"model": name, "format": form, "whose": "ours", "bits": bits(folder, low, high), **found}
 
 
 def main() -> None:

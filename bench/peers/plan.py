@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from bench.peers.common import CELLS, RSS
 
+ROUND_RANKS = 6
 # (peer or load) -> rounds
 Rounds = Mapping[str, int]
 
@@ -39,6 +40,11 @@ class Bout:
     rank: int
 
     @property
+    def importance(self) -> int:
+        """The least comes first and is dropped last: another round counts as less than ROUND_RANKS further entries."""
+        return self.rank + ROUND_RANKS * self.round
+
+    @property
     def name(self) -> str:
         """What is kept as done under this name is not run again."""
         return f"{self.model} {self.bits} {self.cells} round {self.round}"
@@ -55,8 +61,8 @@ FULL = (
     Entry(6, QWEN, "4.5", "http 32 clients", {"llama": 2}),
     Entry(7, QWEN, "4.5", "http trace 1", {"llama": 1, "openvino": 2}),
     Entry(8, QWEN, "4.5", "http trace 2", {"openvino": 2}),
-    Entry(9, LLAMA, "4.5", "batch8,batch32", {"openvino": 2}),
-    Entry(10, QWEN, "4.5 AVX2", "prefill512,decode32,batch8", {"llama": 2}),
+    Entry(10, LLAMA, "4.5", "batch8,batch32", {"openvino": 2}),
+    Entry(9, QWEN, "4.5 AVX2", "prefill512,decode32,batch8", {"llama": 2}),
     Entry(11, LLAMA, "4.5", "cold,rss", {"openvino": 1, "llama": 1, "ort": 1}),
     Entry(12, LLAMA, "4.5", "prefill4096,decode8192", {"openvino": 1}),
     Entry(13, QWEN, "4.5", "http trace 0.5", {"llama": 1}),
@@ -84,8 +90,8 @@ PLANS: Mapping[str, tuple[Entry, ...]] = {"full": FULL, "short": SHORT, "smoke":
 
 
 def bouts(entries: Iterable[Entry], kv: str, second_kv: str) -> Iterator[Bout]:
-    """All rounds, first rounds first, then by rank; `second_kv`: further KV types of ours, comma-separated. Odd rounds
-    go the other way round, so that no engine always follows the same one."""
+    """All rounds by importance; `second_kv`: further KV types of ours, comma-separated. Odd rounds go the other way
+    round, so that no engine always follows the same one."""
     further = [name for name in second_kv.split(",") if name and name != kv]
     found = []
     for entry in entries:
@@ -94,7 +100,7 @@ def bouts(entries: Iterable[Entry], kv: str, second_kv: str) -> Iterator[Bout]:
             engines = own + tuple(name for name, rounds in entry.peers.items() if rounds > round_)
             order = engines[::-1] if round_ % 2 else engines
             found.append(Bout(entry.model, entry.bits, entry.cells, round_, order, entry.rank))
-    return iter(sorted(found, key=lambda bout: (bout.round, bout.rank)))
+    return iter(sorted(found, key=lambda bout: bout.importance))
 
 
 # ---- how long it takes -----------------------------------------------------------------------------------------------
@@ -163,9 +169,8 @@ def seconds(bout: Bout, engine: str) -> float:
 
 
 def cut(all_bouts: list[Bout], cost: Mapping[str, float], budget: float) -> tuple[list[Bout], list[Bout]]:
-    """(what fits into `budget` seconds, what is dropped): last rounds are dropped first, of a round the least
-    important first."""
-    kept = sorted(all_bouts, key=lambda bout: (bout.round, bout.rank))
+    """(what fits into `budget` seconds, what is dropped): the least important is dropped first."""
+    kept = sorted(all_bouts, key=lambda bout: bout.importance)
     dropped: list[Bout] = []
     while kept and sum(cost[bout.name] for bout in kept) > budget:
         dropped.append(kept.pop())

@@ -244,7 +244,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kits", type=Path, default=os.environ.get("INHOUSE_PEERS"))
     parser.add_argument("--plan", choices=sorted(plan.PLANS), default="full")
-    parser.add_argument("--minutes", type=float, default=0, help="drop rounds, then what is least important, to fit")
+    parser.add_argument("--minutes", type=float, default=0, help="drop rounds and what matters least, to fit")
     parser.add_argument("--only", default=".", help="regular expression over `model bits cells round N`")
     parser.add_argument("--kv", default="f16", help="KV type of ours")
     parser.add_argument("--second-kv", default="bf16,int8", help="others, in the cells where they matter; '': none")

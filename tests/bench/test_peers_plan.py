@@ -13,7 +13,7 @@ ENTRIES = (
 )
 
 
-def test_rounds_come_before_ranks_and_turn_round() -> None:
+def test_bouts_come_by_importance_and_turn_round() -> None:
     found = list(plan.bouts(ENTRIES, "f16", "int8,f16"))
     assert [(bout.cells, bout.round, bout.engines) for bout in found] == [
         ("decode32", 0, ("ours f16", "ours int8", "openvino", "llama")),
@@ -23,7 +23,7 @@ def test_rounds_come_before_ranks_and_turn_round() -> None:
     ]
 
 
-def test_last_rounds_are_dropped_first_then_the_least_important() -> None:
+def test_the_least_important_is_dropped_first() -> None:
     found = list(plan.bouts(ENTRIES, "f16", ""))
     cost = {bout.name: 60.0 for bout in found}
     assert plan.cut(found, cost, 240.0) == (found, [])
@@ -106,3 +106,14 @@ def test_no_bout_starts_that_would_end_too_late(tmp_path: Path, monkeypatch: pyt
     report = run.Report(tmp_path / "out.json", tmp_path, fresh=False)
     run.run(list(plan.bouts(ENTRIES, "f16", "")), report, 3.0, None)
     assert len(report.done()) == 1
+
+
+def test_a_round_more_counts_as_an_entry_six_ranks_below() -> None:
+    beside = (
+        Entry(7, "llama-3.2-1b", "16", "decode32", {"llama": 1}),
+        Entry(8, "llama-3.2-1b", "16", "batch8", {"llama": 1}),
+    )
+    entries = (*ENTRIES, *beside)
+    found = [(bout.model, bout.cells, bout.round) for bout in plan.bouts(entries, "f16", "")]
+    assert found[2:4] == [("qwen2.5-0.5b", "decode32", 1), ("llama-3.2-1b", "decode32", 0)]
+    assert found[-1] == ("llama-3.2-1b", "batch8", 0)
