@@ -369,8 +369,8 @@ def page(report: Mapping[str, Any], reasons: Mapping[str, Mapping[str, str]]) ->
     info = report["machine"]
     yield from [
         "## Against other engines", "",
-        f"Measured by `{report['command']}` (`make bench-peers`; bench/peers/README.md says which kits it needs and what",
-        "is left out where one is not installed).", "", *textwrap.wrap(READING.strip(), 118), "",
+        f"Measured by `{report['command']}` (`make bench-peers`; bench/peers/README.md says which kits it needs, and",
+        "what is left out where one is not installed).", "", *textwrap.wrap(READING.strip(), 118), "",
         f"Machine: {info['processor']}, {info['cores']} cores, {info['system']}, {info['date']}. "
         + ", ".join(f"{k} {v}" for k, v in report.get("versions", {}).items()) + ".", "",
         *summary(report),
