@@ -92,7 +92,7 @@ constexpr int64_t kv_head_bytes(KvType type, int64_t head_dim, int64_t v_dim) {
   return kCacheBlock * (head_dim + v_dim) * (type == kKvF32 ? 4 : 2);
 }
 
-// What an attention op is. A kv head's part of a block of f32 or f16 is K [head_dim][16], then V [16][v_dim] unless V is
+// What an attention op is. A kv head's part of an f32 or f16 block is K [head_dim][16], then V [16][v_dim] unless V is
 // the first v_dim elements of K; of bf16, in pairs: K [head_dim / 2][16][2], an odd last one [16], V [8][v_dim][2].
 struct AttentionShape {
   int32_t heads, kv_heads, head_dim, v_dim;

@@ -35,14 +35,20 @@ void store_kv_bf16(const AttentionShape& s, const float* k, const float* v, uint
   }
 }
 
+struct PairTiles : Tiles<uint16_t> {
+  const uint16_t* next[kPartitionBlocks];  // K of the unit's next partition, to be asked for ahead; or null
+};
+
 // K [head_dim / 2][16][2], an odd last element [16], and V [8][v_dim][2] of a partition's blocks; V that is part of K
 // is turned into `memory`.
-Tiles<uint16_t> pair_tiles(const AttentionTask& task, Unit unit, float* memory) {
+PairTiles pair_tiles(const AttentionTask& task, Unit unit, float* memory) {
   const AttentionShape& s = *task.shape;
-  Tiles<uint16_t> tiles = {};
+  PairTiles tiles = {};
   uint16_t* turned = reinterpret_cast<uint16_t*>(memory);
   for (int b = 0; b < kPartitionBlocks; ++b) {
-    const uint8_t* at = block_of(task, unit.far, int64_t{unit.partition} * kPartitionBlocks + b);
+    const int64_t place = int64_t{unit.partition} * kPartitionBlocks + b;
+    const uint8_t *at = block_of(task, unit.far, place), *next = block_of(task, unit.far, place + kPartitionBlocks);
+    tiles.next[b] = reinterpret_cast<const uint16_t*>(next);
     if (at == nullptr) continue;
     const uint16_t* k = tiles.k[b] = reinterpret_cast<const uint16_t*>(at);
     if (!s.v_from_k) {
@@ -73,21 +79,30 @@ IH_INLINE void pair_queries(const Queries& rows, int64_t head_dim, uint16_t* out
   }
 }
 
+// Asks for one line of memory. V is asked for while K is multiplied, line by line, and the next K while V is: memory
+// then works while nothing waits for it.
+IH_INLINE void fetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+
 // scores[r][16 b ...] = q_r . k for R queries and B blocks from block `first`.
 template <int R, int B>
-IH_INLINE void pair_scores(const uint16_t* q, const Tiles<uint16_t>& tiles, int first, int64_t head_dim,
-                           float* scores) {
+IH_INLINE void pair_scores(const uint16_t* q, const PairTiles& tiles, int first, int64_t head_dim, float* scores) {
   V sums[R][B];
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < B; ++b) sums[r][b] = zero();
   }
-  const uint16_t* at[B];
-  for (int b = 0; b < B; ++b) at[b] = tiles.k[first + b];
+  const uint16_t *at[B], *v[B];
+  for (int b = 0; b < B; ++b) {
+    at[b] = tiles.k[first + b];
+    v[b] = tiles.v[first + b];
+  }
   for (int64_t d = 0; d < head_dim; d += kPairDim, q += R * kPairDim) {
     const int64_t end = head_dim - d < kPairDim ? head_dim - d : kPairDim;
     const auto step = [&](int64_t i, auto keys) {
       Pairs k[B];
-      for (int b = 0; b < B; ++b) k[b] = keys(at[b] + (d + i) * kCacheBlock);
+      for (int b = 0; b < B; ++b) {
+        k[b] = keys(at[b] + (d + i) * kCacheBlock);
+        fetch_line(v[b] + (d + i) * kCacheBlock);
+      }
       for (int r = 0; r < R; ++r) {
         const Pairs x = repeat_pair(q + r * kPairDim + i);
         for (int b = 0; b < B; ++b) sums[r][b] = dot_pairs(sums[r][b], k[b], x);
@@ -101,27 +116,14 @@ IH_INLINE void pair_scores(const uint16_t* q, const Tiles<uint16_t>& tiles, int 
   }
 }
 
-// Scores of R queries with blocks [first, last). `near`: K and V were read a moment ago, so nothing is fetched ahead.
+// Scores of R queries with blocks [first, last).
 template <int R>
-void pair_score(const AttentionShape& s, const uint16_t* q, const Tiles<uint16_t>& tiles, int first, int last,
-                bool near, float* scores) {
+void pair_score(const AttentionShape& s, const uint16_t* q, const PairTiles& tiles, int first, int last,
+                float* scores) {
   constexpr int kStep = kAccumulators / R < 1 ? 1 : kAccumulators / R < 8 ? kAccumulators / R : 8;
-  const int64_t k_bytes = int64_t{2} * kCacheBlock * s.head_dim, v_bytes = int64_t{2} * kCacheBlock * s.v_dim;
-  const auto ahead = [&](int b) {
-    if (near) return;
-    if (b + kAhead < last) fetch(tiles.k[b + kAhead], k_bytes);
-    fetch(tiles.v[b], v_bytes);
-  };
-  for (int b = first; !near && b < first + kAhead && b < last; ++b) fetch(tiles.k[b], k_bytes);
   int b = first;
-  for (; b + kStep <= last; b += kStep) {
-    for (int i = 0; i < kStep; ++i) ahead(b + i);
-    pair_scores<R, kStep>(q, tiles, b, s.head_dim, scores);
-  }
-  for (; b < last; ++b) {
-    ahead(b);
-    pair_scores<R, 1>(q, tiles, b, s.head_dim, scores);
-  }
+  for (; b + kStep <= last; b += kStep) pair_scores<R, kStep>(q, tiles, b, s.head_dim, scores);
+  for (; b < last; ++b) pair_scores<R, 1>(q, tiles, b, s.head_dim, scores);
 }
 
 // Scores of one row to weights, zero outside [low, high) as far as its own pairs of blocks go; gives m and their sum.
@@ -160,7 +162,7 @@ void soften_pairs(const AttentionShape& s, const Queries& rows, int r, float* sc
 // sums_r[c ... c + 16 C) += weight_r . V over pairs of positions [low, high). V is read to the end of its last vector;
 // what lies beyond v_dim reaches only the padding of the sums.
 template <int R, int C>
-IH_INLINE void pair_columns(const Tiles<uint16_t>& tiles, int low, int high, int64_t v_dim, int64_t c,
+IH_INLINE void pair_columns(const PairTiles& tiles, int low, int high, int64_t v_dim, int64_t c,
                             const uint16_t* weights, int64_t pitch, float* sums) {
   constexpr int kBlockPairs = kCacheBlock / 2;
   V acc[R][C];
@@ -169,10 +171,14 @@ IH_INLINE void pair_columns(const Tiles<uint16_t>& tiles, int low, int high, int
   }
   for (int p = low; p < high;) {
     const int block = p / kBlockPairs, stop = (block + 1) * kBlockPairs < high ? (block + 1) * kBlockPairs : high;
-    const uint16_t* row = tiles.v[block] + (p % kBlockPairs * v_dim + c) * 2;
-    for (; p < stop; ++p, row += 2 * v_dim) {
+    const int64_t at = (p % kBlockPairs * v_dim + c) * 2;
+    const uint16_t *row = tiles.v[block] + at, *next = tiles.next[block] == nullptr ? row : tiles.next[block] + at;
+    for (; p < stop; ++p, row += 2 * v_dim, next += 2 * v_dim) {
       Pairs v[C];
-      for (int j = 0; j < C; ++j) v[j] = load_pairs(row + 32 * j);
+      for (int j = 0; j < C; ++j) {
+        v[j] = load_pairs(row + 32 * j);
+        fetch_line(next + 32 * j);
+      }
       for (int r = 0; r < R; ++r) {
         const Pairs w = repeat_pair(weights + r * kPartition + 2 * p);
         for (int j = 0; j < C; ++j) acc[r][j] = dot_pairs(acc[r][j], v[j], w);
@@ -186,7 +192,7 @@ IH_INLINE void pair_columns(const Tiles<uint16_t>& tiles, int low, int high, int
 
 // Columns from c on, C vectors at once, what is left by fewer.
 template <int R, int C>
-void pair_weigh(const Tiles<uint16_t>& tiles, int low, int high, int64_t v_dim, int64_t c, const uint16_t* weights,
+void pair_weigh(const PairTiles& tiles, int low, int high, int64_t v_dim, int64_t c, const uint16_t* weights,
                 float* sums) {
   const int64_t pitch = partial_pitch(v_dim), end = C == 1 ? v_dim : v_dim / (16 * C) * (16 * C);
   for (; c < end; c += 16 * C) pair_columns<R, C>(tiles, low, high, v_dim, c, weights, pitch, sums);
@@ -194,7 +200,7 @@ void pair_weigh(const Tiles<uint16_t>& tiles, int low, int high, int64_t v_dim, 
 }
 
 // One row's product with one position, whose neighbour it may not see.
-void weigh_half(const Tiles<uint16_t>& tiles, int position, int64_t v_dim, const uint16_t* weights, float* sums) {
+void weigh_half(const PairTiles& tiles, int position, int64_t v_dim, const uint16_t* weights, float* sums) {
   const uint16_t* row = tiles.v[position / kCacheBlock] + position % kCacheBlock / 2 * 2 * v_dim;
   const Pairs w = repeat_pair(weights + position / 2 * 2);
   for (int64_t c = 0; c < v_dim; c += 16) {
@@ -206,7 +212,7 @@ void weigh_half(const Tiles<uint16_t>& tiles, int position, int64_t v_dim, const
 // Weighted sums of R pairs. Positions that all R see are taken together, the rest row by row, so that no row's sum
 // meets a position it may not see; a row's order is its own whatever the others see.
 template <int R>
-void pair_sums(const AttentionShape& s, const Queries& rows, const Tiles<uint16_t>& tiles, const uint16_t* weights,
+void pair_sums(const AttentionShape& s, const Queries& rows, const PairTiles& tiles, const uint16_t* weights,
                float* sums) {
   constexpr int kStep = kAccumulators / R >= 4 ? 4 : kAccumulators / R >= 2 ? 2 : 1;
   const int64_t pitch = partial_pitch(s.v_dim);
@@ -236,8 +242,7 @@ void pair_sums(const AttentionShape& s, const Queries& rows, const Tiles<uint16_
 
 // Partial results of R pairs over one partition.
 template <int R>
-void pair_rows(const AttentionShape& s, const Queries& rows, const Tiles<uint16_t>& tiles, bool near, float* scores,
-               float* partial) {
+void pair_rows(const AttentionShape& s, const Queries& rows, const PairTiles& tiles, float* scores, float* partial) {
   const int64_t pitch = partial_pitch(s.v_dim), end = pitch - 16;
   int first = kPartition, last = 0;
   for (int r = 0; r < R; ++r) {
@@ -247,7 +252,7 @@ void pair_rows(const AttentionShape& s, const Queries& rows, const Tiles<uint16_
   alignas(64) uint16_t weights[R * kPartition], few[R * kPairDim];
   uint16_t* q = s.head_dim <= kPairDim ? few : reinterpret_cast<uint16_t*>(scores + R * kPartition);
   pair_queries<R>(rows, s.head_dim, q);
-  pair_score<R>(s, q, tiles, first / kCacheBlock, (last + kCacheBlock - 1) / kCacheBlock, near, scores);
+  pair_score<R>(s, q, tiles, first / kCacheBlock, (last + kCacheBlock - 1) / kCacheBlock, scores);
   for (int r = 0; r < R; ++r) {
     float* mine = partial + r * pitch;
     for (int64_t c = 0; c < end; c += 16) store(mine + c, zero());
@@ -258,19 +263,19 @@ void pair_rows(const AttentionShape& s, const Queries& rows, const Tiles<uint16_
 
 // The same for a count known only now, 1 <= count <= R.
 template <int R>
-void pair_any(const AttentionShape& s, int count, const Queries& rows, const Tiles<uint16_t>& tiles, bool near,
-              float* scores, float* partial) {
+void pair_any(const AttentionShape& s, int count, const Queries& rows, const PairTiles& tiles, float* scores,
+              float* partial) {
   if constexpr (R > 1) {
-    if (count < R) return pair_any<R - 1>(s, count, rows, tiles, near, scores, partial);
+    if (count < R) return pair_any<R - 1>(s, count, rows, tiles, scores, partial);
   }
-  pair_rows<R>(s, rows, tiles, near, scores, partial);
+  pair_rows<R>(s, rows, tiles, scores, partial);
 }
 
 template <class Take>
 IH_INLINE void run_bf16(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
-  const Tiles<uint16_t> tiles = pair_tiles(task, unit, scratch.wide);
-  const auto work = [&](int count, const Queries& rows, bool near) {
-    pair_any<kPairRows>(*task.shape, count, rows, tiles, near || task.shape->v_from_k, scratch.scores, scratch.fresh);
+  const PairTiles tiles = pair_tiles(task, unit, scratch.wide);
+  const auto work = [&](int count, const Queries& rows, bool) {
+    pair_any<kPairRows>(*task.shape, count, rows, tiles, scratch.scores, scratch.fresh);
   };
   each_pair(task, unit, kPairRows, scratch.fresh, work, take);
 }
