@@ -29,6 +29,7 @@ from inhouse.core.settings import load_settings
 from inhouse.engine.session import Session
 from inhouse.load.delta import make
 from inhouse.load.export import export_model
+from inhouse.load.locate import DEMO_FOLDER
 from inhouse.store.home import Home
 from inhouse.store.safetensors import open_safetensors, write_safetensors
 from inhouse.store.store import Store
@@ -74,14 +75,14 @@ def perplexities(model: str | Path, texts: Mapping[str, str]) -> dict[str, float
         return {name: round(evaluate(session, text, protocols[name]).perplexity, 3) for name, text in texts.items()}
 
 
-def delta(title: str, old: Path, new: Path, folder: Path, home: Home, goal: float | None, note: str = "") -> None:
+def delta(title: str, old: Path, new: Path, folder: Path, home: Home, goal: float | None, note: str) -> None:
     """Records the size of a delta."""
     file = folder / f"{title}.delta"
     with Store(home) as store:
         made = make(str(old), str(new), file, store=store)
     tensors = (new / "model.safetensors").stat().st_size
     record({
-        "id": f"delta/{title}", "what": f"delta of stories260K in bf16: {title}; share of the new file of weights",
+        "id": f"delta/{title}", "what": f"delta in bf16, {title}: share of the new file of weights",
         "value": round(made.nbytes / tensors, 4), "goal": goal, "bytes": made.nbytes, "command": COMMAND, "note": note,
     })  # fmt: skip
 
@@ -112,7 +113,7 @@ def moved(old: Path, new: Path) -> str:
     gap, size = 0.0, 0.0
     for one, two in pairs:
         gap, size = gap + float((one - two).double().square().sum()), size + float(one.double().square().sum())
-    return f"weights moved by {(gap / size) ** 0.5:.2%} of their norm"
+    return f"stories260K; weights moved by {(gap / size) ** 0.5:.2%} of their norm"
 
 
 def main() -> None:
@@ -171,11 +172,19 @@ def deltas(base: Path, models: Mapping[str, Path], light: Path, folder: Path, ho
     for name, path in {"base": base, "light": light, **models}.items():
         narrow[name] = folder / f"{name}-bf16"
         export_model(str(path), "safetensors", narrow[name], wish="bf16", home=home)
-    one_percent = edited(narrow["base"], folder / "edited", 0.01)
-    delta("1 % of the values edited", narrow["base"], one_percent, folder, home, 0.02)
+    one_percent = edited(DEMO_FOLDER, folder / "edited", 0.01)
+    delta("1 % of the values edited", DEMO_FOLDER, one_percent, folder, home, 0.02, "the demo model")
     delta("a light fine-tune", narrow["base"], narrow["light"], folder, home, 0.16, moved(base, light))
     for name, path in models.items():
-        delta(f"fine-tuned on {name}", narrow["base"], narrow[name], folder, home, None, moved(base, path))
+        delta(
+            f"fine-tuned on {name}",
+            narrow["base"],
+            narrow[name],
+            folder,
+            home,
+            None,
+            moved(base, path),
+        )
 
 
 if __name__ == "__main__":
