@@ -13,7 +13,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,29 @@ def quality(report: Mapping[str, Any]) -> Iterator[str]:
             f"{row['kld_p99']:.3f} | {row['top1']:.1%} |"
         )
     yield ""
+    yield from above(report["rows"])
+
+
+def above(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Like beside like, weights alone: where ours moves further from the float model than a peer's format of about as
+    many bits. What rounded activations add stands behind it."""
+    for ours in (row for row in rows if row["format"] in ("q4 (weights alone)", "q8 (weights alone)")):
+        wish, own = ours["format"][:2], [r for r in rows if r["model"] == ours["model"]]
+        served = next((r["kld_mean"] for r in own if r["format"] == f"{wish} as served, KV f16"), None)
+        alike = [r for r in own if "ours" not in r["whose"] and _eight(r["format"]) == (wish == "q8")]
+        lower = [
+            f"{r['whose']} {r['format']} ({r['kld_mean']:.4f} at {r['bits']:.2f} bits)"
+            for r in alike if r["kld_mean"] < ours["kld_mean"]
+        ]  # fmt: skip
+        verdict = "**above** " + "; ".join(lower) if lower else f"at or below all {len(alike)} peers' formats"
+        shown = f"{ours['kld_mean']:.5f} at {ours['bits']:.2f} bits, {verdict}"
+        yield f"- {ours['model']}, {wish}: {shown}" + (f"; as served {served:.5f}." if served is not None else ".")
+    yield ""
+
+
+def _eight(name: str) -> bool:
+    """Whether a peer's format has about 8 bits."""
+    return name.startswith(("Q8", "int8"))
 
 
 # ---- the demo model --------------------------------------------------------------------------------------------------

@@ -87,6 +87,8 @@ SIMULATED: dict[str, tuple[str, Rounding, Rounding, float, float]] = {
 }
 # name -> (wish, KV type, bits of the layers' matrices, of embedding and head)
 OURS: dict[str, tuple[str, str, float, float]] = {
+    "q4 (weights alone)": ("q4", "f32", 4.5, 6.5),
+    "q8 (weights alone)": ("q8", "f32", 8.5, 8.5),
     "q4 as served, KV f16": ("q4", "f16", 4.5, 6.5),
     "q4 as served, KV bf16": ("q4", "bf16", 4.5, 6.5),
     "q4 as served, KV int8": ("q4", "int8", 4.5, 6.5),
@@ -145,7 +147,9 @@ def rows(name: str, folder: Path, text: str, protocol: str, have: Container[str]
     with tempfile.TemporaryDirectory() as scratch, Session.open(str(folder), plain) as reference:
         for form, (wish, kv_dtype, low, high) in OURS.items():
             if form not in have:
-                found = compare(folder, reference, text, protocol, quantize=wish, kv_dtype=kv_dtype)
+                activations = "float" if "alone" in form else "auto"
+                given = {"quantize": wish, "kv_dtype": kv_dtype, "activations": activations}
+                found = compare(folder, reference, text, protocol, **given)
                 yield {"model": name, "format": form, "whose": "ours", "bits": bits(folder, low, high), **found}
         for form, (whose, layers, tables, low, high) in SIMULATED.items():
             if form in have:
