@@ -88,8 +88,8 @@ def quality(report: Mapping[str, Any]) -> Iterator[str]:
     ]  # fmt: skip
     for row in report["rows"]:
         yield (
-            f"| {row['model']} | {row['format']} | {row['whose']} | {row['bits']:.2f} | {row['kld_mean']:.4f} | "
-            f"{row['kld_p99']:.3f} | {row['top1']:.1%} |"
+            f"| {row['model']} | {row['format']} | {row['whose']} | {row['bits']:.2f} | {row['kld_mean']:.2g} | "
+            f"{row['kld_p99']:.2g} | {row['top1']:.1%} |"
         )
     yield ""
     yield from above(report["rows"])
@@ -103,9 +103,11 @@ def above(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         served = next((r["kld_mean"] for r in own if r["format"] == f"{wish} as served, KV f16"), None)
         alike = [r for r in own if "ours" not in r["whose"] and _eight(r["format"]) == (wish == "q8")]
         lower = [
-            f"{r['whose']} {r['format']} ({r['kld_mean']:.4f} at {r['bits']:.2f} bits)"
+            f"{r['whose']} {r['format']} ({r['kld_mean']:.5f} at {r['bits']:.2f} bits)"
             for r in alike if r["kld_mean"] < ours["kld_mean"]
         ]  # fmt: skip
+        if not alike:
+            continue
         verdict = "**above** " + "; ".join(lower) if lower else f"at or below all {len(alike)} peers' formats"
         shown = f"{ours['kld_mean']:.5f} at {ours['bits']:.2f} bits, {verdict}"
         yield f"- {ours['model']}, {wish}: {shown}" + (f"; as served {served:.5f}." if served is not None else ".")
