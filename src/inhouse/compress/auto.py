@@ -21,6 +21,7 @@ from inhouse.compress.feedback import GptqOptions, gptq_codes
 from inhouse.compress.graph import fusion_groups, matrices_of
 from inhouse.compress.grids import Grid, fitting
 from inhouse.compress.mixed import Group, Plan, local_search, plan_bytes, share_out
+from inhouse.compress.values import Count, Natural, NotNegative
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress
@@ -38,13 +39,13 @@ class AutoOptions:
     the first of `formats` for all. embedding: how much an error of the embedding's own rows counts beside one of the
     logits, in mean energies of the head's input."""
 
-    bytes: int = 0
-    bits: float = 0.0
+    bytes: Natural = 0
+    bits: NotNegative = 0.0
     formats: tuple[str, ...] = FORMATS
-    rows: int = 24
-    trials: int = 60
+    rows: Count = 24
+    trials: Natural = 60
     uniform: bool = False
-    embedding: float = 1.0
+    embedding: NotNegative = 1.0
     drift: DriftOptions = field(default_factory=DriftOptions)
 
 

@@ -12,9 +12,9 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from inhouse.compress.seen import document_hash, text_record
 from inhouse.compress.stats import LinearStats as LinearStats
+from inhouse.compress.values import Count, NotNegative, Range, Seed
 from inhouse.core.errors import NotFoundError, UsageError
 from inhouse.model.tokens.tokenizer import Tokenizer
 
@@ -87,16 +88,20 @@ class CalibrationOptions:
     row in random order, for tests of what calibration is worth.
     """
 
-    samples: int = 128
-    length: int = 256
+    samples: Count = 128
+    length: Annotated[int, Range(2)] = 256
     mode: str = "windows"
-    seed: int = 0
-    mix: Mapping[str, float] = field(default_factory=dict)
+    seed: Seed = 0
+    mix: Mapping[str, NotNegative] = field(default_factory=dict)
     shuffle_tokens: bool = False
 
 
-def read_texts(files: Sequence[str | Path], group: str = "") -> list[Text]:
+def read_texts(
+    files: Sequence[str | Path], group: str = "", *, what: str = "calibration file", key: str = "calibration.texts"
+) -> list[Text]:
     """The documents of text files (.gz too), .jsonl files (a `text` in each line) and globs, in order.
+
+    what: the files are called in errors. key: of the recipe.
 
     Raises NotFoundError (a file or glob that matches nothing), UsageError (not UTF-8, empty; it is named).
     """
@@ -104,30 +109,33 @@ def read_texts(files: Sequence[str | Path], group: str = "") -> list[Text]:
     for pattern in files:
         paths = sorted(glob.glob(str(pattern))) if any(c in str(pattern) for c in "*?[") else [str(pattern)]
         if not paths:
-            raise NotFoundError(f"no calibration file matches {pattern}", remedy="Check the path", param="calibration")
+            raise NotFoundError(f"no {what} matches {pattern}", remedy="Check the path", param=key)
         for path in paths:
-            texts = _documents(Path(path).expanduser())
+            texts = _documents(Path(path).expanduser(), what, key)
             if not texts:
-                raise UsageError(
-                    f"the calibration file {path} is empty", remedy="Give a file with text in it", param="calibration"
-                )
+                raise UsageError(f"the {what} {path} is empty", remedy="Give a file with text in it", param=key)
             found += [Text(str(path), text, group) for text in texts]
     return found
 
 
-def _documents(path: Path) -> list[str]:
+def _documents(path: Path, what: str, key: str) -> list[str]:
     try:
         data = path.read_bytes()
         raw = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8")
     except FileNotFoundError:
-        raise NotFoundError(f"there is no calibration file {path}", remedy="Check the path") from None
+        raise NotFoundError(f"there is no {what} {path}", remedy="Check the path", param=key) from None
     except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UsageError(f"cannot read {path} as UTF-8 text: {error}", param="calibration") from None
+        raise UsageError(
+            f"cannot read the {what} {path} as UTF-8 text: {error}", remedy="Give plain text", param=key
+        ) from None
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         try:
             parts = [str(json.loads(line)["text"]) for line in raw.splitlines() if line.strip()]
         except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{path} is no JSON Lines file whose lines have a `text`", param="calibration") from None
+            raise UsageError(
+                f"the {what} {path} is no JSON Lines file whose lines have a `text`",
+                remedy='Write {"text": "..."} in each line', param=key,
+            ) from None  # fmt: skip
     else:
         parts = raw.split(SEPARATOR)
     return [part.strip() for part in parts if part.strip()]
@@ -141,7 +149,10 @@ def calibrate(
     if options.mode not in ("documents", "windows"):
         raise UsageError(f"unknown mode {options.mode!r}", remedy="Use documents or windows", param="mode")
     if options.samples < 1 or length < 2:
-        raise UsageError(f"{options.samples} samples of {length} tokens are nothing to calibrate on", param="samples")
+        raise UsageError(
+            f"{options.samples} samples of {length} tokens are nothing to calibrate on",
+            remedy="Give samples of 1 or more and a length of 2 or more", param="calibration.samples",
+        )  # fmt: skip
     groups: dict[str, list[Text]] = {}
     for text in texts:
         groups.setdefault(text.group, []).append(text)
@@ -157,7 +168,11 @@ def calibrate(
         raise UsageError("the calibration texts have no tokens", remedy="Give files with text", param="calibration")
     if options.shuffle_tokens:
         rows = [[row[0], *(row[1:][i] for i in rng.permutation(len(row) - 1))] for row in rows]
-    return _made(rows, list(used.values()), options.samples)
+    made = _made(rows, list(used.values()), options.samples)
+    if options.length > context:
+        said = f"calibration.length {options.length} is beyond the model's context: rows have {context} tokens at most"
+        made = replace(made, notes=(*made.notes, said))
+    return made
 
 
 def rows_of(rows: Sequence[Sequence[int]], note: str) -> Calibration:

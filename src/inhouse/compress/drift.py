@@ -19,6 +19,7 @@ from inhouse.compress.feedback import GptqOptions, gptq_codes
 from inhouse.compress.graph import matrices_of
 from inhouse.compress.grids import Grid
 from inhouse.compress.quadratic import relative_error
+from inhouse.compress.values import NotNegative
 from inhouse.compress.work import Work
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import is_float
@@ -33,7 +34,7 @@ class DriftOptions:
     residual: make up for the stream's loss too. norms: re-solve gains."""
 
     gptq: GptqOptions = field(default_factory=lambda: GptqOptions(refine=3))
-    ridge: float = 0.01
+    ridge: NotNegative = 0.01
     residual: bool = True
     norms: bool = True
 

@@ -75,6 +75,12 @@ def pieces(tokenizer: Tokenizer, text: str, protocol: str, context: int) -> list
     return out
 
 
+def check_protocol(protocol: str, context: int) -> None:
+    """Raises UsageError for a protocol that there is none of for that context."""
+    if protocol not in ("stories", "full"):
+        _window(protocol, context)
+
+
 def _window(protocol: str, context: int) -> int:
     kind, _, number = protocol.partition(":")
     if kind != "window" or not number.isdigit() or not 2 <= int(number) <= context:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from inhouse.compress.grids import Grid, Params, Search
 from inhouse.compress.quadratic import descend, inverse_factor, losses, resolve, settled
+from inhouse.compress.values import Count, Natural, NotNegative
 from inhouse.core.errors import UsageError
 
 
@@ -25,11 +26,11 @@ class GptqOptions:
     their group's turn comes (not with act_order). refine: rounds of re-solving scales and re-rounding afterwards."""
 
     act_order: bool = True
-    damping: float = 0.01
-    block: int = 128
+    damping: NotNegative = 0.01
+    block: Count = 128
     search: Search = "wls"
     groups: Literal["static", "updated"] = "static"
-    refine: int = 0
+    refine: Natural = 0
 
 
 class Rounded(NamedTuple):

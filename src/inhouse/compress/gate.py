@@ -113,7 +113,9 @@ def _texts(wish: Gate, reference: Session) -> tuple[list[list[int]], str, str]:
     """(token sequences, protocol, what text it is)."""
     context = reference.engine.context_length
     if wish.text is not None:
-        joined = "\n\n".join(document.text for document in read_texts([Path(wish.text)]))
+        joined = "\n\n".join(
+            document.text for document in read_texts([Path(wish.text)], what="gate text", key="gates.text")
+        )
         return pieces(reference.tokenizer, joined, wish.protocol, context), wish.protocol, wish.text
     length = min(OWN_TOKENS, context)
     drawn = [row for row in sample_documents(reference, OWN_SEQUENCES, length=length, seed=OWN_SEED) if len(row) > 1]

@@ -8,7 +8,7 @@ pass of the model as it then is, and what was dropped before stays dropped.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from inhouse.compress.objective import CrossEntropy, Objective, Response
 from inhouse.compress.slicing import layer_of
 from inhouse.compress.sparsity import masked, outlier_share, parse_pattern, spread_ratios
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Count, NotNegative, Part, Share
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -54,13 +55,13 @@ class GradualOptions(HealOptions):
     the rounds end. None: no gate.
     """
 
-    scores: str = "sparsegpt"
-    sparsity: float = 0.5
-    rounds: int = 4
-    schedule: str = "cubic"
-    spread: float = 0.0
+    scores: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
+    sparsity: Part = 0.5
+    rounds: Count = 4
+    schedule: Literal["cubic", "geometric"] = "cubic"
+    spread: Share = 0.0
     teacher: str = "base"
-    gate: float | None = None
+    gate: NotNegative | None = None
 
 
 def gradual(

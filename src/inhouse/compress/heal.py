@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from inhouse.compress.grids import Grid
 from inhouse.compress.hooks import FormHook
 from inhouse.compress.objective import Objective
 from inhouse.compress.teacher import LiveTeacher
+from inhouse.compress.values import Count, Natural, NotNegative, Positive, Seed
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -48,17 +49,17 @@ class HealOptions:
     activations: int8 activations in the forward pass, as the native engine has them.
     """
 
-    steps: int = 300
-    batch_tokens: int = 2048
-    rate: float = 3e-4
-    step_rate: float = 0.3  # of scales, as a factor of `rate`
-    warmup: int = 20
-    minutes: float = 0.0
-    only: str = "all"
-    validate_every: int = 50
+    steps: Count = 300
+    batch_tokens: Count = 2048
+    rate: Positive = 3e-4
+    step_rate: NotNegative = 0.3  # of scales, as a factor of `rate`
+    warmup: Natural = 20
+    minutes: NotNegative = 0.0
+    only: Literal["all", "low_rank", "vectors"] = "all"
+    validate_every: Count = 50
     learn_steps: bool = True
     activations: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
     def config(self) -> FitConfig:
         return FitConfig(

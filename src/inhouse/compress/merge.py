@@ -16,7 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from inhouse.compress.methods.merging import MergeOptions, check_models, first_other_token, merge
+from inhouse.compress.methods.merging import (
+    BASE,
+    LARGEST,
+    MergeOptions,
+    check_models,
+    check_sum,
+    first_other_token,
+    merge,
+)
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.load.describe import Described, describe, read_tokenizer
@@ -31,6 +39,7 @@ from inhouse.store.store import Store
 from inhouse.store.writing import TensorData
 
 FLOATS = ("F32", "F16", "BF16")
+MOST = {"F32": LARGEST, "F16": 65504.0, "BF16": 3.3895313892515355e38}  # the largest value of each
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +66,20 @@ def parse_ingredient(text: str) -> Ingredient:
     if not colon:
         return Ingredient(text, 1.0)
     try:
-        return Ingredient(name, float(weight))
+        number = float(weight)
     except ValueError:
         raise UsageError(
             f"{text!r} has no weight after its last colon",
             remedy="Write MODEL:WEIGHT, such as qwen:2:0.5",
             param="model",
         ) from None
+    if not abs(number) <= LARGEST:
+        raise UsageError(
+            f"--model {text}: the weight {weight} is not finite in float32",
+            remedy="Give a weight such as 0.5",
+            param="model",
+        )
+    return Ingredient(name, number)
 
 
 def merge_models(
@@ -84,7 +100,7 @@ def merge_models(
     """
     check_models(options, [model.weight for model in models])
     if options.needs_base and base is None:
-        raise UsageError(f"{options.method} needs the base that the models were tuned from", param="base")
+        raise UsageError(f"{options.method} needs the base that the models were tuned from", remedy=BASE, param="base")
     with ExitStack() as stack:
         first = base if base is not None else models[0].reference
         root = open_floats(first, store, stack)
@@ -175,8 +191,9 @@ def _write(
             base = torch.from_numpy(floats_of(root, name)) if use_base else None
             tensors = [torch.from_numpy(floats_of(other, name)) for other in others]
             equal.see([*([base] if base is not None else []), *tensors])
-            merged = merge(name, base, tensors, weights, options).numpy()
-            return as_bytes(narrowed(merged, source.info(name).dtype, name))
+            merged, kind = merge(name, base, tensors, weights, options), source.info(name).dtype
+            check_sum(name, merged, weights, MOST[kind])
+            return as_bytes(narrowed(merged.numpy(), kind, name))
 
         return read
 

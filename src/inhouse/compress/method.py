@@ -49,6 +49,7 @@ class Method:
     takes_form: bool = False  # matrix scope: `run` takes `form` (the weight's Form or None) as a keyword
     check: Callable[..., None] | None = None
     plain: tuple[str, ...] = ()  # options that a plain value sets, all of them: `kv: int8`
+    idle: Callable[[Any], tuple[str, str] | None] = lambda options: None  # why these options do nothing, and a remedy
     fallback: str = ""  # matrix scope: the method for weights without statistics (embeddings, experts without tokens)
 
     def need(self, options: Any) -> str:

@@ -24,15 +24,15 @@ from inhouse.compress.gate import Judged, gate
 from inhouse.compress.memory import PeakMemory
 from inhouse.compress.own_text import OwnText
 from inhouse.compress.plan import disk_need, predict
-from inhouse.compress.recipe import Recipe, matches
+from inhouse.compress.recipe import Recipe
 from inhouse.compress.report import Inputs, write_report
 from inhouse.compress.runs import RunFolder
-from inhouse.compress.seen import find_seen
 from inhouse.compress.speed import measure
 from inhouse.compress.stages import StageRun
 from inhouse.compress.tensor_facts import spectra, tensor_facts
+from inhouse.compress.upfront import check_family, check_files, check_gate, check_stages
 from inhouse.compress.work import Work
-from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UnsupportedError, UsageError
+from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.load.importer import import_model
 from inhouse.load.locate import content_digest, locate
@@ -132,18 +132,19 @@ def prepare(
     where several runs share it."""
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
+    check_files(recipe.gate)
     texts = [text for group, files in recipe.calibration.files.items() for text in read_texts(files, group)]
     work = Work.open(model, folder, home=home)
     try:
-        _check_family(work, recipe)
+        check_family(work, recipe)
         check_shapes(work, recipe)
-        work.notes += _idle_overrides(work, recipe)
+        work.notes += check_stages(work, recipe)
         need = None
         if _samples(work, recipe, texts):  # before an hour of sampling: what it would then be too large for
             need = estimate(work, recipe, min(recipe.calibration.options.length, work.spec.context_length))
             check_memory(need, recipe.ram)
         calibration = _calibration(work, recipe, texts, own or OwnText(model, recipe.threads), progress)
-        _check_gate(recipe, calibration)
+        check_gate(recipe, calibration)
         if need is None:
             need = estimate(work, recipe, calibration.tokens.shape[1] if calibration is not None else None)
         memory = check_memory(need, recipe.ram)
@@ -160,16 +161,6 @@ def prepare(
     except BaseException:
         work.close()
         raise
-
-
-def _idle_overrides(work: Work, recipe: Recipe) -> list[str]:
-    """Overrides that no weight of the model answers to; `head` and `embed` stand in recipes for models of any kind."""
-    known = ("head.weight", "embed.weight")
-    return [
-        f"stages[{at}]: the override {override.pattern!r} matches no weight"
-        for at, stage in enumerate(recipe.stages) for override in stage.overrides
-        if override.pattern not in known and not any(matches(override.pattern, name) for name in work.names())
-    ]  # fmt: skip
 
 
 def dry_run(model: str, recipe: Recipe, home: Home | None = None, scratch: Path | None = None) -> dict[str, Any]:
@@ -207,32 +198,6 @@ def _check_early(folder: RunFolder, model: str, recipe: Recipe, home: Home, resu
 def _need_unfinished(folder: RunFolder) -> None:
     if folder.result() is None:
         raise NotFoundError(f"there is no unfinished run of {folder.name}", remedy="Leave --resume out", param="resume")
-
-
-def _check_family(work: Work, recipe: Recipe) -> None:
-    """Refuses what only decoders can do: learning from next tokens, and a gate."""
-    if isinstance(work.spec, ModelSpec) and not work.spec.headless:
-        return
-    learning = [stage for stage in recipe.stages if "gradients" in stage.needs()]
-    if learning or recipe.gate.max_kld is not None:
-        what = f"{learning[0].kind} {learning[0].method}" if learning else "a gate"
-        raise UnsupportedError(
-            f"{what} works by the next tokens that a model expects, and {work.spec.family} is no decoder",
-            remedy="Leave it out; rounding, pruning and low rank serve every family",
-        )
-
-
-def _check_gate(recipe: Recipe, calibration: Calibration | None) -> None:
-    """Refuses to judge a model by what it was calibrated on."""
-    if recipe.gate.text is None:
-        return
-    judged = [text.text for text in read_texts([recipe.gate.text])]
-    found = find_seen(judged, calibration.texts) if calibration is not None else None
-    if found is not None:
-        raise UsageError(
-            f"gates.text {recipe.gate.text} is what the model would be calibrated on ({found['source']})",
-            remedy="Judge it by other text", param="gates.text",
-        )  # fmt: skip
 
 
 def _begin(folder: RunFolder, prepared: Prepared, model: str) -> None:

@@ -17,9 +17,8 @@ import difflib
 import hashlib
 import json
 import re
-import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 from inhouse.compress.calibrate import CalibrationOptions
 from inhouse.compress.method import Method
 from inhouse.compress.table import METHODS, method
+from inhouse.compress.values import Count, NotNegative, Seed, check_finite, choice, known, mapping, plain, wrong
 from inhouse.core.errors import UsageError
 from inhouse.runtime.executor import KV_DTYPES
 from inhouse.runtime.kv_codes import CODED_KV
@@ -50,6 +50,7 @@ GATES: Mapping[str, float] = {"near-lossless": 0.01, "good": 0.05, "usable": 0.1
 RISES: Mapping[str, float] = {"near-lossless": 0.005, "good": 0.03, "usable": 0.08}  # share of the perplexity
 _STAGE_KEYS = ("method", "format", "include", "exclude", "overrides")
 _WITHOUT_WEIGHTS = ("attention", "kv")  # families that touch no weight: of those keys they take `method` alone
+_BEGINNING = "Begin with `stages:` and a list such as `- quantize: {method: gptq, format: q4_0}`"
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
@@ -190,31 +191,32 @@ def load_recipe(path: Path) -> dict[str, Any]:
         document = yaml.load(path.read_text("utf-8"), Once)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"cannot read the recipe {path}: {error}", param="recipe") from None
+    if document is None:
+        raise UsageError(f"the recipe {path} is empty", remedy=_BEGINNING, param="recipe")
     if not isinstance(document, dict):
-        raise UsageError(f"{path} is no recipe: its top level is not a mapping", param="recipe")
+        raise UsageError(f"{path} is no recipe: its top level is not a mapping", remedy=_BEGINNING, param="recipe")
     return document
 
 
 def parse_recipe(document: Mapping[str, Any]) -> Recipe:
     """Checks a recipe. Raises UsageError naming the path of what is wrong, and the nearest right word."""
-    _known(document, ("seed", "calibration", "budget", "stages", "gates"), "")
+    known(document, ("seed", "calibration", "budget", "stages", "gates"), "")
+    check_finite(document)
     stages = document.get("stages")
     if not isinstance(stages, Sequence) or isinstance(stages, str) or not stages:
-        raise _wrong("stages", "must be a list of at least one stage")
+        raise wrong("stages", "must be a list of at least one stage")
     parsed = tuple(_stage(entry, f"stages[{i}]") for i, entry in enumerate(stages))
     _check_order(parsed)
     _check_together(parsed)
-    budget = _mapping(document.get("budget", {}), "budget")
-    _known(budget, ("ram", "threads"), "budget")
+    budget = mapping(document.get("budget", {}), "budget")
+    known(budget, ("ram", "threads"), "budget")
     threads = budget.get("threads")
     if threads is not None:
-        threads = _value(threads, int, "budget.threads")
-        if threads < 1:
-            raise _wrong("budget.threads", "must be 1 or more")
+        threads = plain(threads, Count, "budget.threads")
     return Recipe(
         parsed, _texts(document.get("calibration", {})), _gate(document.get("gates", {})),
         None if budget.get("ram") is None else parse_size(budget["ram"], "budget.ram"), threads,
-        _value(document.get("seed", 0), int, "seed"),
+        plain(document.get("seed", 0), Seed, "seed"),
     )  # fmt: skip
 
 
@@ -231,21 +233,25 @@ def parse_size(text: Any, where: str = "ram") -> int:
 
 def _stage(entry: Any, where: str) -> Stage:
     if not isinstance(entry, Mapping) or len(entry) != 1:
-        raise _wrong(where, "must be one stage, such as `quantize: {method: gptq, format: q4_0}`")
+        raise wrong(where, "must be one stage, such as `quantize: {method: gptq, format: q4_0}`")
     ((kind, options),) = entry.items()
     families = sorted({row.family for row in METHODS.values()})
-    _known([kind], families, where)
+    known([kind], families, where)
     where = f"{where}.{kind}"
-    plain = [row.plain for row in METHODS.values() if row.family == kind][0]
-    if plain and options is not None and not isinstance(options, Mapping):
-        options = dict.fromkeys(plain, options)
-    given = _mapping({} if options is None else options, where)
+    values = [row.plain for row in METHODS.values() if row.family == kind][0]
+    if values and options is not None and not isinstance(options, Mapping):
+        options = dict.fromkeys(values, options)
+    given = mapping({} if options is None else options, where)
     chosen = _method(given, kind, where)
     beside = _STAGE_KEYS[:1] if kind in _WITHOUT_WEIGHTS else _STAGE_KEYS
-    own = {key: value for key, value in given.items() if key not in beside}
+    names = [f.name for f in fields(chosen.options)]
+    known(given, [*beside, *names], where)
+    own = {k: v for k, v in given.items() if k not in beside or (k == "format" and k in names and v is not None)}
     made = read_options(chosen, own, where)
+    if why := chosen.idle(made):
+        raise UsageError(f"{where}: {chosen.name} would do nothing: {why[0]}", remedy=why[1], param=where)
     fmt = _format(given.get("format", ""), where)
-    overrides = _mapping(given.get("overrides", {}), f"{where}.overrides")
+    overrides = mapping(given.get("overrides", {}), f"{where}.overrides")
     return Stage(
         kind, chosen.name, made, fmt, _patterns(given, "include", where), _patterns(given, "exclude", where),
         tuple(_override(str(p), o, kind, (chosen, fmt, own), f"{where}.overrides.{p}") for p, o in overrides.items()),
@@ -256,7 +262,8 @@ def _method(given: Mapping[str, Any], family: str, where: str) -> Method:
     rows = [row for row in METHODS.values() if row.family == family]
     name = given.get("method", rows[0].name if len(rows) == 1 else None)
     if name is None:
-        raise _wrong(f"{where}.method", f"is needed: one of {', '.join(sorted(row.name for row in rows))}")
+        known(given, dict.fromkeys([*_STAGE_KEYS, *(f.name for row in rows for f in fields(row.options))]), where)
+        raise wrong(f"{where}.method", f"is needed: one of {', '.join(sorted(row.name for row in rows))}")
     try:
         return method(str(name), family)
     except UsageError as error:
@@ -266,9 +273,10 @@ def _method(given: Mapping[str, Any], family: str, where: str) -> Method:
 def _override(
     pattern: str, options: Any, kind: str, base: tuple[Method, str, Mapping[str, Any]], where: str
 ) -> Override:
-    given = _mapping(options, where)
+    given = mapping(options, where)
     _pattern(pattern, where)
     row = _method(given, kind, where) if "method" in given else base[0]
+    known(given, ["method", "format", *(f.name for f in fields(row.options))], where)
     inherited = base[2] if row is base[0] else {}
     own = {**inherited, **{key: value for key, value in given.items() if key not in ("method", "format")}}
     fmt = _format(given["format"], where) if "format" in given else base[1]
@@ -277,64 +285,21 @@ def _override(
 
 def read_options(row: Method, given: Mapping[str, Any], where: str = "options") -> Any:
     """An instance of the method's options from plain values. Raises UsageError."""
-    known = {f.name: f for f in fields(row.options)}
-    _known(given, [*known, *(_STAGE_KEYS[:1] if row.family in _WITHOUT_WEIGHTS else _STAGE_KEYS)], where)
-    hints = typing.get_type_hints(row.options)
-    values = {key: _value(value, hints[key], f"{where}.{key}") for key, value in given.items()}
+    own = {f.name: f for f in fields(row.options)}
+    known(given, own, where)
+    hints = typing.get_type_hints(row.options, include_extras=True)
+    values = {key: plain(value, hints[key], f"{where}.{key}") for key, value in given.items()}
     lacking = [
-        f.name for f in known.values()
+        f.name for f in own.values()
         if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
         and f.name not in values and f.name not in row.defaults
     ]  # fmt: skip
     if lacking:
-        raise _wrong(f"{where}.{lacking[0]}", f"is needed by {row.name}")
+        raise wrong(f"{where}.{lacking[0]}", f"is needed by {row.name}")
     try:
         return row.options(**{**row.defaults, **values})
     except UsageError as error:
         raise UsageError(f"{where}: {error.message}", remedy=error.remedy, param=where) from None
-
-
-def _value(value: Any, kind: Any, where: str) -> Any:
-    """A plain value as a type of a dataclass field. Raises UsageError."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin is typing.Literal:
-        if value not in inner:
-            near = difflib.get_close_matches(str(value), [str(one) for one in inner], 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise _wrong(where, f"is {value!r}, allowed {', '.join(map(str, inner))}{hint}")
-        return value
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in inner:
-            return None
-        for one in inner:
-            try:
-                return _value(value, one, where)
-            except UsageError:
-                continue
-        raise _wrong(where, f"is {value!r}, expected {kind}")
-    if origin in (tuple, list, Sequence) or origin is typing.get_origin(Sequence[int]):
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            raise _wrong(where, f"is {value!r}, expected a list")
-        return tuple(_value(one, inner[0], f"{where}[{i}]") for i, one in enumerate(value))
-    if origin is dict or origin is typing.get_origin(Mapping[str, int]):
-        return {str(k): _value(v, inner[1], f"{where}.{k}") for k, v in _mapping(value, where).items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):  # YAML reads 1e-3 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        given = _mapping(value, where)
-        _known(given, [f.name for f in fields(kind)], where)
-        hints = typing.get_type_hints(kind)
-        return kind(**{key: _value(one, hints[key], f"{where}.{key}") for key, one in given.items()})
-    if not isinstance(kind, type) or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise _wrong(where, f"is {value!r}, expected {getattr(kind, '__name__', kind)}")
-    return value
 
 
 def _format(value: Any, where: str) -> str:
@@ -347,7 +312,7 @@ def _format(value: Any, where: str) -> str:
 
 def _patterns(given: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
     value = given.get(key, ())
-    items = (value,) if isinstance(value, str) else tuple(_value(value, tuple[str, ...], f"{where}.{key}"))
+    items = (value,) if isinstance(value, str) else tuple(plain(value, tuple[str, ...], f"{where}.{key}"))
     for pattern in items:
         _pattern(pattern, f"{where}.{key}")
     return items
@@ -358,7 +323,7 @@ def _pattern(pattern: str, where: str) -> None:
         try:
             re.compile(pattern[3:])
         except re.error as error:
-            raise _wrong(where, f"{pattern!r} is no regular expression: {error}") from None
+            raise wrong(where, f"{pattern!r} is no regular expression: {error}") from None
 
 
 def _check_order(stages: Sequence[Stage]) -> None:
@@ -398,50 +363,28 @@ def _check_together(stages: Sequence[Stage]) -> None:
 
 
 def _texts(value: Any) -> Texts:
-    given = _mapping(value, "calibration")
+    given = mapping(value, "calibration")
     names = [f.name for f in fields(CalibrationOptions)]
-    _known(given, ["texts", *names], "calibration")
+    known(given, ["texts", *names], "calibration")
     texts = given.get("texts", [])
     groups = texts if isinstance(texts, Mapping) else {"": [texts] if isinstance(texts, str) else texts}
-    files = {str(g): tuple(_value(f, tuple[str, ...], f"calibration.texts.{g}")) for g, f in groups.items() if f}
-    hints = typing.get_type_hints(CalibrationOptions)
-    own = {key: _value(given[key], hints[key], f"calibration.{key}") for key in names if key in given}
+    files = {str(g): tuple(plain(f, tuple[str, ...], f"calibration.texts.{g}")) for g, f in groups.items() if f}
+    hints = typing.get_type_hints(CalibrationOptions, include_extras=True)
+    own = {key: plain(given[key], hints[key], f"calibration.{key}") for key in names if key in given}
     return Texts(files, CalibrationOptions(**own))
 
 
 def _gate(value: Any) -> Gate:
-    given = _mapping(value, "gates")
-    _known(given, ("final", "max_kld", "max_rise", "text", "protocol", "questions", "baseline"), "gates")
+    given = mapping(value, "gates")
+    known(given, ("final", "max_kld", "max_rise", "text", "protocol", "questions", "baseline"), "gates")
     limit, rise = given.get("max_kld"), given.get("max_rise")
     if "final" in given:
         if limit is not None or rise is not None:
-            raise _wrong("gates", "takes final or limits of its own, not both")
-        _known([given["final"]], [*GATES, "none"], "gates.final")
+            raise wrong("gates", "takes final or limits of its own, not both")
+        choice(given["final"], [*GATES, "none"], "gates.final")
         limit, rise = GATES.get(given["final"]), RISES.get(given["final"])
-    limit = None if limit is None else _value(limit, float, "gates.max_kld")
-    rise = None if rise is None else _value(rise, float, "gates.max_rise")
+    limit = None if limit is None else plain(limit, NotNegative, "gates.max_kld")
+    rise = None if rise is None else plain(rise, NotNegative, "gates.max_rise")
     text, questions = (None if given.get(key) is None else str(given[key]) for key in ("text", "questions"))
-    baseline = _value(given.get("baseline", True), bool, "gates.baseline")
+    baseline = plain(given.get("baseline", True), bool, "gates.baseline")
     return Gate(limit, rise, text, str(given.get("protocol", "full")), questions, baseline)
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _wrong(where, f"is {value!r}, expected a mapping")
-    return value
-
-
-def _known(given: Collection[Any], known: Collection[str], where: str) -> None:
-    for key in _unknown(given, known):
-        near = difflib.get_close_matches(str(key), known, 1, cutoff=0.5)
-        path = f"{where}.{key}" if where else str(key)
-        remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(known)}"
-        raise UsageError(f"{path}: there is no such key", remedy=remedy, param=path)
-
-
-def _unknown(given: Collection[Any], known: Collection[str]) -> Iterator[Any]:
-    yield from (key for key in given if key not in known)
-
-
-def _wrong(where: str, what: str) -> UsageError:
-    return UsageError(f"{where} {what}", remedy="See docs/compression.md", param=where)

@@ -17,7 +17,7 @@ from inhouse.compress.methods.cores import (
     tucker_check,
     tucker_experts,
 )
-from inhouse.compress.methods.distill import DistillOptions, distill
+from inhouse.compress.methods.distill import DistillOptions, distill, learns_nothing
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
 from inhouse.compress.methods.ggufmix import GgufMixOptions, ggufmix
@@ -29,7 +29,7 @@ from inhouse.compress.methods.kv import KvOptions, kv, kv_check
 from inhouse.compress.methods.logcodes import LogOptions, logcodes
 from inhouse.compress.methods.lowrank import LowRank, lowrank, lowrank_check
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude
-from inhouse.compress.methods.merging import MERGES, MergeStage, merge_stage
+from inhouse.compress.methods.merging import MERGES, MergeStage, merge_stage, merges_nothing
 from inhouse.compress.methods.neurons import NeuronOptions, neurons
 from inhouse.compress.methods.qat import QatOptions, qat
 from inhouse.compress.methods.rank_budget import RankBudget, rank_budget
@@ -39,7 +39,7 @@ from inhouse.compress.methods.rtn import RtnOptions, rtn
 from inhouse.compress.methods.signround import SignRoundOptions, signround_block
 from inhouse.compress.methods.smoothquant import SmoothQuantOptions, smoothquant
 from inhouse.compress.methods.sparsegpt import SparseGptOptions, sparse_gpt
-from inhouse.compress.methods.structured import StructuredOptions, structured
+from inhouse.compress.methods.structured import StructuredOptions, structured, takes_nothing
 from inhouse.compress.methods.vector import VectorMethod, vector, vector_shared
 from inhouse.compress.methods.wanda import WandaOptions, wanda, wanda_needs
 from inhouse.compress.methods.window import WindowOptions, window
@@ -50,7 +50,7 @@ METHODS: Mapping[str, Method] = {
     for row in (
         *(
             Method(
-                name, "merge", "model", merge_stage, MergeStage, defaults={"method": name},
+                name, "merge", "model", merge_stage, MergeStage, defaults={"method": name}, idle=merges_nothing,
                 paper="mergekit, Goddard et al. 2024, arXiv 2403.13257", summary="other models merged into this one",
             )
             for name in MERGES
@@ -94,7 +94,9 @@ METHODS: Mapping[str, Method] = {
             paper="Xiao et al. 2022, arXiv 2211.10438", summary="outliers of activations moved into weights, for int8",
         ),
         Method(
-            "hadamard", "smooth", "model", hadamard, HadamardOptions, paper="Ashkboos et al. 2024, arXiv 2404.00456",
+            "hadamard", "smooth", "model", hadamard, HadamardOptions,
+            idle=lambda o: None if o.stream or o.heads else ("stream and heads are both off", "Turn one of them on"),
+            paper="Ashkboos et al. 2024, arXiv 2404.00456",
             summary="residual stream and value heads rotated; outliers spread",
         ),
         Method(
@@ -175,6 +177,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "structured", "prune", "model", structured, StructuredOptions, needs="gram", place="structured",
+            idle=takes_nothing,
             paper="Muralidharan et al. 2024, arXiv 2407.14679; Men et al. 2024, arXiv 2403.03853",
             summary="FFN channels, heads with their key-value groups, layers, width; what stays is fitted",
         ),
@@ -197,7 +200,7 @@ METHODS: Mapping[str, Method] = {
             summary="trained in the stored values, the float model as teacher; scales and zero points learned",
         ),
         Method(
-            "distill", "distill", "model", distill, DistillOptions, needs="gradients",
+            "distill", "distill", "model", distill, DistillOptions, needs="gradients", idle=learns_nothing,
             paper="Hinton et al. 2015, arXiv 1503.02531",
             summary="towards a teacher: response, features, relations; masks, factors and codes are kept",
         ),

@@ -66,9 +66,13 @@ def read_questions(path: Path) -> list[Question]:
     try:
         lines = path.read_text("utf-8").splitlines()
     except FileNotFoundError:
-        raise NotFoundError(f"there is no file of questions {path}", param="gates.questions") from None
+        raise NotFoundError(
+            f"there is no file of questions {path}", remedy="Check the path", param="gates.questions"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {path} as UTF-8 text: {error}", param="gates.questions") from None
+        raise UsageError(
+            f"cannot read {path} as UTF-8 text: {error}", remedy="Give plain text", param="gates.questions"
+        ) from None
     found = []
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
@@ -82,7 +86,10 @@ def read_questions(path: Path) -> list[Question]:
             )  # fmt: skip
         found.append(Question(text.strip(), groups))
     if not found:
-        raise UsageError(f"{path.name} has no questions", param="gates.questions")
+        raise UsageError(
+            f"{path.name} has no questions", remedy="Write QUESTION<TAB>KEY|KEY;KEY, one a line",
+            param="gates.questions",
+        )  # fmt: skip
     return found
 
 

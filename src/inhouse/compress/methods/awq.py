@@ -17,6 +17,7 @@ from inhouse.compress.equalize import Consumers, Found, equalize, scaled_gram
 from inhouse.compress.folding import column_size, safe
 from inhouse.compress.grids import Grid
 from inhouse.compress.quadratic import losses
+from inhouse.compress.values import Count
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress
@@ -30,7 +31,7 @@ class AwqOptions:
     ranges. folds: of `norm`, `v_o`, `up_down`. format: that scales are searched for; the quantize stage that follows
     should use the same."""
 
-    steps: int = 20
+    steps: Count = 20
     duo: bool = True
     clip: bool = True
     format: str = "i4_g32"

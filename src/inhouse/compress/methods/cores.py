@@ -7,7 +7,7 @@ stack becomes linear, experts, linear. Both are refused where the cores would ho
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.tensors import near_factors, tensor_train, train_numbers, tucker, tucker_numbers
+from inhouse.compress.values import Natural, Part, Range
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.model.rewrite_cores import check_untied
@@ -26,9 +27,9 @@ from inhouse.runtime.form import Form
 class TrainOptions:
     """ratio: share of the table's numbers to save; rank: instead of it. tables: of the train. factors: their format."""
 
-    ratio: float = 0.5
-    rank: int = 0
-    tables: int = 2
+    ratio: Part = 0.5
+    rank: Natural = 0
+    tables: Annotated[int, Range(2, MAX_TABLES)] = 2
     factors: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -40,7 +41,7 @@ class TrainOptions:
 class TuckerOptions:
     """ratio: share of the numbers of each stack to save. factors: format of cores and what they share."""
 
-    ratio: float = 0.3
+    ratio: Part = 0.3
     factors: str = "bf16"
 
     def __post_init__(self) -> None:
@@ -123,7 +124,10 @@ def tucker_check(work: Work, name: str, fmt: str, options: TuckerOptions) -> Non
     """Raises UnsupportedError for a model whose experts cannot become such cores."""
     stacks = _stacks(work)
     if not stacks:
-        raise UnsupportedError("the model has no experts; Tucker cores are for stacks of them", param="tucker")
+        raise UnsupportedError(
+            "the model has no experts; Tucker cores are for stacks of them",
+            remedy="Leave the stage out; svd, svd-llm or rank-budget factorise other matrices", param="method",
+        )  # fmt: skip
     for stack, names in stacks.items():
         if any(name.removesuffix(".weight") + ".bias" in work.programs.weights for name in names):
             raise UnsupportedError(f"experts of {stack} have biases, which cores do not", param=stack)

@@ -14,6 +14,7 @@ from inhouse.compress.heal import BASE, HealOptions, TeacherModel, as_data, heal
 from inhouse.compress.losses import DIRECTIONS, Direction
 from inhouse.compress.objective import CrossEntropy, FeatureMatch, Mix, Objective, RelationMatch, Response, layer_map
 from inhouse.compress.teacher import CachedTeacher, Teacher, shared_ids, write_cache
+from inhouse.compress.values import Count, Natural, NotNegative, Positive, Share
 from inhouse.compress.work import Work
 from inhouse.core.errors import ConflictError, FormatError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -34,20 +35,20 @@ class DistillOptions(HealOptions):
     """
 
     teacher: str = BASE
-    response: float = 1.0
-    ce: float = 0.0
+    response: NotNegative = 1.0
+    ce: Share = 0.0
     direction: Direction = "forward"
-    temperature: float = 1.0
-    beta: float = 0.5
-    top_k: int = 0
-    hidden: float = 0.0
-    attention: float = 0.0
-    distance: float = 0.0
-    angle: float = 0.0
-    similarity: float = 0.0
-    minilm: float = 0.0
-    between: float = 0.0
-    relation_heads: int = 4
+    temperature: Positive = 1.0
+    beta: Share = 0.5
+    top_k: Natural = 0
+    hidden: NotNegative = 0.0
+    attention: NotNegative = 0.0
+    distance: NotNegative = 0.0
+    angle: NotNegative = 0.0
+    similarity: NotNegative = 0.0
+    minilm: NotNegative = 0.0
+    between: NotNegative = 0.0
+    relation_heads: Count = 4
 
     @property
     def wants_features(self) -> bool:
@@ -121,13 +122,20 @@ def objective(work: Work, model: TeacherModel, teacher: Teacher, options: Distil
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else Mix(*parts)
 
 
+def learns_nothing(options: DistillOptions) -> tuple[str, str] | None:
+    """Why such a stage would do nothing, and the remedy."""
+    if options.response or options.ce or options.wants_features:
+        return None
+    return "nothing is to be learned", "Give response, ce, a feature or a relation a weight"
+
+
 def _check(options: DistillOptions) -> None:
     if options.direction not in DIRECTIONS:
         raise UsageError(f"unknown direction {options.direction!r}", remedy="Use forward, reverse or js")
     if not 0 <= options.ce <= 1:
         raise UsageError(f"ce is {options.ce}, a share of 0 to 1", param="ce")
-    if not (options.response or options.ce or options.wants_features):
-        raise UsageError("nothing is to be learned", remedy="Give response, ce, a feature or a relation a weight")
+    if (why := learns_nothing(options)) is not None:
+        raise UsageError(why[0], remedy=why[1])
     if options.top_k and options.wants_features:
         raise UnsupportedError(
             "cached logits have no features", remedy="Set top_k to 0, so that the teacher runs", param="top_k"

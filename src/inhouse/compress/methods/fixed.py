@@ -8,12 +8,14 @@ Stored as int8 or int4 with a power of two as the scale of every row, so each pr
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Range
 from inhouse.core.errors import FormatError, UsageError
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import pack_codes
@@ -27,8 +29,8 @@ class FixedOptions:
     """overflow: share of a tensor's values that may be clipped. bits: of the mantissa, sign included: 8
     or 4, as those between are stored in as many bytes as 8."""
 
-    overflow: float = 0.0
-    bits: int = BITS
+    overflow: Annotated[float, Range(0, 0.5, below=True)] = 0.0
+    bits: Annotated[int, Range(2, BITS)] = BITS
 
     def __post_init__(self) -> None:
         if self.bits not in FORMATS:

@@ -18,6 +18,7 @@ from torch import Tensor
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.folding import fold_norm
 from inhouse.compress.graph import bias_of, linear_folds, matrices_of, norm_folds, readers, uses
+from inhouse.compress.values import Seed
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.model.spec import ModelSpec
@@ -34,7 +35,7 @@ class HadamardOptions:
     stream: bool = True
     heads: bool = True
     untie: bool = False
-    seed: int = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True, slots=True)

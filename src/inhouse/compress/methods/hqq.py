@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inhouse.compress.grids import Grid, Params
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import AtMostOne, Count, Positive
 from inhouse.core.errors import UnsupportedError
 from inhouse.runtime.form import Form
 
@@ -22,10 +23,10 @@ from inhouse.runtime.form import Form
 class HqqOptions:
     """norm: p of the error's norm. beta, kappa: weight of the splitting and its growth. rounds: of the iteration."""
 
-    norm: float = 0.7
-    beta: float = 10.0
-    kappa: float = 1.01
-    rounds: int = 20
+    norm: AtMostOne = 0.7
+    beta: Positive = 10.0
+    kappa: Positive = 1.01
+    rounds: Count = 20
 
 
 def hqq(weight: Tensor, stats: LinearStats | None, options: HqqOptions, fmt: str) -> Form:

@@ -13,6 +13,7 @@ from inhouse.compress.pack_as import pack_as
 from inhouse.compress.ranks import rank_for
 from inhouse.compress.spectrum import METHODS, Spectrum, check_rank, cut, decompose, output_error
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Natural, NotNegative, Share
 from inhouse.compress.work import Work
 from inhouse.core.errors import InhouseError, UsageError
 from inhouse.runtime.form import Form
@@ -26,9 +27,9 @@ class LowRank:
     """Options of the matrix-wise method."""
 
     method: str = "whitened"  # svd | asvd | whitened
-    ratio: float = 0.2  # share of the matrix's numbers to save
-    rank: int = 0  # instead of `ratio`
-    alpha: float = 0.5  # asvd: exponent of mean |x|
+    ratio: Share = 0.2  # share of the matrix's numbers to save
+    rank: Natural = 0  # instead of `ratio`
+    alpha: NotNegative = 0.5  # asvd: exponent of mean |x|
     factors: str = "bf16"  # format of both factors
     keep_if_better: bool = False  # keep the matrix unless the factors beat plain storage of no more bytes
 

@@ -33,10 +33,13 @@ import torch
 from torch import Tensor
 
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.values import AtMostOne, Finite, LessThanOne, Seed, Share, check_options, choice
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.model.tokens.tokenizer import Tokenizer
 
+LARGEST = float(np.finfo(np.float32).max)  # of a weight
+BASE = "Name it: --base MODEL"
 PARALLEL = 0.9995  # |cosine| from which two vectors count as one direction: the arc is then the line
 
 
@@ -71,23 +74,17 @@ class MergeOptions:
     """
 
     method: str = "linear"
-    density: float = 1.0
-    gamma: float = 0.01
-    scale: float = 1.0
-    t: float = 0.5
+    density: AtMostOne = 1.0
+    gamma: LessThanOne = 0.01
+    scale: Finite = 1.0
+    t: Share = 0.5
     normalize: bool | None = None
     rescale: Literal["inverse", "l1", "none"] = "inverse"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.method not in MERGES:
-            raise UsageError(f"unknown merge {self.method!r}", remedy=f"There are {', '.join(MERGES)}", param="method")
-        if not 0 < self.density <= 1 or not 0 <= self.gamma < 1:
-            raise UsageError(f"density {self.density} and gamma {self.gamma} must lie in 0..1", param="density")
-        if not 0 <= self.t <= 1:
-            raise UsageError(f"t is {self.t}, must lie in 0..1", param="t")
-        if self.rescale not in ("inverse", "l1", "none"):
-            raise UsageError(f"unknown rescale {self.rescale!r}", remedy="inverse, l1 or none", param="rescale")
+        choice(self.method, tuple(MERGES), "method")
+        check_options(self)
 
     @property
     def needs_base(self) -> bool:
@@ -99,13 +96,23 @@ class MergeStage(MergeOptions):
     """The recipe's stage: the model in hand is the base. models: references. weights: one each; () means 1 each."""
 
     models: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
+    weights: tuple[Finite, ...] = ()
+
+
+def merges_nothing(options: "MergeStage") -> tuple[str, str] | None:
+    """Why such a stage would do nothing, and the remedy."""
+    return None if options.models else ("no models are named", "Give models: [REFERENCE, ...]")
 
 
 def check_models(options: MergeOptions, weights: Sequence[float]) -> None:
     """Raises UsageError for weights that the method can do nothing with."""
     if not weights:
-        raise UsageError("no models to merge", param="models")
+        raise UsageError("there are no models to merge", remedy="Name them: --model MODEL:WEIGHT", param="model")
+    for weight in weights:
+        if not abs(weight) <= LARGEST:
+            raise UsageError(
+                f"the weight {weight:g} is not finite in float32", remedy="Give a weight such as 0.5", param="model"
+            )
     if options.method == "slerp" and len(weights) != 1:
         raise UsageError(f"slerp lies between the base and one model, {len(weights)} were given", param="models")
     normal = MERGES[options.method].normalize if options.normalize is None else options.normalize
@@ -135,7 +142,7 @@ def merge(
         total = (stack * by).sum(0)
         return total / by.sum() if normal else total
     if base is None:
-        raise UsageError(f"{o.method} needs the base that the models were tuned from", param="base")
+        raise UsageError(f"{o.method} needs the base that the models were tuned from", remedy=BASE, param="base")
     zero = base.float()
     if o.method == "slerp":
         return slerp(zero, stack[0], o.t)
@@ -149,6 +156,18 @@ def merge(
     else:
         total, weight = weighted.sum(0), by.sum(0)
     return zero + o.scale * (total / weight if normal else total)
+
+
+def check_sum(name: str, merged: Tensor, weights: Sequence[float], most: float = LARGEST) -> None:
+    """Raises UsageError where a merged tensor has values beyond `most`, naming the weights that made them: what was
+    merged is finite."""
+    largest = float(merged.abs().max()) if merged.numel() else 0.0
+    if not largest <= most:
+        told = ", ".join(f"{weight:g}" for weight in weights)
+        raise UsageError(
+            f"{name}: with the weights {told} the merged values reach {largest:g}, its type holds {most:g}",
+            remedy="Give smaller weights, or a smaller --lambda", param="model",
+        )  # fmt: skip
 
 
 def slerp(a: Tensor, b: Tensor, t: float) -> Tensor:
@@ -201,7 +220,11 @@ def merge_stage(work: Work, calibration: Calibration | None, options: MergeStage
     """
     weights = options.weights or (1.0,) * len(options.models)
     if len(weights) != len(options.models):
-        raise UsageError(f"{len(options.models)} models and {len(weights)} weights", param="weights")
+        raise UsageError(
+            f"{len(options.models)} models and {len(weights)} weights",
+            remedy="Give one weight for each",
+            param="weights",
+        )
     check_models(options, weights)
     plain = MergeOptions(**{f.name: getattr(options, f.name) for f in fields(MergeOptions)})
     with ExitStack() as stack:
@@ -211,7 +234,9 @@ def merge_stage(work: Work, calibration: Calibration | None, options: MergeStage
             _check_same(work, other)
         for name in work.names():
             base = work.value(name) if plain.needs_base else None
-            work.put(name, merge(name, base, [other.value(name) for other in others], weights, plain))
+            merged = merge(name, base, [other.value(name) for other in others], weights, plain)
+            check_sum(name, merged, weights)
+            work.put(name, merged)
         report["models"] = [other.digest for other in others]
 
 

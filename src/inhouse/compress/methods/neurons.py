@@ -15,6 +15,7 @@ from torch import Tensor
 from inhouse.compress.activations import observe
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.slicing import Cut, Index, cut_spec, cut_weight
+from inhouse.compress.values import Count, NotNegative
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -25,9 +26,9 @@ from inhouse.model.spec import ModelSpec
 class NeuronOptions:
     """`tolerance`: a neuron is constant when its standard deviation is below this share of its root mean square."""
 
-    tolerance: float = 1e-4
+    tolerance: NotNegative = 1e-4
     duplicates: bool = True
-    multiple: int = 1  # the width that stays is a multiple of it (256 keeps K-quants possible)
+    multiple: Count = 1  # the width that stays is a multiple of it (256 keeps K-quants possible)
 
 
 @dataclass(frozen=True, slots=True)

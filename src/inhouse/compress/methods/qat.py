@@ -8,6 +8,7 @@ from typing import Any
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.heal import BASE, HealOptions, as_data, heal, run_folder, summary, teacher_of
 from inhouse.compress.objective import CrossEntropy, Mix, Objective, Response
+from inhouse.compress.values import Share
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress, silent
@@ -18,7 +19,7 @@ class QatOptions(HealOptions):
     """teacher: as of distillation. ce: share of cross-entropy beside the teacher."""
 
     teacher: str = BASE
-    ce: float = 0.0
+    ce: Share = 0.0
 
 
 def qat(

@@ -18,6 +18,7 @@ from inhouse.compress.pack_as import pack_as
 from inhouse.compress.ranks import Candidate, measured_weight, rank_for, ranks_by_budget
 from inhouse.compress.spectrum import Spectrum, cut, decompose
 from inhouse.compress.stats import Accumulator
+from inhouse.compress.values import Count, Part
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress, silent
@@ -35,12 +36,12 @@ class RankBudget:
     ratio at which a matrix is cut alone. step: ranks are multiples of it. factors: format of the factors.
     """
 
-    ratio: float = 0.2
+    ratio: Part = 0.2
     method: str = "whitened"
     measure: bool = True
-    judges: int = 16
-    probe: float = 0.2
-    step: int = 1
+    judges: Count = 16
+    probe: Part = 0.2
+    step: Count = 1
     factors: str = "bf16"
 
     def __post_init__(self) -> None:

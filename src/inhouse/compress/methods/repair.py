@@ -12,6 +12,7 @@ from torch import Tensor
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.spectrum import cut, decompose, output_error
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Count, NotNegative
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
 
@@ -20,9 +21,9 @@ from inhouse.runtime.form import Form
 class Repair:
     """Options."""
 
-    rank: int = 16
+    rank: Count = 16
     method: str = "whitened"  # whitened (EoRA) | asvd (LQER's diagonal) | svd
-    alpha: float = 1.0  # asvd: exponent of mean |x|
+    alpha: NotNegative = 1.0  # asvd: exponent of mean |x|
     factors: str = "bf16"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from inhouse.compress.blocks import Block
 from inhouse.compress.grids import Grid, Params, Search
+from inhouse.compress.values import Count, NotNegative, Positive, Seed
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
@@ -30,13 +31,13 @@ class SignRoundOptions:
     """iters: steps, 200 in the paper. rate: of V; 0: 1 / iters, and 2 / iters at 3 bits or fewer. clip_rate: of
     alpha, as a share of `rate`. clip: least and greatest alpha. batch: inputs (rows) of a step. seed: of their draw."""
 
-    iters: int = 200
-    rate: float = 0.0
-    clip_rate: float = 0.5
-    clip: tuple[float, float] = (0.5, 1.1)
-    batch: int = 512
+    iters: Count = 200
+    rate: NotNegative = 0.0
+    clip_rate: NotNegative = 0.5
+    clip: tuple[Positive, Positive] = (0.5, 1.1)
+    batch: Count = 512
     search: Search = "wls"
-    seed: int = 0
+    seed: Seed = 0
 
 
 class LearnedRounding:

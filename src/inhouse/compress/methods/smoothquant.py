@@ -13,6 +13,7 @@ from torch import Tensor
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.equalize import Consumers, Found, equalize
 from inhouse.compress.folding import safe
+from inhouse.compress.values import Share
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress
@@ -22,7 +23,7 @@ from inhouse.core.progress import Progress
 class SmoothQuantOptions:
     """alpha: how much of the difficulty moves into the weights, 0..1. folds: of `norm`, `v_o`, `up_down`."""
 
-    alpha: float = 0.5
+    alpha: Share = 0.5
     folds: tuple[str, ...] = ("norm",)
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from inhouse.compress.grids import Grid
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.sparsity import Pattern, held, keep, masked, parse_pattern, refit
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Count, Natural, NotNegative
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import is_float
@@ -32,10 +33,10 @@ class SparseGptOptions:
     sweep alone cannot change columns that it has passed."""
 
     sparsity: str | float = 0.5
-    block: int = 128
-    damping: float = 0.01
+    block: Count = 128
+    damping: NotNegative = 0.01
     by_row: bool = True
-    refit: int = 0
+    refit: Natural = 0
 
     def __post_init__(self) -> None:
         parse_pattern(self.sparsity)

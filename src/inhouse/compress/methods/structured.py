@@ -26,6 +26,7 @@ from inhouse.compress.slicing import (
     renamed,
     spread_heads,
 )
+from inhouse.compress.values import LessThanOne, Natural, NotNegative
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -36,15 +37,15 @@ from inhouse.model.spec import ModelSpec
 class StructuredOptions:
     """What goes. Shares are of the width now; `multiple` 0: see `slicing.kept_width`."""
 
-    ffn: float = 0.0  # share of the FFN channels
-    kv_groups: int = 0  # key-value heads, each with all its query heads
-    heads_per_group: int = 0  # query heads taken from each key-value group that stays
-    layers: int = 0
-    hidden: float = 0.0  # share of the hidden channels
-    multiple: int = 0
+    ffn: LessThanOne = 0.0  # share of the FFN channels
+    kv_groups: Natural = 0  # key-value heads, each with all its query heads
+    heads_per_group: Natural = 0  # query heads taken from each key-value group that stays
+    layers: Natural = 0
+    hidden: LessThanOne = 0.0  # share of the hidden channels
+    multiple: Natural = 0
     contiguous: bool = False  # layers that go are neighbours
     compensate: bool = True  # fit what stays of `down` and `o`
-    damping: float = 1e-3
+    damping: NotNegative = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +119,13 @@ def scores_of(work: Work, seen: Seen) -> Scores:
     return Scores(ffn, heads, hidden, seen.influence(spec.layers))
 
 
+def takes_nothing(options: StructuredOptions) -> tuple[str, str] | None:
+    """Why such a stage would do nothing, and the remedy."""
+    if options.ffn or options.kv_groups or options.heads_per_group or options.layers or options.hidden:
+        return None
+    return "every share is 0", "Give at least one of ffn, kv_groups, heads_per_group, layers, hidden"
+
+
 def structured(
     work: Work,
     calibration: Calibration | None,
@@ -139,7 +147,10 @@ def structured(
         spec, wide=bool(options.ffn or options.hidden), heads=bool(options.kv_groups or options.heads_per_group)
     )
     if options.layers >= spec.layers:
-        raise UsageError(f"{options.layers} of {spec.layers} layers are to go", param="layers")
+        raise UsageError(
+            f"layers: {options.layers} of {spec.layers} layers are to go", remedy=f"Give at most {spec.layers - 1}",
+            param="layers",
+        )  # fmt: skip
     grams = [f"layers.{i}.{part}.weight" for i in range(spec.layers) for part in ("mlp.down", "attn.o")]
     seen = observe(
         work.program, work.weights(), calibration.tokens, lengths=calibration.lengths, grams=grams, progress=progress
@@ -199,7 +210,10 @@ def _layers(spec: ModelSpec, influence: Tensor, options: StructuredOptions) -> I
     if not options.layers:
         return None
     if not 0 < options.layers < spec.layers:
-        raise UsageError(f"{options.layers} of {spec.layers} layers are to go", param="layers")
+        raise UsageError(
+            f"layers: {options.layers} of {spec.layers} layers are to go", remedy=f"Give at most {spec.layers - 1}",
+            param="layers",
+        )  # fmt: skip
     if not options.contiguous:
         return _highest(influence, spec.layers - options.layers)
     sums = [float(influence[i : i + options.layers].sum()) for i in range(spec.layers - options.layers + 1)]

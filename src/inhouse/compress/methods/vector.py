@@ -7,13 +7,14 @@ behind predecessors that are coded already.
 """
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from inhouse.compress.blocks import BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Count, Natural, NotNegative, Range, Seed
 from inhouse.compress.vector_codes import VectorOptions, fit, form_of, recode
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
@@ -28,12 +29,12 @@ class VectorMethod:
     """Options; `vector_codes.VectorOptions` says what they mean. books: where the recipe names no format. sequential
     (of `vector-shared`): codes behind coded predecessors."""
 
-    books: int = 2
-    entries: int = 256
-    beam: int = 8
-    rounds: int = 4
-    damp: float = 0.01
-    seed: int = 0
+    books: Annotated[int, Range(1, 4)] = 2
+    entries: Annotated[int, Range(2, 256)] = 256
+    beam: Count = 8
+    rounds: Natural = 4
+    damp: NotNegative = 0.01
+    seed: Seed = 0
     sequential: bool = True
 
     def core(self, fmt: str = "") -> VectorOptions:

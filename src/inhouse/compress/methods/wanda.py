@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inhouse.compress.sparsity import held, keep, masked, parse_pattern, refit
 from inhouse.compress.stats import LinearStats
+from inhouse.compress.values import Natural
 from inhouse.core.errors import UsageError
 
 
@@ -21,7 +22,7 @@ class WandaOptions:
 
     sparsity: str | float = 0.5
     by_row: bool = True
-    refit: int = 0
+    refit: Natural = 0
 
     def __post_init__(self) -> None:
         parse_pattern(self.sparsity)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.values import Count, Natural
 from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.model.families.sparse_attention import KEY, attention_key, narrow
@@ -16,9 +17,9 @@ from inhouse.model.families.sparse_attention import KEY, attention_key, narrow
 class WindowOptions:
     """What each layer sees of the positions before a token. Raises UsageError for sizes that cannot be."""
 
-    window: int = 4096  # the last so many
-    sink: int = 0  # and the first so many, whole blocks of 16
-    stride: int = 0  # and every stride-th block of 16; 0: none
+    window: Count = 4096  # the last so many
+    sink: Natural = 0  # and the first so many, whole blocks of 16
+    stride: Natural = 0  # and every stride-th block of 16; 0: none
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.sink < 0 or self.stride < 0:
