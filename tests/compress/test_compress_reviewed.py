@@ -26,7 +26,9 @@ def test_factors_of_an_embedding_are_coded_as_far_as_they_can_be() -> None:
         {"quantize": {"method": "rtn", "format": "q8_0", "importance": False, "include": ["embed.weight"]}},
     ]
     done = pipeline.compress("demo", "thin", parse_recipe({"stages": stages}))
-    assert any("factor a of the embedding stays" in said for said in done.result["fallbacks"])
+    (said,) = done.result["fallbacks"]
+    assert said["tensor"] == "embed.weight (factor a)"
+    assert (said["asked"], said["done"]) == ("rtn q8_0", "stays bf16")
 
 
 def test_a_width_that_removes_nothing_is_refused() -> None:

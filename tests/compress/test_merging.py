@@ -94,7 +94,7 @@ def test_the_elected_sign_wins() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"method": "tise"}, "unknown merge"),
+        ({"method": "tise"}, "method is 'tise'"),
         ({"method": "ties", "density": 0.0}, "density"),
         ({"method": "slerp", "t": 1.5}, "t is"),
     ],

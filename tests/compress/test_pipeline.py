@@ -325,7 +325,10 @@ def test_experts_without_tokens_are_named(stories: Path, texts: dict[str, str], 
         lonely = [unit for unit, record in records.items() if record.get("tokens") == 0]
         assert lonely
         for unit in lonely:
-            assert "no calibration token reached it; rtn without statistics" in records[unit]["fallback"]
+            (said,) = records[unit]["fallbacks"]
+            assert said["tensor"] == unit.split("/")[1]
+            assert (said["asked"], said["done"]) == ("gptq q4_1", "rtn q4_1 without statistics")
+            assert said["why"] == "no calibration token reached it"
             assert records[unit]["method"] == "rtn"
         assert work.form("layers.0.moe.router.weight") is not None  # `include` names what is kept by default
 
@@ -338,4 +341,6 @@ def test_super_blocks_that_do_not_fit_become_groups(model: str, tmp_path: Path) 
         stage = parse_recipe({"stages": [{"quantize": {"method": "rtn", "format": "q4_k", "importance": False}}]})
         StageRun(work, stage.stages[0], "0.quantize", None, 1 << 28).run()
         assert {form.main.format for name in work.matrices() if (form := work.form(name)) and form.main} == {"q4_1"}
-        assert all("q4_1 instead" in line["record"]["fallback"] for line in work.units().values() if line.get("record"))
+        said = [line["record"]["fallbacks"][0] for line in work.units().values() if line.get("record")]
+        assert {one["tensor"] for one in said} == set(work.matrices())
+        assert {(one["asked"], one["done"]) for one in said} == {("rtn q4_k", "rtn q4_1")}

@@ -35,7 +35,7 @@ Q4 = {"quantize": {"method": "gptq", "format": "q4_0"}}
         (_stages({"quantize": {"method": "gptq", "format": "q4_00"}}), "stages[0].quantize.format", "q4_0"),
         (_stages(Q4, calibration={"sampels": 3}), "calibration.sampels", "Did you mean samples?"),
         (_stages(Q4, budget={"rom": "3GB"}), "budget.rom", "Did you mean ram?"),
-        (_stages(Q4, gates={"final": "god"}), "gates.final.god", "Did you mean good?"),
+        (_stages(Q4, gates={"final": "god"}), "gates.final is", "Did you mean good?"),
     ],
 )
 def test_unknown_words_are_named_with_the_nearest(document: dict[str, Any], path: str, hint: str) -> None:

@@ -1,6 +1,7 @@
 """What a recipe cannot do is refused before any work; what it does less than it says is noted."""
 
 import dataclasses
+import io
 import math
 import typing
 from pathlib import Path
@@ -9,13 +10,20 @@ from typing import Annotated, Any
 import pytest
 import torch
 
-from inhouse.compress.calibrate import CalibrationOptions
+from inhouse.cli.main import main
+from inhouse.cli.output import ProgressBar
+from inhouse.compress.calibrate import CalibrationOptions, calibrate, read_texts
+from inhouse.compress.fallbacks import grouped, of_records
 from inhouse.compress.merge import parse_ingredient
 from inhouse.compress.methods.merging import MergeOptions, check_sum
 from inhouse.compress.pipeline import dry_run
 from inhouse.compress.recipe import load_recipe, parse_recipe
+from inhouse.compress.runs import RunState
+from inhouse.compress.stages import StageRun
 from inhouse.compress.table import METHODS
+from inhouse.compress.units import units_of
 from inhouse.compress.values import Range
+from inhouse.compress.work import Work
 from inhouse.core.errors import InhouseError, NotFoundError, UsageError
 
 pytestmark = [pytest.mark.torch]
@@ -179,3 +187,74 @@ def test_a_length_beyond_the_context_is_told(stories: Path, tmp_path: Path) -> N
     calibration = {"texts": [str(tmp_path / "c.txt")], "samples": 2, "length": 100_000}
     plan = _plan(stories, stages, calibration=calibration)
     assert any("calibration.length 100000 is beyond the model's context" in one for one in plan["calibration"]["notes"])
+
+
+# What was not done as asked.
+
+
+@pytest.mark.realdata
+def test_every_fallback_names_its_tensor_and_groups_are_counted(stories: Path, tmp_path: Path) -> None:
+    stage = parse_recipe({"stages": [{"quantize": {"method": "round", "format": "q2_k"}}]}).stages[0]
+    with Work.open(str(stories / "hf"), tmp_path) as work:
+        StageRun(work, stage, "0.quantize", None, 1 << 28).run()
+        records = {unit: line["record"] for unit, line in work.units().items() if line.get("record")}
+        found = of_records(records)
+        assert {one["tensor"] for one in found} == set(work.matrices())
+        assert {(one["asked"], one["done"]) for one in found} == {("round q2_k", "round u2_g32")}
+        assert {form.main.format for name in work.matrices() if (form := work.form(name)) and form.main} == {"u2_g32"}
+        told = grouped(found)
+        assert sum(int(one.split(" was asked for ")[1].split(" ")[0]) for one in told) == len(found)
+        assert all("and" in one and "more" in one for one in told if len(found) > 3 * len(told))
+
+
+@pytest.mark.realdata
+def test_a_stage_none_of_whose_weights_got_the_method_is_an_error(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("inhouse.compress.feedback.inverse_factor", lambda hessian, damping: None)
+    document = {"stages": [{"quantize": {"method": "gptq", "format": "q4_0", "include": ["layers.0.attn"]}}]}
+    (tmp_path / "c.txt").write_text("Once upon a time there was a girl. " * 20)
+    with Work.open(str(stories / "hf"), tmp_path / "run") as work:
+        options = CalibrationOptions(samples=1, length=16)
+        calibration = calibrate(read_texts([tmp_path / "c.txt"]), work.tokenizer, options)
+        run = StageRun(work, parse_recipe(document).stages[0], "0.quantize", calibration, 1 << 28)
+        with pytest.raises(UsageError, match="no weight was done by gptq.*layers.0.attn.*does not factor") as caught:
+            run.run()
+        assert "Name the method that was used" in caught.value.remedy
+
+
+@pytest.mark.realdata
+def test_what_a_method_refuses_names_the_weight(stories: Path, tmp_path: Path) -> None:
+    stage = parse_recipe({"stages": [{"quantize": {"method": "round", "format": "vq2_row"}}]}).stages[0]
+    with Work.open(str(stories / "hf"), tmp_path) as work:
+        with pytest.raises(UsageError, match=r"^embed.weight \(round vq2_row\): ") as caught:
+            StageRun(work, stage, "0.quantize", None, 1 << 28).run()
+        assert caught.value.remedy
+
+
+def test_progress_counts_what_it_says() -> None:
+    stream = io.StringIO()
+    units = units_of(parse_recipe({"stages": [Q4, {"repair": {"method": "eora"}}]}))
+    bar = ProgressBar(stream, units=units)
+    lines = {stage: bar_line(bar, stage) for stage in ("evaluating", "quantize round", "verify weights")}
+    assert "5 of 10 tokens" in lines["evaluating"]
+    assert "5 of 10 weights" in lines["quantize round"]
+    assert "5 B of 10 B" in lines["verify weights"]
+
+
+def bar_line(bar: ProgressBar, stage: str) -> str:
+    bar(stage, 5, 10)
+    return bar._line(5, 10, 0.0)
+
+
+def test_the_list_of_runs_reads_well(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    state = RunState("small", "unfinished", "stories", "quantize gptq q4_0", 12, 3_400_000, "2026-01-01T00:00:00Z")
+    monkeypatch.setattr("inhouse.compress.runs.list_runs", lambda home: [state])
+    with pytest.raises(SystemExit) as ended:
+        main(["compress", "--runs"])
+    assert not ended.value.code
+    head, line = capsys.readouterr().out.splitlines()
+    assert "ON DISK" in head
+    assert "NBYTES" not in head
+    assert "3.2 MiB" in line
+    assert "3400000" not in line

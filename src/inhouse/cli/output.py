@@ -77,8 +77,13 @@ class ProgressBar:
     readable.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, unit: str = "bytes", width: int = 28) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, unit: str = "bytes", units: Mapping[str, str] | None = None,
+        width: int = 28,
+    ) -> None:  # fmt: skip
+        """unit: what is counted; units: the same of stages that count something else."""
         self._stream = stream or sys.stderr
+        self._units = units or {}
         self._unit, self._width = unit, width
         self._stage, self._began, self._drawn = "", 0.0, 0.0
         self._live = self._stream.isatty()
@@ -104,11 +109,8 @@ class ProgressBar:
     def _line(self, done: int, total: int, elapsed: float) -> str:
         share = min(1.0, done / total) if total else 1.0
         bar = "#" * round(share * self._width)
-        amount = (
-            f"{human_bytes(done)} of {human_bytes(total)}"
-            if self._unit == "bytes"
-            else f"{done} of {total} {self._unit}"
-        )
+        unit = self._units.get(self._stage, self._unit)
+        amount = f"{human_bytes(done)} of {human_bytes(total)}" if unit == "bytes" else f"{done} of {total} {unit}"
         left = f", {human_seconds(elapsed / share - elapsed)} left" if 0 < share < 1 and elapsed > 0.5 else ""
         return f"{self._stage} [{bar:<{self._width}}] {share:4.0%} {amount}{left}"
 

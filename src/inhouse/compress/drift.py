@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from inhouse.compress.blocks import Block
+from inhouse.compress.fallbacks import KEY, fallback
 from inhouse.compress.feedback import GptqOptions, gptq_codes
 from inhouse.compress.graph import matrices_of
 from inhouse.compress.grids import Grid
@@ -56,25 +57,27 @@ class _Sums(NamedTuple):
 
 def drift_layer(work: Work, block: Block, choose: Callable[[str], str], options: DriftOptions) -> dict[str, Any]:
     """Rounds every matrix of a layer to the format that `choose(name)` says ("": it stays), puts forms and norms into
-    `work`, and returns a record: the relative output error of each matrix, and notes."""
+    `work`, and returns a record: the relative output error of each matrix, and fallbacks."""
     before = work.weights(block.layer, before=True)
     now = work.weights(block.layer)
     errors: dict[str, float] = {}
-    notes: list[str] = []
+    fell: list[dict[str, str]] = []
     for at, op in enumerate(block.ops):
         names = [name for name in matrices_of(op) if choose(name)]
         if not names:
             continue
         if op.kind != "linears":
-            notes.append(f"{len(names)} matrices of {op.kind} were left as they are")
+            why = f"matrices of {op.kind} are left as they are"
+            fell += [fallback(name, f"gptaq {choose(name)}", "stays as it is", why) for name in names]
             continue
         sums = _sums(block, before, now, at, options.residual)
         for name in names:
-            errors[name], note = _round(work, name, before[name], now, sums, choose(name), options)
-            notes += [f"{name}: {note}"] if note else []
+            errors[name], plain = _round(work, name, before[name], now, sums, choose(name), options)
+            if plain:
+                fell.append(fallback(name, f"gptaq {choose(name)}", f"rtn {choose(name)}", plain))
         if options.norms:
             _resolve_norm(work, block, at, before, now, sums)
-    return {"errors": errors} | ({"fallback": "; ".join(notes)} if notes else {})
+    return {"errors": errors} | ({KEY: fell} if fell else {})
 
 
 def _round(
@@ -90,7 +93,7 @@ def _round(
     form = Form(grid.pack(done.codes, done.params))
     work.put_form(name, form)
     now[name] = torch.from_numpy(form.value())
-    return relative_error(wanted, now[name], sums.gram), done.note
+    return relative_error(wanted, now[name], sums.gram), done.plain
 
 
 def _target(weight: Tensor, sums: _Sums, ridge: float) -> Tensor:

@@ -34,11 +34,13 @@ class GptqOptions:
 
 
 class Rounded(NamedTuple):
-    """Codes uint8 [out, in], their params, and what was done otherwise than asked ("": nothing)."""
+    """Codes uint8 [out, in], their params, and what was done otherwise than asked ("": nothing); `plain`: why nothing
+    was fed back at all."""
 
     codes: Tensor
     params: Params
     note: str
+    plain: str = ""
 
 
 def gptq_codes(weight: Tensor, gram: Tensor, grid: Grid, options: GptqOptions) -> Rounded:
@@ -89,7 +91,7 @@ def refined(
 def _plain(weight: Tensor, gram: Tensor, grid: Grid, options: GptqOptions, why: str) -> Rounded:
     energy = gram.diagonal().float().nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
     params = grid.fit(weight, energy, options.search)
-    return Rounded(grid.round(weight, params, grid.index()), params, f"{why}: plainly rounded")
+    return Rounded(grid.round(weight, params, grid.index()), params, f"{why}: plainly rounded", why)
 
 
 def _sweep(

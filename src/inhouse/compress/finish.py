@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from inhouse.compress.blocks import BlockRunner
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.fallbacks import of_records
 from inhouse.compress.matrix import sparsest, sparsest_floats
 from inhouse.compress.recipe import Recipe
 from inhouse.compress.work import Work
@@ -149,18 +150,13 @@ def manifest(recipe: Recipe, work: Work, calibration: Calibration | None, print_
         "summary": recipe.summary(), "recipe": recipe.canonical(), "fingerprint": dict(print_),
         "model": {"reference": work.reference, "digest": work.digest},
         "calibration": calibration.manifest() | {"texts": []} if calibration is not None else None,
-        "texts": texts, "notes": list(work.notes), "fallbacks": fallbacks(records), "units": records,
+        "texts": texts, "notes": list(work.notes), "fallbacks": of_records(records), "units": records,
     }  # fmt: skip
 
 
 def _timeless(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a method recorded, without how long it took: the journal keeps that."""
     return {key: value for key, value in record.items() if key != "seconds"}
-
-
-def fallbacks(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """What was not done as asked, one sentence each."""
-    return [str(record["fallback"]) for record in records.values() if record.get("fallback")]
 
 
 def record_gate(folder: Path, report: Mapping[str, Any]) -> None:

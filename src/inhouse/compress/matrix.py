@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from inhouse.compress.fallbacks import KEY, fallback
 from inhouse.compress.method import Method
 from inhouse.compress.recipe import Stage
 from inhouse.compress.stats import LinearStats
@@ -28,6 +29,7 @@ NARROWER: Mapping[str, str] = {
     "q2_k": "u2_g32", "q3_k": "u3_g32", "q4_k": "q4_1", "q5_k": "q5_1", "q6_k": "q6_0", "iq4_xs": "iq4_nl",
     "tq2_0": "u2_g32",
 }  # fmt: skip
+OTHERWISE = "Leave the weight out by `exclude`, or give it another format or method by `overrides`"
 SLAB_BYTES = 64 << 20  # of float32 rows that a method gets at once of a large matrix, where its rows are apart
 SAME: Mapping[str, str] = {"q4_0": "i4_g32", "q8_0": "i8_g32"}  # the same tiles, and the name that sparse forms know
 SPARSE = ("mask", "pairs", "columns")  # codings of formats that leave zeros out
@@ -35,18 +37,21 @@ SPARSE = ("mask", "pairs", "columns")  # codings of formats that leave zeros out
 
 @dataclass(slots=True)
 class Chosen:
-    """What is to be done to one matrix: a method's row, its options, a format as the recipe names it."""
+    """What is to be done to one matrix: a method's row, its options, a format as the recipe names it. `asked`: the
+    first of all, in words."""
 
     row: Method
     options: Any
     format: str
     stats: LinearStats | None
+    name: str = ""
+    asked: str = ""
     record: dict[str, Any] = field(default_factory=dict)  # what the journal keeps of the unit
 
-    def say(self, text: str) -> None:
-        """Adds to what was not done as asked."""
-        before = self.record.get("fallback")
-        self.record["fallback"] = f"{before}; {text}" if before else text
+    def say(self, done: str, why: str, part: str = "") -> None:
+        """Adds to what was not done as asked; `part`: of the matrix, where it is stored in several."""
+        tensor = f"{self.name} ({part})" if part else self.name
+        self.record.setdefault(KEY, []).append(fallback(tensor, self.asked, done, why))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +74,19 @@ class Source:
 
 
 def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | None) -> dict[str, Any]:
-    """Does the stage's method to one matrix and puts the result; what is to be recorded of it."""
+    """Does the stage's method to one matrix and puts the result; what is to be recorded of it. What a method raises
+    names the matrix and what was asked of it."""
+    try:
+        return _compressed(work, stage, name, stats)
+    except UsageError as error:
+        method, fmt, _ = stage.choice(name)
+        message = f"{name} ({f'{method} {fmt}'.strip()}): {error.message}"
+        raise type(error)(message, remedy=error.remedy or OTHERWISE, param=name) from None
+
+
+def _compressed(work: Work, stage: Stage, name: str, stats: LinearStats | None) -> dict[str, Any]:
     method, fmt, options = stage.choice(name)
-    chosen = with_statistics(Chosen(METHODS[method], options, fmt, stats), name)
+    chosen = with_statistics(Chosen(METHODS[method], options, fmt, stats, name, f"{method} {fmt}".strip()))
     form = work.form(name)
     if chosen.row.family == "quantize" and form is not None and _has_factors(form):
         turned = work.programs.weights[name].kind == "embedding"  # its `a` is read transposed, which codes are not
@@ -83,13 +98,13 @@ def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | No
     return {"method": chosen.row.name, "format": _format_of(made, chosen), **chosen.record, **_findings(stats)}
 
 
-def with_statistics(chosen: Chosen, name: str) -> Chosen:
+def with_statistics(chosen: Chosen) -> Chosen:
     """The same, or the method's fallback where it needs statistics and there are none."""
     row, stats = chosen.row, chosen.stats
     if row.need(chosen.options) == "nothing" or (stats is not None and stats.count):
         return chosen
     why = "no calibration token reached it" if stats is not None else "its inputs are token ids"
-    chosen.say(f"{name}: {why}; {row.fallback or row.name} without statistics")
+    chosen.say(f"{row.fallback or row.name} {chosen.format}".strip() + " without statistics", why)
     if not row.fallback:
         return replace(chosen, stats=None)
     other = METHODS[row.fallback]
@@ -97,7 +112,7 @@ def with_statistics(chosen: Chosen, name: str) -> Chosen:
 
 
 def fitting(fmt: str, shape: tuple[int, ...]) -> tuple[str, str]:
-    """(the format, or one of as many bits where the matrix is no multiple of its super-blocks; what to say of that).
+    """(the format, or one of as many bits where the matrix is no multiple of its super-blocks; why that).
     Raises UnsupportedError where there is none. Sparse formats are asked for by their plain base."""
     base = FORMATS[fmt].base if FORMATS[fmt].coding in SPARSE else fmt
     try:
@@ -107,16 +122,16 @@ def fitting(fmt: str, shape: tuple[int, ...]) -> tuple[str, str]:
         other = NARROWER.get(fmt)
         if other is None:
             raise
-        return other, f"{error.message}; {other} instead"
+        return other, error.message
 
 
 def _packed(chosen: Chosen, weight: Source, mask: Tensor | None, form: Form | None) -> Any:
     """The method's result, in a sparse format where the recipe names one."""
     fmt = chosen.format
     if fmt:
-        fmt, note = fitting(fmt, weight.shape)
-        if note:
-            chosen.say(note)
+        fmt, why = fitting(fmt, weight.shape)
+        if why:
+            chosen.say(f"{chosen.row.name} {fmt}", why)
     wanted = fmt if fmt and FORMATS[fmt].coding in SPARSE else ""
     made = _call(chosen, weight, FORMATS[fmt].base if wanted else fmt, mask, form)
     if not isinstance(made, Form) or made.main is None:
@@ -170,11 +185,11 @@ def _factors(chosen: Chosen, form: Form, floats: Collection[str] = ()) -> Form:
     for which, packed in form.matrices():
         if which in floats:
             made[which] = packed
-            chosen.say(f"factor {which} of the embedding stays {packed.format}: it is read transposed")
+            chosen.say(f"stays {packed.format}", "this factor of an embedding is read transposed", f"factor {which}")
             continue
         met = which in first or (which == "" and form.outer is None)
         seen = replace(chosen, stats=chosen.stats if met else None, record={})
-        apart = with_statistics(seen, which)
+        apart = with_statistics(seen)
         fmt, _ = fitting(chosen.format, packed.shape)
         part = _call(apart, torch.from_numpy(packed.dequantize()), fmt, None, None)
         main = part.main if isinstance(part, Form) else None
@@ -184,7 +199,7 @@ def _factors(chosen: Chosen, form: Form, floats: Collection[str] = ()) -> Form:
             made[which] = main
         else:
             made[which] = packed
-            chosen.say(f"factor {which or 'main'} stays {packed.format}, {fmt} would be larger")
+            chosen.say(f"stays {packed.format}", f"{fmt} would be larger", f"factor {which or 'main'}")
     return replace(
         form,
         main=made.get(""),
@@ -210,7 +225,7 @@ def _call(chosen: Chosen, weight: Source | Tensor, fmt: str, mask: Tensor | None
             result, said = result
             chosen.record |= {key: value for key, value in said.items() if key != "fallback"}
             if said.get("fallback"):
-                chosen.say(str(said["fallback"]))
+                chosen.say(said["fallback"]["done"], said["fallback"]["why"])
         made.append(result)
     return made[0] if len(made) == 1 else _stacked(made)
 
@@ -239,7 +254,7 @@ def _keep(work: Work, name: str, chosen: Chosen, made: Any) -> None:
         elif mask is not None and value is not None:
             lost = int((value[~mask] != 0).sum())
             if lost:
-                chosen.say(f"{name}: {lost} pruned weights are not 0 in this format")
+                chosen.say(f"{lost} pruned weights are not 0", "the format has no 0 there")
     elif made.dtype is torch.bool:
         work.put(name, work.value(name) * made)
         work.put_mask(name, made)

@@ -21,9 +21,10 @@ class Method:
     scope and what `run` is then called with:
         matrix  run(weight f32 [out, in], stats: LinearStats | None, options, format: str) -> Form, f32 tensor (new
                 weights; where some are exactly 0 and the family is `prune`, their mask too) or bool tensor (a mask);
-                or one of these and a dict that the unit's record takes (its "fallback" says what was not done as
-                asked). `format` is "" where the recipe names none. `rows_apart`: rows do not influence one another, so
-                that a large matrix may be given in runs of rows.
+                or one of these and a dict that the unit's record takes (its "fallback": {"done", "why"} says what
+                was not done as asked; its "method", which other was used instead). `format` is "" where the recipe
+                names none. `rows_apart`: rows do not influence one another, so that a large matrix may be given in
+                runs of rows.
         block   run(work, layer: int, block: blocks.Block, options, format) -> dict of the unit's record; puts its
                 results into work and leaves `save` to the pipeline.
         model   run(work, calibration: Calibration | None, options, report: dict[, progress=]) -> None; as block. What

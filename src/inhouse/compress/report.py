@@ -15,6 +15,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader
 
 from inhouse.compress.evaluate import Divergence
+from inhouse.compress.fallbacks import grouped
 from inhouse.compress.gate import Judged
 from inhouse.compress.speed import Speed
 from inhouse.compress.tensor_facts import TensorFacts
@@ -46,7 +47,7 @@ def write_report(folder: Path, inputs: Inputs) -> Path:
     with atomic_file(folder / "report.json") as file:
         file.write(json.dumps(document, ensure_ascii=False, indent=1).encode())
     environment = Environment(loader=PackageLoader("inhouse.compress", "."), autoescape=True)
-    environment.filters["number"] = _number
+    environment.filters |= {"number": _number, "grouped": grouped}
     page = environment.get_template(TEMPLATE).render(r=document, plots=drawings(inputs))
     with atomic_file(folder / "report.html") as file:
         file.write(page.encode())

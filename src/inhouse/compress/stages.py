@@ -7,12 +7,13 @@ the journal has is not done again.
 import inspect
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from inhouse.compress.blocks import Block, BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.fallbacks import KEY, fallback, grouped
 from inhouse.compress.matrix import compress_matrix, fitting
 from inhouse.compress.memory import anonymous_bytes
 from inhouse.compress.recipe import Stage
@@ -37,7 +38,6 @@ class StageRun:
     peak: Callable[[], int] = anonymous_bytes  # the most memory that the process has taken so far
     done: int = 0
     total: int = 0
-    fallbacks: list[str] = field(default_factory=list)
 
     def run(self) -> None:
         """Does what is left of the stage. Raises UsageError where it selects nothing."""
@@ -80,6 +80,18 @@ class StageRun:
         for name in names:
             if name not in tapped:
                 self._one(name, None)
+        self._check_applied(names)
+
+    def _check_applied(self, names: Sequence[str]) -> None:
+        """A stage none of whose weights got its method must not pass as that method."""
+        records = {name: self.work.units()[f"{self.id}/{name}"].get("record", {}) for name in names}
+        if any(record.get("method") == self.stage.choice(name)[0] for name, record in records.items()):
+            return
+        told = grouped([one for record in records.values() for one in record.get(KEY, ())])
+        raise UsageError(
+            f"{self.id}: no weight was done by {self.stage.method}: {'; '.join(told)}",
+            remedy="Name the method that was used instead, or give what the first one needs", param=self.id,
+        )  # fmt: skip
 
     def _tell(self, more: int) -> None:
         """Progress in weights (layers) of what this process has to do, so that the estimate is of its own pace."""
@@ -128,8 +140,9 @@ class StageRun:
             kept, _ = fitting(fmt, self.work.shape(name))
             row = METHODS["rtn"]
             self.work.put_form(name, row.run(self.work.value(name), None, row.options(), kept))
-            said = f"{name}: {method} works on the linears of layers; rounded to {kept}"
-            self.work.save(unit, peak=self.peak(), record={"fallback": said})
+            why = f"{method} works on the linears of layers"
+            said = [fallback(name, f"{method} {fmt}", f"rtn {kept}", why)]
+            self.work.save(unit, peak=self.peak(), record={KEY: said})
 
     # The model at once.
 

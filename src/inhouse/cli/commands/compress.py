@@ -44,6 +44,7 @@ def command(
         raise UsageError("--resume and --restart exclude each other", param="resume")
     from inhouse.compress import pipeline
     from inhouse.compress.asked import asked_recipe
+    from inhouse.compress.units import units_of
 
     searched = None
     if target_size is not None or max_kld is not None:
@@ -58,7 +59,7 @@ def command(
         _dry(pipeline.dry_run(model, chosen), json)
         return
     assert name is not None
-    bar = ProgressBar(unit="weights")
+    bar = ProgressBar(units=units_of(chosen))
     try:
         done = pipeline.compress(
             model, name, chosen, resume=True if resume else False if restart else None, searched=searched, progress=bar
@@ -79,8 +80,9 @@ def _search(
 ) -> tuple[Any, dict[str, Any]]:
     """The recipe that keeps the limit best, and what was measured."""
     from inhouse.compress.asked import search_recipe
+    from inhouse.compress.units import STAGES
 
-    bar = ProgressBar(unit="recipes")
+    bar = ProgressBar(unit="recipes", units={name: unit for name, unit in STAGES.items() if name != "search"})
     try:
         found = search_recipe(model, name, size, kld, texts, ram, threads, bar)
     finally:
@@ -94,8 +96,10 @@ def _show(done: Any, json: bool) -> None:
     if json:
         print_json(done.to_dict())
         return
+    from inhouse.compress.fallbacks import grouped
+
     result = done.result
-    for note in [*result["notes"], *result["fallbacks"]]:
+    for note in [*result["notes"], *grouped(result["fallbacks"])]:
         print_note(note)
     was = "" if done.fresh else "was there already: "
     print(
@@ -139,4 +143,9 @@ def _runs(clean: str | None, json: bool) -> None:
     if json:
         print_json(found)
     else:
-        print_table(found, ["name", "state", "model", "recipe", "units", "nbytes", "began"])
+        names = {"name": "name", "state": "state", "model": "model", "recipe": "recipe", "units": "units done",
+                 "nbytes": "on disk", "began": "began"}  # fmt: skip
+        shown = [
+            {names[key]: human_bytes(one) if key == "nbytes" else one for key, one in run.items()} for run in found
+        ]
+        print_table(shown, list(names.values()))

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from inhouse.compress.blocks import BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.fallbacks import KEY, fallback
 from inhouse.compress.graph import matrices_of, readers
 from inhouse.compress.grids import Grid, fitting
 from inhouse.compress.work import Work
@@ -62,13 +63,14 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def choose(work: Work, mixture: str) -> tuple[dict[str, str], dict[str, str]]:
-    """(matrix -> format, matrix -> why it is not the mixture's own)."""
+def choose(work: Work, mixture: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """(matrix -> format, fallbacks where it is not the mixture's own)."""
     base, more = MIXTURES[mixture]
     layer_of = {name: op.layer for op in work.program.ops for name in matrices_of(op)}
     layers = len({layer for layer in layer_of.values() if layer >= 0})
     role = roles(work.program)
-    chosen, notes = {}, {}
+    chosen: dict[str, str] = {}
+    notes: list[dict[str, str]] = []
     for name in work.matrices():
         kind = role.get(name, "head")
         fmt = "q6_k" if kind == "head" else base
@@ -77,7 +79,7 @@ def choose(work: Work, mixture: str) -> tuple[dict[str, str], dict[str, str]]:
         inputs = work.shape(name)[1]
         if not fitting(fmt, inputs):
             narrow = NARROWER[fmt]
-            notes[name] = f"{inputs} inputs are no multiple of 256: {narrow} instead of {fmt}"
+            notes.append(fallback(name, fmt, narrow, f"{inputs} inputs are no multiple of 256"))
             fmt = narrow
         chosen[name] = fmt
     return chosen, notes
@@ -109,4 +111,4 @@ def ggufmix(
             encode(name, None)
     report["formats"] = chosen
     if notes:
-        report["fallback"] = "; ".join(f"{name}: {why}" for name, why in notes.items())
+        report[KEY] = notes

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.fallbacks import KEY, fallback
 from inhouse.compress.folding import fold_norm
 from inhouse.compress.graph import bias_of, linear_folds, matrices_of, norm_folds, readers, uses
 from inhouse.compress.values import Seed
@@ -75,7 +76,7 @@ def hadamard(work: Work, calibration: Calibration | None, options: HadamardOptio
         if reason and not options.heads:
             raise UnsupportedError(reason, remedy="Set untie: true, or turn heads alone")
         if reason:
-            report["fallback"] = f"the stream was not turned: {reason}"
+            report[KEY] = [fallback("the residual stream", "hadamard", "not turned", reason)]
             return
         _fold_norms(work)
         _turn_stream(work, stream_of(work.program), options.seed)

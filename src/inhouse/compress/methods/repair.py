@@ -5,6 +5,7 @@ with a diagonal; EoRA, Liu et al. 2024, arXiv 2410.21271, with all of it). The s
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def repair(
 
 def repaired(
     weight: Tensor, stats: LinearStats | None, options: Repair, fmt: str = "", *, form: Form | None = None
-) -> tuple[Form, dict[str, str]]:
+) -> tuple[Form, dict[str, Any]]:
     """As the table of methods calls it: the form of a matrix that was quantised, with its side branch. `fmt`, where it
     is given, is the format of the factors. What cannot be repaired (floats, a matrix too small for that rank) stays as
     it is, and the record says so. Raises UsageError for a matrix that no stage has quantised."""
@@ -68,5 +69,7 @@ def repaired(
     try:
         found = repair(weight, form, options, gram, mean_abs)
     except UnsupportedError as error:
-        return form, {"fallback": f"not repaired: {error.message}"}
-    return found, {} if found is not form else {"fallback": "not repaired: a side branch made it no better"}
+        return form, {"fallback": {"done": "not repaired", "why": error.message}}
+    if found is form:
+        return form, {"fallback": {"done": "not repaired", "why": "a side branch made it no better"}}
+    return found, {}
