@@ -49,6 +49,7 @@ from inhouse.train.data import Dataset, make_batch, make_dataset
 
 CALIBRATED, UNSEEN = 96, 40  # sequences of the training data for the scores; stories for the loss
 CUT = StructuredOptions(ffn=1 / 3, layers=1)
+GOAL = 0.05  # rise of the loss that the issue allows
 
 
 def held_out(encoder: Encoder, corpus: Corpus, realdata: Path) -> dict[str, Dataset]:
@@ -167,12 +168,16 @@ def save(found: Mapping[str, Any], given: argparse.Namespace) -> None:
     command = f"python -m bench.compress.demo_structured --minutes {given.minutes:g} --steps {given.steps} "
     command += f"--batch {given.batch} --samples {given.samples}{' --autocast' if given.autocast else ''}"
     what = "demo model, FFN 768 -> 512 and one layer of four away"
-    note = f"loss of held-out answers and stories, {found['before']['all']:.4f} before, {found['healed']['all']:.4f} "
-    note += f"healed, {found['unhealed']['all']:.4f} unhealed; answers {found['rise']['answers']:+.1%}, stories "
-    note += f"{found['rise']['stories']:+.1%}; healed {found['seconds']} s on a busy machine"
-    entry = {"id": "demo-structured-loss", "what": f"{what}: rise of the held-out loss", "goal": "<= 0.05"}
+    rise = found["rise"]
+    verdict = "hold it" if rise["answers"] <= GOAL else f"lose {rise['answers']:.0%}, above the goal"
+    note = f"over all tokens, which are mostly stories; **answers alone {verdict}**; loss of all "
+    note += f"{found['before']['all']:.4f} before, {found['healed']['all']:.4f} healed, "
+    note += f"{found['unhealed']['all']:.4f} unhealed; healed {found['seconds']} s on a busy machine"
+    value = {"all": round(rise["all"], 4), "answers alone": round(rise["answers"], 3)}
+    value["stories alone"] = round(rise["stories"], 3)
+    entry = {"id": "demo-structured-loss", "what": f"{what}, healed: rise of the held-out loss", "goal": f"<= {GOAL}"}
     record(
-        entry | {"value": round(found["rise"]["all"], 4), "bytes": found["bytes"], "seconds": found["seconds"],
+        entry | {"value": value, "bytes": found["bytes"], "seconds": found["seconds"],
                  "command": command, "note": note}
     )  # fmt: skip
 

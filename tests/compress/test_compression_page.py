@@ -47,3 +47,12 @@ def test_results_are_sorted_and_have_their_commands() -> None:
     entries = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else []
     assert [one["id"] for one in entries] == sorted(one["id"] for one in entries)
     assert all(one["command"] and one["what"] for one in entries)
+
+
+def test_figures_that_fall_short_in_part_say_so_in_the_table() -> None:
+    lines = PAGE.read_text("utf-8").splitlines()
+    (cut,) = [line for line in lines if "healed: rise of the held-out loss" in line]
+    assert "answers alone 0.344" in cut
+    assert "answers alone lose 34 %" in cut
+    (cache,) = [line for line in lines if "KV cache int8 on stories260K" in line]
+    assert "nothing saved beside bf16" in cache

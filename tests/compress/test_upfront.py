@@ -7,11 +7,13 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pytest
 import torch
 
 from inhouse.cli.main import main
 from inhouse.cli.output import ProgressBar
+from inhouse.compress.auto import AutoOptions, _budget
 from inhouse.compress.calibrate import CalibrationOptions, calibrate, read_texts
 from inhouse.compress.fallbacks import grouped, of_records
 from inhouse.compress.merge import parse_ingredient
@@ -24,7 +26,8 @@ from inhouse.compress.table import METHODS
 from inhouse.compress.units import units_of
 from inhouse.compress.values import Range
 from inhouse.compress.work import Work
-from inhouse.core.errors import InhouseError, NotFoundError, UsageError
+from inhouse.core.errors import FormatError, InhouseError, NotFoundError, UsageError
+from tests.load.checkpoints import change, copy_hf
 
 pytestmark = [pytest.mark.torch]
 
@@ -258,3 +261,35 @@ def test_the_list_of_runs_reads_well(capsys: pytest.CaptureFixture[str], monkeyp
     assert "NBYTES" not in head
     assert "3.2 MiB" in line
     assert "3400000" not in line
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("options", "asked"), [({"bytes": 100}, "bytes: 100 "), ({"bits": 0.5}, "bits: 0.5 \\(")])
+def test_a_budget_that_cannot_be_met_speaks_in_the_units_it_was_given_in(
+    stories: Path, tmp_path: Path, options: dict[str, Any], asked: str
+) -> None:
+    recipe = parse_recipe({"stages": [{"quantize": {"method": "auto", **options}}]})
+    with Work.open(str(stories / "hf"), tmp_path) as work:
+        names = [name for name in work.matrices() if work.value(name).ndim == 2]
+        vectors = sum(4 * math.prod(work.shape(name)) for name in work.names() if name not in names)
+        with pytest.raises(UsageError, match=f"^{asked}.*cannot be reached.* {vectors} bytes: ") as caught:
+            _budget(work, recipe.stages[0].options, names)
+        assert "-" not in caught.value.message
+        least = int(caught.value.remedy.split("bytes: ")[1].split()[0])
+        assert _budget(work, AutoOptions(bytes=least), names) == least - vectors
+
+
+@pytest.mark.realdata
+def test_weights_that_are_not_finite_are_named(stories: Path, tmp_path: Path) -> None:
+    folder = copy_hf(stories, tmp_path / "nan")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def spoil(arrays: dict[str, Any]) -> None:
+        arrays[name] = arrays[name].copy()
+        arrays[name][0, 0] = np.nan
+
+    change(folder, spoil)
+    with pytest.raises(FormatError, match=name) as caught:
+        dry_run(str(folder), parse_recipe({"stages": [Q4]}))
+    assert caught.value.remedy
+    assert "--quantize" not in str(caught.value)

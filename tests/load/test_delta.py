@@ -1,5 +1,6 @@
 """Deltas between versions: exact, small where the change is small, and refused whole when anything is not as it was."""
 
+import errno
 import hashlib
 import random
 import shutil
@@ -12,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inhouse.core.errors import CapacityError, FormatError, InhouseError, NotFoundError
+from inhouse.core.errors import CapacityError, FormatError, InhouseError, NotFoundError, UsageError
 from inhouse.load import delta
 from inhouse.load.importer import import_model
 from inhouse.store import delta_codec as codec
 from inhouse.store.delta import Delta, FileSet, make_delta
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.store import Store
-from inhouse.store.writing import from_bytes
+from inhouse.store.writing import from_bytes, named_target
 from tests.load.checkpoints import Arrays, change, copy_hf
 
 U8 = npt.NDArray[np.uint8]
@@ -217,3 +218,14 @@ def test_no_room_is_said_before_anything_is_written(
     with pytest.raises(CapacityError):
         delta.apply("m:1", tmp_path / "d", "n", store=store)
     assert not list(store.home.tmp.glob("delta-*"))
+
+
+def test_a_target_that_cannot_be_written_is_an_error_with_cause_and_remedy(tmp_path: Path) -> None:
+    values = np.ones((4, 8), np.float32)
+    base, child = bf16_model(tmp_path / "a", {"w": values}), bf16_model(tmp_path / "b", {"w": 2 * values})
+    for path in (Path("/proc/x.delta"), tmp_path / ("n" * 300)):
+        with pytest.raises(UsageError, match="cannot be written: ") as caught:
+            make_delta(base, child, path, {})
+        assert caught.value.remedy
+    with pytest.raises(CapacityError, match="No space left"), named_target(tmp_path / "full"):
+        raise OSError(errno.ENOSPC, "No space left on device")

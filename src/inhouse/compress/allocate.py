@@ -37,7 +37,7 @@ def allocate(options: Mapping[str, Sequence[Choice]], budget: int, cells: int = 
     least = sum(min(choice.cost for choice in choices) for choices in options.values())
     if least > budget:
         raise UsageError(
-            f"the target is {budget}, the smallest that these methods can reach is {least}",
+            f"the target is {budget} for what is chosen, the smallest that these methods can reach is {least}",
             remedy="Raise the target, or allow stronger methods", param="budget",
         )  # fmt: skip
     cell = _cell(options, budget, cells)

@@ -7,7 +7,7 @@
    than that, give formats by `overrides` and use gptq or gptaq.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from inhouse.compress.work import Work
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress
 from inhouse.runtime.form import Form
+from inhouse.runtime.packed_stored import stored_nbytes
 from inhouse.runtime.program import Op
 from inhouse.runtime.torch_dense import forward
 
@@ -111,10 +112,27 @@ def auto(
 def _budget(work: Work, options: AutoOptions, names: list[str]) -> int:
     """Bytes for matrices: the whole less what vectors and tables take."""
     counts = {name: work.value(name).numel() for name in work.names()}
-    whole = options.bytes or int(options.bits * sum(counts.values()) / 8)
+    parameters = sum(counts.values())
+    whole = options.bytes or int(options.bits * parameters / 8)
     if whole <= 0 and not options.uniform:
         raise UsageError("auto needs a budget", remedy="Give bytes or bits", param="bytes")
-    return (whole or 1 << 62) - sum(4 * count for name, count in counts.items() if name not in names)
+    vectors = sum(4 * count for name, count in counts.items() if name not in names)
+    least = sum(_least(work.shape(name), options.formats) for name in names)
+    if whole and whole < least + vectors:
+        asked = f"bytes: {whole}" if options.bytes else f"bits: {options.bits:g} ({whole} bytes)"
+        floor = least + vectors
+        raise UsageError(
+            f"{asked} cannot be reached: in the smallest of the formats the matrices take {least} bytes, and norms and "
+            f"other vectors, which stay floats, {vectors} bytes: {floor} bytes in all, "
+            f"{8 * floor / parameters:.2f} bits a parameter",
+            remedy=f"Give bytes: {floor} or more, or formats of fewer bits", param="bytes" if options.bytes else "bits",
+        )  # fmt: skip
+    return (whole or 1 << 62) - vectors
+
+
+def _least(shape: tuple[int, ...], formats: Sequence[str]) -> int:
+    """Bytes of a matrix in the smallest of the formats that fit it."""
+    return min((stored_nbytes(fmt, (shape[0], shape[1])) for fmt in formats if fitting(fmt, shape[1])), default=0)
 
 
 def _grams(work: Work, model: _Model, calibration: Calibration, options: AutoOptions) -> dict[str, Tensor]:

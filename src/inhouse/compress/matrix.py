@@ -18,7 +18,7 @@ from inhouse.compress.recipe import Stage
 from inhouse.compress.stats import LinearStats
 from inhouse.compress.table import METHODS
 from inhouse.compress.work import Work
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import FormatError, UnsupportedError, UsageError
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import FORMATS, Packed, aligned_empty, is_float, pack_float, packed_nbytes
 from inhouse.runtime.packed_sparse import sparse_formats, to_sparse
@@ -78,10 +78,12 @@ def compress_matrix(work: Work, stage: Stage, name: str, stats: LinearStats | No
     names the matrix and what was asked of it."""
     try:
         return _compressed(work, stage, name, stats)
-    except UsageError as error:
+    except (UsageError, FormatError) as error:
         method, fmt, _ = stage.choice(name)
         message = f"{name} ({f'{method} {fmt}'.strip()}): {error.message}"
-        raise type(error)(message, remedy=error.remedy or OTHERWISE, param=name) from None
+        raise type(error)(
+            message, remedy=(error.remedy if isinstance(error, UsageError) else "") or OTHERWISE, param=name
+        ) from None
 
 
 def _compressed(work: Work, stage: Stage, name: str, stats: LinearStats | None) -> dict[str, Any]:

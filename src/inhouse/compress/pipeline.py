@@ -30,7 +30,7 @@ from inhouse.compress.runs import RunFolder
 from inhouse.compress.speed import measure
 from inhouse.compress.stages import StageRun
 from inhouse.compress.tensor_facts import spectra, tensor_facts
-from inhouse.compress.upfront import check_family, check_files, check_gate, check_stages
+from inhouse.compress.upfront import check_family, check_files, check_gate, check_stages, check_weights
 from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -136,6 +136,7 @@ def prepare(
     texts = [text for group, files in recipe.calibration.files.items() for text in read_texts(files, group)]
     work = Work.open(model, folder, home=home)
     try:
+        check_weights(work)
         check_family(work, recipe)
         check_shapes(work, recipe)
         work.notes += check_stages(work, recipe)

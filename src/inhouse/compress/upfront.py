@@ -17,8 +17,9 @@ from inhouse.compress.stages import selected
 from inhouse.compress.table import METHODS
 from inhouse.compress.tasks import read_questions
 from inhouse.compress.work import Work
-from inhouse.core.errors import UnsupportedError, UsageError
+from inhouse.core.errors import FormatError, UnsupportedError, UsageError
 from inhouse.model.spec import ModelSpec
+from inhouse.store.source import check_finite
 
 ANYONE = ("head.weight", "embed.weight")  # stand in recipes for models of any kind
 NAMED = 3  # weights that a sentence gives as examples
@@ -30,6 +31,22 @@ def check_files(gate: Gate) -> None:
         read_texts([gate.text], what="gate text", key="gates.text")
     if gate.questions is not None:
         read_questions(Path(gate.questions))
+
+
+def check_weights(work: Work) -> None:
+    """Refuses a checkpoint with values that are not finite, naming the tensor; versions of the store were checked when
+    they came there. Raises FormatError."""
+    if work.parent is not None:
+        return
+    source = work.described.source
+    for name in source:
+        try:
+            check_finite(source, name)
+        except FormatError as error:
+            raise FormatError(
+                error.message, remedy="The tensor is damaged, or training overflowed: get or save the checkpoint anew; "
+                "no method makes numbers of it", param=name,
+            ) from None  # fmt: skip
 
 
 def check_family(work: Work, recipe: Recipe) -> None:

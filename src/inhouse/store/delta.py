@@ -30,7 +30,7 @@ from inhouse.store.delta_runs import Run, runs_of, tensor_places
 from inhouse.store.mapping import Mapping as FileMapping
 from inhouse.store.store import check_inner_path
 from inhouse.store.strict_json import parse_object
-from inhouse.store.writing import atomic_file
+from inhouse.store.writing import atomic_file, named_target
 
 MAGIC = b"INHOUSE DELTA\0\0\0"
 VERSION = 1
@@ -94,14 +94,19 @@ def make_delta(
         lossy: float matrices become base + scale * sign (BitDelta, arXiv 2402.10193), a scale a row; the result's own
             digests stand in the manifest, so that applying it is checked all the same.
 
-    Raises CapacityError, FormatError, ConflictError (the file exists), NotFoundError (its folder does not).
+    Raises FormatError, ConflictError (the file exists), NotFoundError (its folder does not), and what `named_target`
+    raises.
     """
-    if path.exists():
+    with named_target(path):
+        taken, has_folder = path.exists(), path.absolute().parent.is_dir()
+    if taken:
         raise ConflictError(f"{path} is there already", remedy="Name a file that is not")
-    if not path.absolute().parent.is_dir():
-        raise NotFoundError(f"there is no folder {path.parent} to write a delta into", param="file")
+    if not has_folder:
+        raise NotFoundError(
+            f"there is no folder {path.parent} to write a delta into", remedy="Make it, or name another", param="file"
+        )
     total = sum(file.stat().st_size for file, _ in new.files.values())
-    with atomic_file(path) as out:
+    with named_target(path), atomic_file(path) as out:
         out.write(bytes(_HEAD.size + _SEAL))
         writer = _Writer(base, out, lossy, total, progress)
         files = [writer.file(name, *new.files[name]) for name in sorted(new.files)]

@@ -3,6 +3,7 @@
 Knows temporary names, fsync and rename; does not know any format.
 """
 
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from inhouse.core.errors import FormatError
+from inhouse.core.errors import CapacityError, FormatError, UsageError
 from inhouse.core.tensors import TensorInfo, TensorSource
 
 _NUMPY_NAMES = {
@@ -82,6 +83,25 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+@contextmanager
+def named_target(path: Path) -> Iterator[None]:
+    """For a file that a person named: what the system refuses of it, opening, writing or renaming, becomes an error
+    with its cause. Raises CapacityError (disk full), UsageError (anything else)."""
+    try:
+        yield
+    except OSError as error:
+        cause = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CapacityError(
+                f"{path} cannot be written: {cause}",
+                remedy="Make room, or name a file on another disk",
+                param="file",
+            ) from None
+        raise UsageError(
+            f"{path} cannot be written: {cause}", remedy="Name a file in a folder that you may write to", param="file"
+        ) from None
 
 
 def sync_folder(folder: Path) -> None:
