@@ -199,7 +199,9 @@ def test_mixtures_follow_llama_cpp(stories: Path, tmp_path: Path) -> None:
         assert chosen["layers.2.attn.v.weight"] == "q6_k"
         assert chosen["head.weight"] == chosen["embed.weight"] == "q6_k"
         assert chosen["layers.0.mlp.down.weight"] == "q5_0"
-        assert "80 inputs are no multiple of 256" in notes["layers.0.mlp.down.weight"]
+        assert {one["tensor"]: one["why"] for one in notes}[
+            "layers.0.mlp.down.weight"
+        ] == "80 inputs are no multiple of 256"
         work.begin("1.quantize")
         report: dict[str, Any] = {}
         ggufmix(work, calibration(), GgufMixOptions(), report, silent)
