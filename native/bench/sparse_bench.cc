@@ -148,7 +148,7 @@ struct Input {
 
 double time_once(const Kernels& kernels, const Options& o, const Matrix& m, Input& input) {
   const bool codes = takes_int8(kFormats[m.weight.format]);
-  const LinearInput in = {o.rows, o.in, codes ? nullptr : input.x.data(), codes ? &input.quants : nullptr};
+  const LinearInput in = {o.rows, o.in, codes ? nullptr : input.x.data(), codes ? &input.quants : nullptr, false};
   const LinearTask task = {&m.weight, nullptr, input.y.data()};
   const double begin = now();
   Pool::Step pool(Pool::process(), o.threads);

@@ -87,12 +87,16 @@ void check_linears(Rule& r) {
   const size_t count = r.op().outputs.size();
   r.need(count > 0, "no outputs");
   if (!r.arity(1, 2 * count, 2 * count, count)) return;
+  const bool narrow = r.op().integer(0) != 0;
+  r.need(r.op().integer(0) == 0 || r.op().integer(0) == 1, "narrow must be 0 or 1");
+  r.need(!narrow || (r.in(0).width % 4 == 0 && r.in(0).width <= kMostPairInputs), "inputs do not fit pairs");
   for (size_t i = 0; i < count; ++i) {
     const Weight* w = r.weight(i);
     const Value& y = r.out(static_cast<int>(i));
     if (w == nullptr || w->format < 0) return r.need(false, "a packed weight is missing");
     r.need(r.in(0).dtype == DType::kF32 || takes_codes(*w, r.in(0)), "a weight cannot take its quantised input");
     r.need(w->in == r.in(0).width, "a weight takes another width");
+    r.need(!narrow || (w->format == kBf16Format && r.in(0).dtype == DType::kF32), "only bf16 weights take pairs");
     r.need(y.axis == r.in(0).axis && y.width == w->out && y.dtype == DType::kF32, "an output does not fit its weight");
     r.vector(count + i, w->out, true);
   }

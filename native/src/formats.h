@@ -127,6 +127,7 @@ constexpr Format kFormats[] = {
 #undef IH_CODED
 #undef IH_FAMILY
 #undef IH_SCALES
+constexpr int kBf16Format = 2;
 constexpr int kFormatCount = sizeof kFormats / sizeof kFormats[0];
 
 constexpr int kBlock = 32;            // inputs of a code block

@@ -42,8 +42,9 @@ struct QuantRows {
 };
 
 constexpr int64_t kMaxLanes = 8;
-constexpr float kLeastPower = 0x1p-60f;  // of scales that are powers of two
-constexpr float kMostPower = 0x1p60f;    // up to which bodies may add exponents; beyond it they multiply
+constexpr int64_t kMostPairInputs = 16384;  // of linear_bf16
+constexpr float kLeastPower = 0x1p-60f;     // of scales that are powers of two
+constexpr float kMostPower = 0x1p60f;       // up to which bodies may add exponents; beyond it they multiply
 
 // Rows that lie together where a step has so many.
 constexpr int64_t lanes_for(int64_t rows) { return rows < 2 ? 1 : rows < 3 ? 2 : rows < 5 ? 4 : kMaxLanes; }
@@ -198,6 +199,9 @@ struct Kernels {
   // y[r * ldy + o] = x_r . w_o + bias_o for the outputs of tiles [tile_begin, tile_end); x is f32 [rows][ldx].
   void (*linear_f32)(const Weight& w, const float* x, int64_t ldx, int rows, int64_t tile_begin, int64_t tile_end,
                      const float* bias, float* y, int64_t ldy);
+  // The same of bf16 weights, with x rounded to bf16; `in` is a multiple of 4 and at most kMostPairInputs.
+  void (*linear_bf16)(const Weight& w, const float* x, int64_t ldx, int rows, int64_t tile_begin, int64_t tile_end,
+                      const float* bias, float* y, int64_t ldy);
   // The same from quantised rows, for code formats.
   void (*linear_i8)(const Weight& w, const QuantRows& x, int rows, int64_t tile_begin, int64_t tile_end,
                     const float* bias, float* y, int64_t ldy);

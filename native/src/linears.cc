@@ -36,7 +36,8 @@ void run_linears(Pool::Step& pool, const Kernels& kernels, const LinearInput& in
       if (begin < last && in.quants != nullptr) {
         kernels.linear_i8(*task.w, *in.quants, rows, begin, last, task.bias, task.y, task.w->out);
       } else if (begin < last) {
-        kernels.linear_f32(*task.w, in.x, in.width, rows, begin, last, task.bias, task.y, task.w->out);
+        const auto linear = in.narrow ? kernels.linear_bf16 : kernels.linear_f32;
+        linear(*task.w, in.x, in.width, rows, begin, last, task.bias, task.y, task.w->out);
       }
       begin = std::max<int64_t>(0, begin - here);
       end -= here;

@@ -20,6 +20,7 @@ struct LinearInput {
   int64_t rows, width;
   const float* x;           // null where quantised
   const QuantRows* quants;  // null where not
+  bool narrow;              // bf16 weights, floats rounded to bf16
 };
 
 void run_linears(Pool::Step& pool, const Kernels& kernels, const LinearInput& in, const LinearTask* tasks,

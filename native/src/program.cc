@@ -18,7 +18,7 @@ struct OpRow {
 
 // By OpKind.
 constexpr OpRow kOps[] = {
-    {"embed", 3},       {"rms_norm", 3},    {"layer_norm", 1}, {"quantize_rows", 2}, {"linears", 0},
+    {"embed", 3},       {"rms_norm", 3},    {"layer_norm", 1}, {"quantize_rows", 2}, {"linears", 1},
     {"rotary", 2},      {"rope", 2},        {"attention", 19}, {"act", 1},           {"glu", 3},
     {"add", 0},         {"mul", 0},         {"scale", 1},      {"soft_cap", 1},      {"select_rows", 0},
     {"pool", 2},        {"write_cross", 2}, {"route", 8},      {"dispatch", 0},      {"expert_linears", 1},

@@ -16,7 +16,7 @@
 namespace inhouse {
 
 constexpr int64_t kMagic = 0x31575048494eLL;
-constexpr int64_t kFlatVersion = 4;
+constexpr int64_t kFlatVersion = 5;
 constexpr int64_t kMaxTables = 4;       // of a tensor train
 constexpr int64_t kMaxTrain = 1 << 16;  // numbers of any slice or product of slices of it
 
@@ -28,7 +28,7 @@ enum class OpKind : int32_t {
   kRmsNorm,        // eps, heads, offset
   kLayerNorm,      // eps
   kQuantizeRows,   // group (never 0), whether scales are powers of two
-  kLinears,        //
+  kLinears,        // whether inputs are rounded to bf16, of bf16 weights
   kRotary,         // factor, source (0 positions, 1 two-part)
   kRope,           // head_dim, interleaved
   kAttention,      // group, layer slot, heads, kv_heads, head_dim, v_dim, scale, softcap, window, mask (0 causal,

@@ -101,7 +101,7 @@ void Runner::linears(const Op& op) {
   const size_t count = op.outputs.size();
   for (size_t i = 0; i < count; ++i) tasks.push_back({weight(op, i), vector(op, count + i), floats(op.outputs[i])});
   const LinearInput in = {rows_of(op.inputs[0]), x.width, quantized ? nullptr : floats(op.inputs[0]),
-                          quantized ? &quants : nullptr};
+                          quantized ? &quants : nullptr, op.integer(0) != 0};
   run_linears(pool_, kernels_, in, tasks.data(), count);
   adapt(op);
 }

@@ -31,16 +31,16 @@ class Decoder {
     const int64_t key = op(OpKind::kRope, {q + 1, angles}, {}, {kKv * kDim}, {kDim, 1});
     const int64_t a = op(OpKind::kAttention, {turned, key, q + 2}, {-1, vector(kHeads)}, {kHeads * kDim},
                          {0, 0, kHeads, kKv, kDim, kDim, bits(0.35), bits(3.0), 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
-    const int64_t o = op(OpKind::kLinears, {a}, {matrix(kWidth, kHeads * kDim), -1}, {kWidth}, {});
+    const int64_t o = op(OpKind::kLinears, {a}, {matrix(kWidth, kHeads * kDim), -1}, {kWidth}, {0});
     const int64_t y = op(OpKind::kAdd, {x, o}, {}, {kWidth}, {});
     const int64_t gate =
-        op(OpKind::kLinears, {y}, {matrix(kFfn, kWidth), matrix(kFfn, kWidth), -1, -1}, {kFfn, kFfn}, {});
+        op(OpKind::kLinears, {y}, {matrix(kFfn, kWidth), matrix(kFfn, kWidth), -1, -1}, {kFfn, kFfn}, {0});
     const int64_t f = op(OpKind::kGlu, {gate, gate + 1}, {}, {kFfn}, {0, bits(0.0), bits(0.0)});
-    const int64_t down = op(OpKind::kLinears, {f}, {matrix(kWidth, kFfn), -1}, {kWidth}, {});
+    const int64_t down = op(OpKind::kLinears, {f}, {matrix(kWidth, kFfn), -1}, {kWidth}, {0});
     const int64_t mixed = mixture(op(OpKind::kAdd, {y, down}, {}, {kWidth}, {}));
     const int64_t z = op(OpKind::kLayerNorm, {mixed}, {norm, -1}, {kWidth}, {bits(1e-5)});
     const int64_t s = op(OpKind::kSelectRows, {z}, {}, {kWidth}, {}, 1);
-    const int64_t logits = op(OpKind::kLinears, {s}, {table, -1}, {kVocab}, {}, 1);
+    const int64_t logits = op(OpKind::kLinears, {s}, {table, -1}, {kVocab}, {0}, 1);
     const int64_t pooled = op(OpKind::kPool, {z}, {}, {kWidth}, {1, 1}, 2);
     outputs_ = {logits, pooled};
   }
@@ -79,11 +79,11 @@ class Decoder {
   }
   // A mixture of experts with a shared matrix by heads, gated; gives x plus both.
   int64_t mixture(int64_t x) {
-    const int64_t scores = op(OpKind::kLinears, {x}, {matrix(kExperts, kWidth), -1}, {kExperts}, {});
+    const int64_t scores = op(OpKind::kLinears, {x}, {matrix(kExperts, kWidth), -1}, {kExperts}, {0});
     const int64_t routing =
         op(OpKind::kRoute, {scores}, {vector(kExperts)}, {2 * kTopK}, {kTopK, 1, 1, bits(1.5), 3, 2, 1, bits(0.0)});
     const int64_t sent = op(OpKind::kDispatch, {x, routing}, {}, {kWidth}, {}, 3);
-    const int64_t rows = op(OpKind::kLinears, {sent}, {matrix(kWidth, kWidth), -1}, {kWidth}, {}, 3);
+    const int64_t rows = op(OpKind::kLinears, {sent}, {matrix(kWidth, kWidth), -1}, {kWidth}, {0}, 3);
     const int64_t inner =
         op(OpKind::kExpertLinears, {rows, routing}, experts({kFfn, kFfn}, kWidth), {kFfn, kFfn}, {kExperts}, 3);
     const int64_t gated = op(OpKind::kGlu, {inner, inner + 1}, {}, {kFfn}, {4, bits(1.0), bits(1.0)}, 3);
@@ -92,8 +92,8 @@ class Decoder {
     const int64_t y = op(OpKind::kCombine, {outer, routing}, {}, {kWidth}, {});
     const int64_t heads = op(OpKind::kHeadLinears, {x}, {matrix(kWidth, kWidth / 2)}, {kWidth}, {2});
     const int64_t both = op(OpKind::kConcat, {y, heads}, {}, {2 * kWidth}, {2});
-    const int64_t narrow = op(OpKind::kLinears, {both}, {matrix(kWidth, 2 * kWidth), -1}, {kWidth}, {});
-    const int64_t gate = op(OpKind::kLinears, {x}, {matrix(1, kWidth), -1}, {1}, {});
+    const int64_t narrow = op(OpKind::kLinears, {both}, {matrix(kWidth, 2 * kWidth), -1}, {kWidth}, {0});
+    const int64_t gate = op(OpKind::kLinears, {x}, {matrix(1, kWidth), -1}, {1}, {0});
     return op(OpKind::kAdd, {x, op(OpKind::kScaleRows, {narrow, gate}, {}, {kWidth}, {})}, {}, {kWidth}, {});
   }
   // A matrix [out, in] for each output and expert, then a bias for each.

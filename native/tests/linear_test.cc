@@ -175,6 +175,23 @@ float expected_f32(const Matrix& m, const float* x, int64_t o) {
   return even + odd;
 }
 
+float through_bf16(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  bits = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+  std::memcpy(&v, &bits, 4);
+  return v;
+}
+
+float expected_bf16(const Matrix& m, const float* x, int64_t o) {
+  float sums[2] = {};
+  for (int64_t k = 0; k < m.weight.in; k += 2) {
+    float& y = sums[k / 2 % 2];
+    y = std::fma(m.value(o, k), through_bf16(x[k]), std::fma(m.value(o, k + 1), through_bf16(x[k + 1]), y));
+  }
+  return sums[0] + sums[1];
+}
+
 bool agree(float a, float b, bool exact, float size) { return exact ? a == b : std::fabs(a - b) <= 1e-4f * size; }
 
 // All rows at once against the reference; then every count of rows and every split of tiles against all at once.
@@ -215,6 +232,14 @@ void check_matrix(const Kernels& k, int format, int64_t out, int64_t in, int row
         k.linear_f32(m.weight, x.x.data(), in, n, a, b, bias.data(), y, out);
       },
       [&](int r, int64_t o) { return expected_f32(m, &x.x[r * in], o) + bias[o]; });
+  if (format == kBf16Format && in % 4 == 0) {
+    check_linear(
+        name + " bf16", m, rows, exact,
+        [&](int n, int64_t a, int64_t b, float* y) {
+          k.linear_bf16(m.weight, x.x.data(), in, n, a, b, bias.data(), y, out);
+        },
+        [&](int r, int64_t o) { return expected_bf16(m, &x.x[r * in], o) + bias[o]; });
+  }
   if (!takes_int8(m.f)) return;
   check_linear(
       name + " i8", m, rows, exact,

@@ -129,6 +129,25 @@ def test_wide_rows_of_narrow_weights_take_powers_of_two() -> None:
     assert powers(1024, "i8_token") == [False]
 
 
+def test_wide_floats_in_front_of_bf16_weights_are_narrowed() -> None:
+    def narrow(width: int, *formats: str) -> list[bool]:
+        names = [f"w{i}" for i in range(len(formats))]
+        weights = {name: WeightSpec(name, (64, width), "linear") for name in names}
+        weights["table"] = WeightSpec("table", (9, width), "embedding")
+        builder = Builder("step", weights)
+        builder.op("linears", builder.one("embed", weights=["table"]), weights=[*names, *[""] * len(names)])
+        programs = ProgramSet({"step": builder.finish()}, weights, (), 9, 8)
+        ops = quantize_activations(programs, dict(zip(names, formats, strict=True))).programs["step"].ops
+        return [bool(op.attrs["narrow"]) for op in ops if op.kind == "linears"]
+
+    assert narrow(768, "bf16", "bf16") == [True]
+    assert narrow(768, "bf16", "f16", "bf16") == [True, False]
+    assert narrow(764, "bf16") == [False]
+    assert narrow(770, "bf16") == [False]
+    assert narrow(20480, "bf16") == [False]
+    assert narrow(1024, "f32", "q8_0") == [False, False]
+
+
 def test_unknown_formats_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="q9_z"):
         quantize_activations(build(spec_of()), {"embed.weight": "q9_z"})

@@ -133,6 +133,24 @@ def test_quantised_linears_agree_with_torch(kind: str, width: int) -> None:
             assert worst(found[role], expected[role]) <= OPS["linears"].tolerance, level
 
 
+def test_narrow_linears_agree_with_torch_and_with_every_count_of_rows() -> None:
+    """bf16 weights times inputs rounded to bf16: a difference of one rounding would be 200 times the tolerance."""
+    one = OneOp()
+    names = [one.packed(f"w{i}", pack_float(noise(i, out, 772), "bf16")) for i, out in enumerate((5, 48))]
+    model = one.build("linears", [772], [*names, "", one.vector("b", noise(7, 48))])
+    model = Model(quantize_activations(model.programs, dict.fromkeys(names, "bf16")), model.weights)
+    assert [op.attrs["narrow"] for op in model.programs.programs["step"].ops if op.kind == "linears"] == [True]
+    step = steps(model.programs, [(tokens(1, 40), 0)], blocks_each=64)
+    expected = model.torch().run("step", step)
+    for level in LEVELS:
+        native = model.native(isa=level)
+        found = native.run("step", step)
+        single = native.run("step", steps(model.programs, [(tokens(1, 40)[:1], 0)], blocks_each=64))
+        for role in expected:
+            assert worst(found[role], expected[role]) <= OPS["linears"].tolerance, level
+            np.testing.assert_array_equal(found[role][:1], single[role])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("program", ["step", "embed"])
 def test_whole_decoder_agrees_with_torch(tied: bool, program: str) -> None:

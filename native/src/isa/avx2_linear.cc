@@ -11,6 +11,7 @@ namespace inhouse {
 
 void add_linears_avx2(Kernels& kernels) {
   kernels.linear_f32 = avx2::linear_f32;
+  kernels.linear_bf16 = avx2::linear_bf16;
   kernels.linear_i8 = avx2::linear_i8;
   kernels.unpack_row = avx2::unpack_row;
   kernels.quantize_row = avx2::quantize_row;

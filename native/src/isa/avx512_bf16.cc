@@ -1,14 +1,19 @@
-// Attention over bf16 K and V at the level avx512 where the machine multiplies pairs of bf16 numbers: the bits of the
-// bodies that it replaces.
+// Attention over bf16 K and V, and bf16 weights, at the level avx512 where the machine multiplies pairs of bf16
+// numbers: the bits of the bodies that it replaces.
 // clang-format off: the bodies need the vocabulary.
 #include "isa/avx512_bf16.h"
 #include "simd/avx512.h"
+#include "simd/avx512_bytes.h"
 #include "simd/avx512_bf16.h"
 #include "ops/math-inl.h"
 #include "ops/rows-inl.h"
 #include "ops/attention_rows-inl.h"
 #include "ops/attention_tasks-inl.h"
 #include "ops/attention_bf16-inl.h"
+#include "formats.h"
+#include "sparse.h"
+#include "ops/packed-inl.h"
+#include "ops/linear_pairs-inl.h"
 // clang-format on
 
 namespace inhouse {
@@ -32,6 +37,7 @@ void attend_partition(const AttentionTask& task, int unit, float* memory, float*
 }  // namespace
 
 void add_bf16_avx512(Kernels& kernels) {
+  kernels.linear_bf16 = avx512::linear_bf16;
   kernels.attend = attend;
   kernels.attend_partition = attend_partition;
 }

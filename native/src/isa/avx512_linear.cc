@@ -11,6 +11,7 @@ namespace inhouse {
 
 void add_linears_avx512(Kernels& kernels) {
   kernels.linear_f32 = avx512::linear_f32;
+  kernels.linear_bf16 = avx512::linear_bf16;
   kernels.linear_i8 = avx512::linear_i8;
   kernels.unpack_row = avx512::unpack_row;
   kernels.quantize_row = avx512::quantize_row;

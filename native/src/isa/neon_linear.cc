@@ -11,6 +11,7 @@ namespace inhouse {
 
 void add_linears_neon(Kernels& kernels) {
   kernels.linear_f32 = neon::linear_f32;
+  kernels.linear_bf16 = neon::linear_bf16;
   kernels.linear_i8 = neon::linear_i8;
   kernels.unpack_row = neon::unpack_row;
   kernels.quantize_row = neon::quantize_row;

@@ -11,6 +11,7 @@ namespace inhouse {
 
 void add_linears_scalar(Kernels& kernels) {
   kernels.linear_f32 = scalar::linear_f32;
+  kernels.linear_bf16 = scalar::linear_bf16;
   kernels.linear_i8 = scalar::linear_i8;
   kernels.unpack_row = scalar::unpack_row;
   kernels.quantize_row = scalar::quantize_row;

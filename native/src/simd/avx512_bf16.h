@@ -16,6 +16,11 @@ IH_INLINE Pairs repeat_pair(const uint16_t* p) {  // sixteen times p [2]
   __builtin_memcpy(&bits, p, 4);
   return _mm512_set1_epi32(bits);
 }
+IH_INLINE Pairs pair_columns(const uint16_t* p) {  // p [2][16]
+  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), _mm512_loadu_si512(p));
+}
 IH_INLINE Pairs first_of(Pairs x) { return _mm512_and_si512(x, _mm512_set1_epi32(0xffff)); }
 IH_INLINE Pairs second_of(Pairs x) { return _mm512_andnot_si512(_mm512_set1_epi32(0xffff), x); }
 IH_INLINE V dot_pairs(V sums, Pairs a, Pairs b) {
@@ -26,6 +31,10 @@ IH_INLINE V dot_pairs(V sums, Pairs a, Pairs b) {
 IH_INLINE void store_pairs(uint16_t* p, V low, V high) {
   _mm512_storeu_si512(p, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low)));
 }
+
+using PairInput = uint16_t;  // of linear_bf16
+IH_INLINE Pairs repeat_input(const PairInput* p) { return repeat_pair(p); }
+IH_INLINE void store_inputs(PairInput* p, V low, V high) { store_pairs(p, low, high); }
 
 }  // namespace
 }  // namespace inhouse::IH_ISA

@@ -8,8 +8,10 @@ import numpy.typing as npt
 
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.runtime.ops import Builder
-from inhouse.runtime.packed import WHOLE_ROW, activation_group, activation_powers
+from inhouse.runtime.packed import WHOLE_ROW, activation_group, activation_powers, narrow_inputs
 from inhouse.runtime.program import Op, Program, ProgramSet, Value, WeightSpec
+
+NARROW = -2  # beside activation groups: floats rounded to bf16
 
 
 class Rewriter:
@@ -65,7 +67,8 @@ def quantize_activations(programs: ProgramSet, formats: Mapping[str, str]) -> Pr
         formats: canonical weight name -> packed format; names that are not there are floats.
 
     Linears that need the same granularity of the same value share one quantised input, with scales that are powers of
-    two where all weights of an op allow it; a `linears` op with both kinds of weights is split in two.
+    two where all weights of an op allow it; wide floats in front of bf16 weights are rounded to bf16 (`narrow`); a
+    `linears` op with several kinds of weights is split.
     Raises UnsupportedError for an unknown format.
     """
     known = known_weights(programs)
@@ -261,11 +264,14 @@ class _Quantize(Rewriter):
         (x,) = self.inputs(op)
         by_group: dict[int, list[int]] = {}
         for i, name in enumerate(op.weights[:half]):
-            by_group.setdefault(self._group(name, x), []).append(i)
+            narrow = narrow_inputs(self._formats.get(name, ""), x.width)
+            by_group.setdefault(NARROW if narrow else self._group(name, x), []).append(i)
         for group, which in by_group.items():
             names = tuple(op.weights[i] for i in which)
             weights = names + tuple(op.weights[half + i] for i in which)
-            made = self.emit(replace(op, inputs=(self._rows(x, group, names),), weights=weights))
+            narrow = group == NARROW
+            rows = x if narrow else self._rows(x, group, names)
+            made = self.emit(replace(op, inputs=(rows,), weights=weights, attrs={**op.attrs, "narrow": narrow}))
             self.bind(tuple(op.outputs[i] for i in which), made)
 
     def _experts(self, op: Op) -> None:

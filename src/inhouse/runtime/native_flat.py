@@ -15,7 +15,7 @@ from inhouse.runtime.packed_layout import TILE_ROWS
 from inhouse.runtime.program import Attr, Axis, DType, Op, Program, ProgramSet, StateGroup, StateKind, Value
 
 MAGIC = 0x31575048494E
-FLAT_VERSION = 4
+FLAT_VERSION = 5
 
 AXES = (Axis.TOKENS, Axis.SAMPLED, Axis.SEQUENCES, Axis.ROUTED)
 DTYPES = (DType.F32, DType.I8)
@@ -123,7 +123,7 @@ _ENCODERS: Mapping[str, Callable[[_Context], list[int]]] = {
     "rms_norm": lambda c: c.attrs("eps", "heads", "offset", real=["eps", "offset"]),
     "layer_norm": lambda c: c.attrs("eps", real=["eps"]),
     "quantize_rows": _quantize,
-    "linears": _none,
+    "linears": lambda c: c.attrs("narrow"),
     "rotary": _rotary,
     "rope": lambda c: c.attrs("head_dim", "interleaved"),
     "attention": _attention,

@@ -122,7 +122,8 @@ def _quantize_rows(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) 
 
 
 def _linears(xs: Sequence[Value], ws: Weights, attrs: Mapping[str, Attr]) -> list[Shape]:
-    """x [A, in], n weights [out_i, in], n biases [out_i] or absent -> n values [A, out_i] = x W_i^T + b_i."""
+    """x [A, in], n weights [out_i, in], n biases [out_i] or absent -> n values [A, out_i] = x W_i^T + b_i.
+    With `narrow` (bf16 weights alone) x is rounded to bf16."""
     _need(len(xs) == 1 and len(ws) >= 2 and len(ws) % 2 == 0, "expected weights, then as many biases")
     half, shapes = len(ws) // 2, []
     for weight, bias in zip(ws[:half], ws[half:], strict=True):
@@ -330,7 +331,7 @@ OPS: Mapping[str, OpSpec] = {
     "rms_norm": OpSpec(_rms_norm, {"eps": None, "heads": 1, "offset": 0.0}, 2e-6),
     "layer_norm": OpSpec(_layer_norm, {"eps": None}, 4e-6),
     "quantize_rows": OpSpec(_quantize_rows, {"group": 0, "powers": False}, 0.0),
-    "linears": OpSpec(_linears, {}, 2e-5),
+    "linears": OpSpec(_linears, {"narrow": False}, 2e-5),
     "rotary": OpSpec(_rotary, {"axis": "T", "factor": 1.0, "source": "positions"}, 1e-6),
     "rope": OpSpec(_rope, {"head_dim": None, "interleaved": False}, 1e-6),
     "attention": OpSpec(_attention, ATTENTION_ATTRS, 1e-5),

@@ -18,6 +18,7 @@ from inhouse.runtime.packed_layout import (
     aligned_empty,
     bits_per_weight,
     is_float,
+    narrow_inputs,
     packed_nbytes,
 )
 from inhouse.runtime.packed_pack import CodeRows, pack_codes, pack_float, pack_rows, runs
@@ -40,6 +41,7 @@ __all__ = [
     "gguf_format",
     "gguf_types",
     "is_float",
+    "narrow_inputs",
     "pack_codes",
     "pack_float",
     "pack_gguf",

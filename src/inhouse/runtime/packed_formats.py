@@ -11,6 +11,7 @@ F32 = npt.NDArray[np.float32]
 
 BLOCK = 32  # inputs of a code block, and elements of an activation row that share a scale
 WHOLE_ROW = -1  # an activation row has one scale
+MOST_PAIR_INPUTS = 16384  # as kMostPairInputs of native/src/kernels.h
 POWERS_BITS, POWERS_WIDTH = 6, 768  # weights of at most so many bits and at least so many inputs: activation_powers
 
 
@@ -174,6 +175,12 @@ def activation_powers(name: str, width: int) -> bool:
     """
     fmt = format_of(name)
     return activation_group(name) == BLOCK and fmt.low + fmt.high <= POWERS_BITS and width >= POWERS_WIDTH
+
+
+def narrow_inputs(name: str, width: int) -> bool:
+    """Whether the floats in front of a linear of this format and `width` inputs are rounded to bf16: of bf16 weights,
+    so that products are those of pairs (`vdpbf16ps`), where rows are wide."""
+    return name == "bf16" and width >= POWERS_WIDTH and width % 4 == 0 and width <= MOST_PAIR_INPUTS
 
 
 def widen_bf16(raw: npt.NDArray[np.generic]) -> F32:

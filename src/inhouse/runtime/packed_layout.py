@@ -46,6 +46,7 @@ from inhouse.runtime.packed_formats import activation_group as activation_group
 from inhouse.runtime.packed_formats import activation_powers as activation_powers
 from inhouse.runtime.packed_formats import format_of as format_of
 from inhouse.runtime.packed_formats import is_float as is_float
+from inhouse.runtime.packed_formats import narrow_inputs as narrow_inputs
 from inhouse.runtime.packed_formats import table_values as table_values
 from inhouse.runtime.packed_formats import widen_bf16 as widen_bf16
 from inhouse.runtime.packed_formats import widen_e4m3 as widen_e4m3

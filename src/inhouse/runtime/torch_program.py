@@ -4,6 +4,7 @@ behind `Rows`; this file only knows which function of `torch_ops` each kind of o
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from inhouse.core.errors import UsageError
@@ -123,8 +124,10 @@ def _layer_norm(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], r
 
 
 def _linears(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
-    half = len(ws) // 2
-    return [*rows.adapt(op, xs[0], ops.linears(xs[0], [_given(w) for w in ws[:half]], ws[half:]))]
+    half, x = len(ws) // 2, xs[0]
+    if op.attrs["narrow"]:
+        x = _tensor(x).to(torch.bfloat16).float()
+    return [*rows.adapt(op, xs[0], ops.linears(x, [_given(w) for w in ws[:half]], ws[half:]))]
 
 
 def _rotary(op: Op, xs: Sequence[TorchValue], ws: Sequence[Tensor | None], rows: Rows) -> list[TorchValue]:
