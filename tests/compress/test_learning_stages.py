@@ -120,7 +120,7 @@ def test_only_low_rank_learns_the_factors_alone(work: Work) -> None:
     assert not np.array_equal(first.low_rank[0].data, after.low_rank[0].data)  # type: ignore[index]
     assert all(torch.equal(before[name], work.value(name)) for name in before if name != Q)
     with pytest.raises(UsageError, match="unknown part"):
-        heal(work, *_data(), HealOptions(**SHORT, only="biases"))
+        heal(work, *_data(), HealOptions(**SHORT, only="biases"))  # type: ignore[arg-type]
 
 
 def _data() -> tuple[Dataset]:
