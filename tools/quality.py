@@ -147,7 +147,7 @@ def rows(name: str, folder: Path, text: str, protocol: str, have: Container[str]
     with tempfile.TemporaryDirectory() as scratch, Session.open(str(folder), plain) as reference:
         for form, (wish, kv_dtype, low, high) in OURS.items():
             if form not in have:
-                activations = "float" if "alone" in form else "auto"
+                activations = "float" if "alone" in form else "int8"
                 given = {"quantize": wish, "kv_dtype": kv_dtype, "activations": activations}
                 found = compare(folder, reference, text, protocol, **given)
                 yield {"model": name, "format": form, "whose": "ours", "bits": bits(folder, low, high), **found}

@@ -64,7 +64,7 @@ def test_to_and_recipe_and_budget(model: str) -> None:
         ({"target_size": "small"}, UsageError, "is no size"),
         ({"target_size": 1000}, CapacityError, "cannot be reached"),
         ({"recipe": {"budget": 5, "stages": [{"kv": "int8"}]}, "ram": "1GB"}, UsageError, "expected a mapping"),
-        ({"to": "q8", "threads": 0}, UsageError, "must be 1 or more"),
+        ({"to": "q8", "threads": 0}, UsageError, "1 or more"),
     ],
 )
 def test_what_is_wrong_is_said_before(model: str, given: Any, error: type[InhouseError], words: str) -> None:

@@ -101,7 +101,7 @@ def test_exports_carry_it(stories: Path, text: Path, tmp_path: Path, form: str) 
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
-        ([{"kv": "int9"}], "did you mean int[48]"),
+        ([{"kv": "int9"}], "Did you mean int[48]"),
         ([{"kv": {"k": "int8", "w": "int8"}}], "no such key"),
         ([{"kv": {"k": "f16", "v": "int4"}}], "do not go together"),
         ([{"kv": {"k": "int8", "format": "q8_0"}}], "no such key"),
