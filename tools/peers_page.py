@@ -25,7 +25,8 @@ of ours by the peer's (for seconds and bytes the other way round), so above 1 is
 the bandwidth and arithmetic peaks probed just before that cell (`inhouse.tune.limits`: every matrix once a step, the
 head for sampled rows, K and V in the bytes of their type, attention and bf16 weights at the bf16 peak, which is
 twice that of f32). Either goal of a row counts, as the lesser is the goal; a share stands for its own round's probe
-(from {FAST / 1e9:.0f} GB/s on: the fast placement of memory). Peers' KV types are their own defaults: llama.cpp f16,
+(from {FAST / 1e9:.0f} GB/s on: the fast placement of memory) and counts up to 100 %: above, something disturbed the
+probe. Peers' KV types are their own defaults: llama.cpp f16,
 OpenVINO u8 (its attention in bf16), ONNX Runtime f32. Resident memory: after 2048 + 128 tokens; its limit is
 {RSS_FACTOR} x (weights + filled cache) + {RSS_MORE / 1e6:.0f} MB. 8.5 bits and bf16 stand beside; the goals are for
 about 4.5.
@@ -144,9 +145,12 @@ def judge(figures: Sequence[Figure], goal: Goal, kv: str) -> Judged | None:
     wished = AVX2_RATIO if bits.endswith(AVX2) else goal.ratio
     own = [f for f in figures if f["ours"] and f["cell"] == goal.cell and f["kv"] == kv]
     shares = [(s, goal.share_in(f)) for f in own if (s := share(f)) is not None and not bits.endswith(AVX2)]
-    by_share = bool(shares) and statistics.median(a / b for a, b in shares) >= 1
+    counted = [a / b for a, b in shares if a <= 1]  # above it, something disturbed the probe
+    by_share = bool(counted) and statistics.median(counted) >= 1
     wish = "/".join(f"{w:.0%}" for w in sorted({w for _, w in shares}, reverse=True))
-    shown = f"{statistics.median(a for a, _ in shares):.0%}" if shares else ""
+    shown = (
+        f"{statistics.median(a for a, _ in shares if a <= 1):.0%}" if counted else "probe disturbed" if shares else ""
+    )
     cells = f"{_sides(best, 1, '')} | {wished:g} | {shown} | {wish}"
     return _judged(figures, goal.cell, goal.title, kv, cells, best.ratio, best.ratio >= wished, by_share)
 
