@@ -26,7 +26,7 @@ class Decoder {
     const int64_t q = op(OpKind::kLinears, {h},
                          {matrix(kHeads * kDim, kWidth), matrix(kKv * kDim, kWidth), matrix(kKv * kDim, kWidth), -1,
                           vector(kKv * kDim), -1},
-                         {kHeads * kDim, kKv * kDim, kKv * kDim}, {});
+                         {kHeads * kDim, kKv * kDim, kKv * kDim}, {0});
     const int64_t turned = op(OpKind::kRope, {q, angles}, {}, {kHeads * kDim}, {kDim, 0});
     const int64_t key = op(OpKind::kRope, {q + 1, angles}, {}, {kKv * kDim}, {kDim, 1});
     const int64_t a = op(OpKind::kAttention, {turned, key, q + 2}, {-1, vector(kHeads)}, {kHeads * kDim},
