@@ -45,9 +45,9 @@ soak: $(VENV)/dev ## the long forms: 100,000 hostile inputs, kill -9 rounds, lon
 bench: $(VENV)/core ## speed of this machine on the demo model; kernels with `make bench-kernels`
 	@$(BIN)/inhouse bench demo
 
-bench-peers: $(VENV)/core ## other engines in turns with ours: KITS=FOLDER [PLAN=full] [MINUTES=40] [TRACE=FILE] (bench/peers/README.md)
+bench-peers: $(VENV)/core ## other engines in turns with ours: KITS=FOLDER [PLAN=full] [MINUTES=40] [TRACE=FILE] [KV=bf16] (bench/peers/README.md)
 	@PYTHONPATH="$(CURDIR)" $(BIN)/python -m bench.peers.run --plan $(or $(PLAN),full) --minutes $(or $(MINUTES),0) \
-		$(if $(KITS),--kits $(KITS)) $(if $(TRACE),--trace $(TRACE))
+		$(if $(KITS),--kits $(KITS)) $(if $(TRACE),--trace $(TRACE)) $(if $(KV),--kv $(KV))
 
 bench-kernels: $(VENV)/core ## every linear shape of the usual models, formats and levels, beside the machine's peaks (lines of JSON)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S native -B build/native -G Ninja >&2 && $(BIN)/ninja -C build/native linear_bench >&2

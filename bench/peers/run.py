@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -205,6 +206,20 @@ def run_bout(bout: Bout, report: Report, trace: Path | None) -> bool:
     return bool(figures)
 
 
+def command_of(given: argparse.Namespace) -> str:
+    """The command again, as far as it decides what is measured."""
+    words = ["python", "-m", "bench.peers.run", "--plan", given.plan, "--kv", given.kv, "--second-kv", given.second_kv]
+    words += ["--minutes", f"{given.minutes:g}"] if given.minutes else []
+    words += ["--only", given.only] if given.only != "." else []
+    words += ["--trace", given.trace.name] if given.trace else []
+    return shlex.join(words)
+
+
+def joined(before: str, now: str) -> str:
+    """The commands that a results file is of, in order."""
+    return now if not before or before.endswith(now) else f"{before}; then {now}"
+
+
 def clock(seconds: float) -> str:
     """Minutes and seconds."""
     return f"{int(seconds) // 60}:{int(seconds) % 60:02}"
@@ -261,9 +276,8 @@ def main() -> None:
     if given.estimate:
         report.write = lambda: None  # type: ignore[method-assign]
     else:
-        command = f"python -m bench.peers.run --plan {given.plan}"
-        command += f" --minutes {given.minutes:g}" if given.minutes else ""
-        report.kept |= {"machine": machine(), "versions": versions(report.kits), "command": command}
+        report.kept |= {"machine": machine(), "versions": versions(report.kits)}
+        report.kept["command"] = joined(report.kept.get("command", ""), command_of(given))
     found = present(chosen, report, given.trace)
     if given.estimate:
         for bout in found:

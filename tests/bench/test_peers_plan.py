@@ -1,5 +1,6 @@
 """Plans of bench/peers: what is dropped, in which order engines run, what goes on after a kill. No engine runs."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -117,3 +118,13 @@ def test_a_round_more_counts_as_an_entry_six_ranks_below() -> None:
     found = [(bout.model, bout.cells, bout.round) for bout in plan.bouts(entries, "f16", "")]
     assert found[2:4] == [("qwen2.5-0.5b", "decode32", 1), ("llama-3.2-1b", "decode32", 0)]
     assert found[-1] == ("llama-3.2-1b", "batch8", 0)
+
+
+def test_a_results_file_names_every_command_that_it_is_of() -> None:
+    given = argparse.Namespace(plan="full", kv="bf16", second_kv="", minutes=26.0, only=".", trace=Path("/x/trace.gz"))
+    first = run.command_of(given)
+    assert first.endswith("--plan full --kv bf16 --second-kv '' --minutes 26 --trace trace.gz")
+    given.only, given.minutes = "batch8 .*", 0
+    second = run.command_of(given)
+    assert run.joined("", first) == first
+    assert run.joined(run.joined(first, second), second) == f"{first}; then {second}"

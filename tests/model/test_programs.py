@@ -1,6 +1,7 @@
 """What the builder writes and what rewrites make of it."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -110,18 +111,22 @@ def test_mixed_linears_are_split() -> None:
     assert attention.inputs[2] == first.outputs[1]
 
 
+def rewritten_linears(width: int, *formats: str) -> Sequence[Op]:
+    """Ops of one `linears` op over `width` inputs, a weight of each format, rewritten for them."""
+    names = [f"w{i}" for i in range(len(formats))]
+    weights = {name: WeightSpec(name, (64, width), "linear") for name in names}
+    weights["table"] = WeightSpec("table", (9, width), "embedding")
+    builder = Builder("step", weights)
+    builder.op("linears", builder.one("embed", weights=["table"]), weights=[*names, *[""] * len(names)])
+    programs = ProgramSet({"step": builder.finish()}, weights, (), 9, 8)
+    return quantize_activations(programs, dict(zip(names, formats, strict=True))).programs["step"].ops
+
+
 def test_wide_rows_of_narrow_weights_take_powers_of_two() -> None:
     """Where every weight of the op has at most 6 bits; formats with finer codes, or with one scale a row, do not."""
 
     def powers(width: int, *formats: str) -> list[bool]:
-        names = [f"w{i}" for i in range(len(formats))]
-        weights = {name: WeightSpec(name, (64, width), "linear") for name in names}
-        weights["table"] = WeightSpec("table", (9, width), "embedding")
-        builder = Builder("step", weights)
-        builder.op("linears", builder.one("embed", weights=["table"]), weights=[*names, *[""] * len(names)])
-        programs = ProgramSet({"step": builder.finish()}, weights, (), 9, 8)
-        ops = quantize_activations(programs, dict(zip(names, formats, strict=True))).programs["step"].ops
-        return [bool(op.attrs["powers"]) for op in ops if op.kind == "quantize_rows"]
+        return [bool(op.attrs["powers"]) for op in rewritten_linears(width, *formats) if op.kind == "quantize_rows"]
 
     assert powers(768, "q4_0", "q6_0", "u4_g128_bf16") == [True]
     assert powers(736, "q4_0") == [False]
@@ -131,14 +136,7 @@ def test_wide_rows_of_narrow_weights_take_powers_of_two() -> None:
 
 def test_wide_floats_in_front_of_bf16_weights_are_narrowed() -> None:
     def narrow(width: int, *formats: str) -> list[bool]:
-        names = [f"w{i}" for i in range(len(formats))]
-        weights = {name: WeightSpec(name, (64, width), "linear") for name in names}
-        weights["table"] = WeightSpec("table", (9, width), "embedding")
-        builder = Builder("step", weights)
-        builder.op("linears", builder.one("embed", weights=["table"]), weights=[*names, *[""] * len(names)])
-        programs = ProgramSet({"step": builder.finish()}, weights, (), 9, 8)
-        ops = quantize_activations(programs, dict(zip(names, formats, strict=True))).programs["step"].ops
-        return [bool(op.attrs["narrow"]) for op in ops if op.kind == "linears"]
+        return [bool(op.attrs["narrow"]) for op in rewritten_linears(width, *formats) if op.kind == "linears"]
 
     assert narrow(768, "bf16", "bf16") == [True]
     assert narrow(768, "bf16", "f16", "bf16") == [True, False]
