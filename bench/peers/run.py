@@ -217,7 +217,9 @@ def command_of(given: argparse.Namespace) -> str:
 
 def joined(before: str, now: str) -> str:
     """The commands that a results file is of, in order."""
-    return now if not before or before.endswith(now) else f"{before}; then {now}"
+    if not before:
+        return now
+    return before if before.endswith(now) else f"{before}; then {now}"
 
 
 def clock(seconds: float) -> str:
