@@ -196,3 +196,21 @@ def test_the_form_is_what_was_chosen() -> None:
     np.testing.assert_array_equal(form.value(), grid.decode(done.codes, done.params, grid.index()).numpy())
     with pytest.raises(UsageError, match="Gram"):
         gptq(weight, None, GptqOptions(), "u4_g32")
+
+
+def test_scales_of_many_groups_are_solved_on_several_threads() -> None:
+    """256 groups a row: batched LU of oneMKL raised here from two threads on."""
+    grid, threads = Grid("i4_g32", 8192), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        generator = torch.Generator().manual_seed(5)
+        weight = torch.randn(64, 8192, generator=generator)
+        gram = torch.diag(torch.rand(8192, generator=generator) + 0.1)
+        params = grid.fit(weight, search="minmax")
+        codes = grid.round(weight, params, grid.index())
+        found = resolve(weight, gram, grid, params, codes)
+    finally:
+        torch.set_num_threads(threads)
+    before = losses(weight - grid.decode(codes, params, grid.index()), gram)
+    after = losses(weight - grid.decode(codes, found, grid.index()), gram)
+    assert bool((after < before).all())

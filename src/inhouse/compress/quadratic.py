@@ -124,8 +124,12 @@ def resolve(weight: Tensor, gram: Tensor, grid: Grid, params: Params, codes: Ten
         left[:, group].index_add_(1, index, pushed * level)
     ridge = 1e-9 * left.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
     left += torch.diag_embed(ridge[:, None].expand(-1, groups))
-    solved = torch.linalg.solve_ex(left, right[..., None])[0][..., 0].float()
-    solved = torch.where(torch.isfinite(solved) & (solved != 0), solved, params.scale)
+    factor, failed = torch.linalg.cholesky_ex(
+        left
+    )  # of LU, oneMKL loses the pivots of large batches on several threads
+    solved = torch.cholesky_solve(right[..., None], factor)[..., 0].float()
+    usable = torch.isfinite(solved) & (solved != 0) & (failed == 0)[:, None]
+    solved = torch.where(usable, solved, params.scale)
     new = Params(grid.storable(solved), params.zero)
     before = losses(weight - grid.decode(codes, params, index), gram)
     after = losses(weight - grid.decode(codes, new, index), gram)
