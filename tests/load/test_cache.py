@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -213,9 +214,21 @@ def test_a_failed_write_leaves_nothing(model: tuple[Described, Plan], tmp_path: 
 
 
 def test_no_room_is_said_before_anything_is_written(model: tuple[Described, Plan], tmp_path: Path) -> None:
-    with pytest.raises(CapacityError, match="do not fit"):
+    with pytest.raises(CapacityError, match="does not fit"):
         write_pack(tmp_path, KEY, "digest", iter(()), 1 << 60)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_on_a_full_disk_unused_packs_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unused = tmp_path / "unused.pack"
+    unused.write_bytes(bytes(4096))
+    full = SimpleNamespace(total=100 << 30, free=1 << 30)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+    with pytest.raises(CapacityError, match="4096 of other packs"):
+        write_pack(tmp_path, KEY, "digest", iter(()), 4097)
+    assert unused.exists()
+    write_pack(tmp_path, KEY, "digest", iter(()), 4000)
+    assert [path.name for path in tmp_path.glob("*.pack")] == [KEY.file_name]
 
 
 def test_the_longest_unused_go_first(tmp_path: Path) -> None:

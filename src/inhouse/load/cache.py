@@ -44,7 +44,8 @@ MAX_FOOTER_BYTES = 64 << 20
 # each file, because reading all of it would cost the start that the mapping saves.
 VERIFY_BYTES = 256 << 20
 SPARE_BYTES = 1 << 30  # disk space that the cache leaves free
-LIMIT_BYTES = 64 << 30  # of all packs together; the longest unused go first
+LIMIT_BYTES = 64 << 30  # of all packs together, and at most
+LIMIT_SHARE = 0.25  # of the disk they lie on; the longest unused go first
 _HEAD = struct.Struct("<16sQQ32s")
 
 
@@ -112,13 +113,18 @@ def open_pack(folder: Path, key: PackKey, parts: Iterable[Part]) -> Pack:
 def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[Part, Weight]], size: int) -> None:
     """Writes a pack, weight by weight as they come, and makes room by dropping the longest unused ones.
 
-    Raises CapacityError if the disk lacks the room; the caller then goes on without a pack.
+    Raises CapacityError if the disk lacks the room even without them; the caller then goes on without a pack.
     """
     private_folder(folder)
-    free = shutil.disk_usage(folder).free
-    if size + SPARE_BYTES > free:
-        raise CapacityError(f"a pack of {size} bytes and {SPARE_BYTES} spare do not fit {free} free bytes")
-    make_room(folder, LIMIT_BYTES - size)
+    disk = shutil.disk_usage(folder)
+    held = sum(path.stat().st_size for path in folder.glob("*.pack"))
+    limit = min(LIMIT_BYTES, int(disk.total * LIMIT_SHARE), held + disk.free - SPARE_BYTES) - size
+    if limit < 0:
+        raise CapacityError(
+            f"a pack of {size} bytes does not fit: {disk.free} bytes are free beside {held} of other packs, "
+            f"{SPARE_BYTES} stay spare, and packs take at most {LIMIT_SHARE:.0%} of the disk"
+        )
+    make_room(folder, limit)
     table: dict[str, dict[str, Any]] = {}
     try:
         with atomic_file(folder / key.file_name) as file:
