@@ -34,6 +34,10 @@ void run_jobs(int threads, int jobs, uint32_t seed) {
   }
 }
 
+// ThreadSanitizer ends a process that forks with threads and then starts some.
+#if defined(__SANITIZE_THREAD__)
+void check_fork() { std::printf("the fork is left out under ThreadSanitizer\n"); }
+#else
 void check_fork() {
   const pid_t child = fork();
   if (child == 0) {
@@ -45,6 +49,7 @@ void check_fork() {
   waitpid(child, &status, 0);
   check(status == 0, "a forked process has a pool of its own");
 }
+#endif
 
 }  // namespace
 
@@ -56,8 +61,6 @@ int main() {
   std::vector<std::thread> callers;
   for (uint32_t i = 0; i < 3; ++i) callers.emplace_back([i] { run_jobs(2 + static_cast<int>(i), 300, i); });
   for (std::thread& caller : callers) caller.join();
-#if !defined(__SANITIZE_THREAD__)
   check_fork();
-#endif
   return test::finish();
 }
