@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from inhouse.compress.recipe import ANYWHERE, ORDER, load_recipe, matches, parse_recipe, parse_size
+from inhouse.compress.recipe import ANYWHERE, ORDER, load_recipe, matches, parse_recipe
 from inhouse.compress.shorts import SHORTS, short_recipe
 from inhouse.compress.table import METHODS
 from inhouse.core.errors import UsageError
@@ -110,13 +110,11 @@ def test_the_hash_is_of_what_decides_the_result() -> None:
 
 
 def test_sizes() -> None:
-    assert parse_size("3GB") == 3_000_000_000
-    assert parse_size("1.5GiB") == 3 << 29
-    assert parse_size("800M") == 800_000_000
-    assert parse_size(12345) == 12345
+    assert parse_recipe(_stages(Q4, budget={"ram": "1.5GiB"})).ram == 3 << 29
+    assert parse_recipe(_stages(Q4, budget={"ram": 12345})).ram == 12345
     for wrong in ("", "3 potatoes", "-3GB", -1, True, 0):
-        with pytest.raises(UsageError, match="is no size"):
-            parse_size(wrong)
+        with pytest.raises(UsageError, match=r"budget.ram: .* is no size"):
+            parse_recipe(_stages(Q4, budget={"ram": wrong}))
 
 
 def test_yaml_files(tmp_path: Path) -> None:

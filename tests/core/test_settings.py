@@ -1,5 +1,6 @@
 """Settings: the order of the four places, conversion, and errors that name what is wrong."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,13 +47,14 @@ def test_variables_of_other_rooms_are_let_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4096", 4096), ("512MB", 512 * 10**6), ("2GiB", 2 * 1024**3), ("1.5k", 1500), ("1KiB", 1024), ("0", 0)],
-)
-def test_sizes(text: str, size: int) -> None:
+    [("4096", 4096), ("512MB", 512 * 10**6), ("2GiB", 2 * 1024**3), ("1.5k", 1500), ("1KiB", 1024), ("0", 0),
+     ("3e9", 3 * 10**9), (" 800 mb ", 8 * 10**8), (12345, 12345), (1.5e9, 1_500_000_000)],
+)  # fmt: skip
+def test_sizes(text: object, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MB", "1XB", "-1", "nan", "1e30"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(UsageError):
-        parse_size(text)
+@pytest.mark.parametrize("text", ["", "MB", "1XB", "-1", "nan", "1e30", "5i", -1, True, None, math.inf])
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(UsageError, match="here: .* is no size"):
+        parse_size(text, "here")

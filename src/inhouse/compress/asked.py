@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from inhouse.compress.recipe import Recipe, load_recipe, parse_recipe, parse_size
+from inhouse.compress.recipe import Recipe, load_recipe, parse_recipe
 from inhouse.compress.search import Found, Limit, search
 from inhouse.compress.shorts import SHORTS, short_recipe
 from inhouse.core.errors import UsageError
 from inhouse.core.progress import Progress, silent
+from inhouse.core.settings import parse_size
 
 Asked = str | Path | Mapping[str, Any]
 
@@ -50,7 +51,7 @@ def search_recipe(
     nats a token). Raises UsageError, CapacityError."""
     if max_kld is not None and not (math.isfinite(max_kld) and max_kld > 0):
         raise UsageError(f"max_kld is {max_kld}, must be above 0", param="max_kld")
-    size = parse_size(target_size, "target_size") if target_size is not None else None
+    size = parse_size(target_size, "target_size", 1) if target_size is not None else None
     return search(model, name, Limit(size, max_kld), _beside(texts, ram, threads), progress=progress)
 
 

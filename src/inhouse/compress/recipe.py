@@ -28,6 +28,7 @@ from inhouse.compress.method import Method
 from inhouse.compress.table import METHODS, method
 from inhouse.compress.values import Count, NotNegative, Seed, check_finite, choice, known, mapping, plain, wrong
 from inhouse.core.errors import UsageError
+from inhouse.core.settings import parse_size
 from inhouse.runtime.executor import KV_DTYPES
 from inhouse.runtime.kv_codes import CODED_KV
 from inhouse.runtime.packed_formats import FORMATS
@@ -51,7 +52,6 @@ RISES: Mapping[str, float] = {"near-lossless": 0.005, "good": 0.03, "usable": 0.
 _STAGE_KEYS = ("method", "format", "include", "exclude", "overrides")
 _WITHOUT_WEIGHTS = ("attention", "kv")  # families that touch no weight: of those keys they take `method` alone
 _BEGINNING = "Begin with `stages:` and a list such as `- quantize: {method: gptq, format: q4_0}`"
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,20 +215,9 @@ def parse_recipe(document: Mapping[str, Any]) -> Recipe:
         threads = plain(threads, Count, "budget.threads")
     return Recipe(
         parsed, _texts(document.get("calibration", {})), _gate(document.get("gates", {})),
-        None if budget.get("ram") is None else parse_size(budget["ram"], "budget.ram"), threads,
+        None if budget.get("ram") is None else parse_size(budget["ram"], "budget.ram", 1), threads,
         plain(document.get("seed", 0), Seed, "seed"),
     )  # fmt: skip
-
-
-def parse_size(text: Any, where: str = "ram") -> int:
-    """`3GB`, `800MiB` or a number of bytes. K, M, G, T are powers of 1000, with an i of 1024. Raises UsageError."""
-    if isinstance(text, int) and not isinstance(text, bool) and text > 0:
-        return text
-    found = _SIZE.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
-        raise UsageError(f"{where}: {text!r} is no size", remedy="Write 3GB, 800MiB or a number of bytes", param=where)
-    number, unit, binary = found.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
 
 
 def _stage(entry: Any, where: str) -> Stage:

@@ -6,6 +6,7 @@ nearest right one; values are frozen once loaded.
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from inhouse.core.errors import UsageError
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(?:([kmgt])(i?))?b?\s*", re.IGNORECASE)
 
 # Variables that other rooms read themselves, before or without settings.
 OTHER_ENVIRONMENT: Mapping[str, str] = {
@@ -67,23 +70,22 @@ class Settings:
         return fields(cls)
 
 
-def parse_size(text: str) -> int:
-    """`4096`, `512MB`, `2GiB`, `1.5g` as bytes (k, M, G, T; with `i` 1024-based). Raises UsageError."""
-    units = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-    lower = text.strip().lower().removesuffix("b")
-    base = 1
-    if lower.endswith("i"):
-        lower, base = lower[:-1], 1024
-    unit = lower[-1:] if lower[-1:] in units else ""
-    number = lower.removesuffix(unit)
-    try:
-        value = float(number)
-    except ValueError:
-        raise UsageError(f"{text!r} is not a size", remedy="Write a number with k, M, G or T, such as 512MB") from None
-    scale = 1024 ** "kmgt".index(unit) * 1024 if base == 1024 and unit else units[unit]
-    if not 0 <= value < 1e15:
-        raise UsageError(f"{text!r} is out of range for a size")
-    return int(value * scale)
+def parse_size(text: object, where: str = "", least: int = 0) -> int:
+    """`4096`, `512MB`, `2GiB`, `1.5g`, `3e9` or a number as bytes: k, M, G, T are powers of 1000, with an `i` of 1024.
+
+    Raises UsageError for what is no size or is below `least` or above 1e15; `where` names what was set.
+    """
+    found = _SIZE.fullmatch(str(text)) if isinstance(text, str | int | float) and not isinstance(text, bool) else None
+    if found is None:
+        what = f"{where}: {text!r}" if where else repr(text)
+        raise UsageError(f"{what} is no size", remedy="Write 3GB, 800MiB or a number of bytes", param=where or None)
+    number, unit, binary = found.groups()
+    power = "kmgt".index(unit.lower()) + 1 if unit else 0
+    value = float(number) * (1024 if binary else 1000) ** power
+    if not least <= value < 1e15:
+        what = f"{where}: {text!r}" if where else repr(text)
+        raise UsageError(f"{what} is no size from {least} to 1e15 bytes", param=where or None)
+    return int(value)
 
 
 def _convert(entry: Field[Any], value: Any, origin: str) -> Any:
@@ -94,7 +96,7 @@ def _convert(entry: Field[Any], value: Any, origin: str) -> Any:
         if kind is bool and not isinstance(value, bool):
             value = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}[str(value).lower()]
         elif kind is int and not isinstance(value, bool):
-            value = parse_size(str(value)) if entry.name.endswith("_memory") else int(value)
+            value = parse_size(value, where) if entry.name.endswith("_memory") else int(value)
         elif kind is str:
             value = str(value)
         if type(value) is not kind:
