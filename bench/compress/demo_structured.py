@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench.compress.results import record
+from bench.compress.timed import planned_steps
 from demo.corpus import STORY_CHARACTERS, Conversation, Corpus, Exchange, read_stories
 from demo.encode import Encoder, build_dataset
 from demo.grade import known_facts
@@ -32,9 +33,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from inhouse.compress.calibrate import Calibration
-from inhouse.compress.fit import FitConfig, FitResult, fit
+from inhouse.compress.fit import FitConfig, FitResult, Fitter
 from inhouse.compress.methods.structured import StructuredOptions, structured
-from inhouse.compress.objective import Response
+from inhouse.compress.objective import CrossEntropy, Mix, Response
 from inhouse.compress.pack_as import pack_as
 from inhouse.compress.teacher import LiveTeacher
 from inhouse.compress.work import Work
@@ -103,16 +104,21 @@ def rows(data: Dataset, count: int) -> Calibration:
 def heal(
     work: Work, parent: ProgramSet, teacher: Mapping[str, Tensor], data: Dataset, given: argparse.Namespace
 ) -> FitResult:
-    """Everything learns; the parent's answers are the goal."""
-    config = FitConfig(
-        steps=given.steps, batch_tokens=given.batch, learning_rate=given.rate, warmup=20, final_rate=0.02,
-        autocast=given.autocast,
-    )  # fmt: skip
+    """Everything learns, for `--minutes` by the clock; the parent's answers are the goal, and the text's own."""
+    until = time.monotonic() + 60 * given.minutes
     own = {name: work.value(name).clone() for name in work.names()}
-    return fit(
-        work.programs, own, data, config, objective=Response(LiveTeacher(parent, teacher)), folder=given.run / "fit",
-        minutes=given.minutes, progress=tell,
-    )  # fmt: skip
+    response = Response(LiveTeacher(parent, teacher))
+    objective = Mix((1.0, response), (given.ce, CrossEntropy())) if given.ce else response
+
+    def fitter(steps: int) -> Fitter:
+        config = FitConfig(
+            steps=steps, batch_tokens=given.batch, learning_rate=given.rate, warmup=min(20, steps), final_rate=0.02,
+            autocast=given.autocast,
+        )  # fmt: skip
+        return Fitter(work.programs, own, data, config, objective=objective)
+
+    run = fitter(planned_steps(fitter, until, given.steps))
+    return run.run(minutes=(until - time.monotonic()) / 60, progress=tell)
 
 
 def tell(label: str, done: int, total: int) -> None:
@@ -155,7 +161,9 @@ def measure(work: Work, given: argparse.Namespace) -> dict[str, Any]:
     found |= {"cut": report}
     found["unhealed"] = losses(work, {name: work.value(name) for name in work.names()}, held)
     print(json.dumps(found), file=sys.stderr, flush=True)
+    processor = time.process_time()
     result = heal(work, parent, teacher, data, given)
+    found["cpu_seconds"] = round(time.process_time() - processor)
     found["healed"] = losses(work, result.weights, held)
     found |= {"steps": result.steps, "seconds": round(result.seconds), "finished": result.finished}
     found["rise"] = {name: found["healed"][name] / found["before"][name] - 1 for name in found["before"]}
@@ -192,9 +200,10 @@ def compare(given: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--steps", type=int, default=5000, help="at most")
+    parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--ce", type=float, default=0.0, help="weight of cross-entropy beside the parent's answers")
     parser.add_argument("--samples", type=int, default=30_000)
     parser.add_argument("--autocast", action="store_true", help="matrix products in bfloat16 while healing")
     parser.add_argument("--run", type=Path, default=Path("build/demo-structured"))

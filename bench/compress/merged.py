@@ -1,15 +1,16 @@
 """Two fine-tunes of stories260K that have different texts, their merges, and the deltas between all of these.
 
-    python -m bench.compress.merged [--steps 300]
+    python -m bench.compress.merged [--steps 300] [--run FOLDER] [--deltas]
 
 One learns Shakespeare, the other Wikipedia, by the recipe's own stage `finetune`. Each merge is scored on parts of both
 texts that nothing was trained on, and on stories 0-39. Deltas are those of the bf16 exports, and of 1 % of the values
-edited. Writes `merge/...` and `delta/...` into docs/compression-results.json.
+edited. Writes `merge/...` and `delta/...` into docs/compression-results.json. A command that was cut off goes on with
+what lies in FOLDER; `--deltas` leaves the merges out.
 """
 
 import argparse
 import gzip
-import tempfile
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ METHODS: Mapping[str, dict[str, Any]] = {
     "dare_ties": {"density": 0.5},
 }  # fmt: skip
 RATE = 1e-3  # of learning
-LIGHT_RATE, LIGHT_STEPS = 1e-6, 20
+LIGHT_RATE, LIGHT_STEPS = 1e-5, 40  # weights end about a thousandth away
 
 
 def read(name: str) -> str:
@@ -53,8 +54,9 @@ def read(name: str) -> str:
 
 def tuned(name: str, text: str, rate: float, steps: int, folder: Path, home: Home) -> Path:
     """stories260K fine-tuned on a text, as a Hugging Face folder of f32."""
-    corpus = folder / f"{name}.txt"
-    corpus.write_text(text)
+    corpus, out = folder / f"{name}.txt", folder / name
+    if not corpus.exists():
+        corpus.write_text(text)
     compress(
         str(model_folder()), name,
         parse_recipe({
@@ -63,8 +65,13 @@ def tuned(name: str, text: str, rate: float, steps: int, folder: Path, home: Hom
         }),
         home=home,
     )  # fmt: skip
-    out = folder / name
-    export_model(name, "safetensors", out, wish="f32", home=home)
+    return exported(name, out, "f32", home)
+
+
+def exported(model: str, out: Path, wish: str, home: Home) -> Path:
+    """A Hugging Face folder of the model, made unless an earlier command made it."""
+    if not out.exists():
+        export_model(model, "safetensors", out, wish=wish, home=home)
     return out
 
 
@@ -89,6 +96,7 @@ def delta(title: str, old: Path, new: Path, folder: Path, home: Home, goal: floa
 
 def edited(model: Path, out: Path, share: float) -> Path:
     """A bf16 folder with that share of its values drawn anew."""
+    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     for file in model.iterdir():
         if file.name != "model.safetensors":
@@ -109,32 +117,35 @@ def edited(model: Path, out: Path, share: float) -> Path:
 def moved(old: Path, new: Path) -> str:
     """How far two folders are apart, relative to the size of the weights."""
     a, b = (open_safetensors(path / "model.safetensors") for path in (old, new))
-    pairs = [(torch.from_numpy(np.array(s.raw(n)).view(np.float32)) for s in (a, b)) for n in a]
     gap, size = 0.0, 0.0
-    for one, two in pairs:
-        gap, size = gap + float((one - two).double().square().sum()), size + float(one.double().square().sum())
-    return f"stories260K; weights moved by {(gap / size) ** 0.5:.2%} of their norm"
+    for name in a:
+        one, two = (np.array(source.raw(name)).view(np.float32).astype(np.float64) for source in (a, b))
+        gap, size = gap + float(((one - two) ** 2).sum()), size + float((one**2).sum())
+    for source in (a, b):
+        source.close()
+    return f"stories260K; weights moved by {(gap / size) ** 0.5:.2g} of their norm"
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=300)
-    steps = parser.parse_args().steps
+    parser.add_argument("--run", type=Path, default=Path("build/merged"))
+    parser.add_argument("--deltas", action="store_true", help="only the deltas")
+    given = parser.parse_args()
+    steps, folder = given.steps, given.run / str(given.steps)
     torch.set_num_threads(1)
     whole = {name: read(file) for name, file in TEXTS.items()}
     scored = {name: text[-HELD:] for name, text in whole.items()} | {"stories": read("tinystories_sample_2MiB.txt.gz")}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        home = Home(folder / "home", folder / "cache")
-        home.create()
-        base = folder / "base"
-        export_model(str(model_folder()), "safetensors", base, wish="f32", home=home)
-        learned = {name: text[:LEARNED] for name, text in whole.items()}
-        models = {name: tuned(name, text, RATE, steps, folder, home) for name, text in learned.items()}
-        light = tuned("light", learned["shakespeare"], LIGHT_RATE, LIGHT_STEPS, folder, home)
+    home = Home(folder / "home", folder / "cache")
+    home.create()
+    base = exported(str(model_folder()), folder / "base", "f32", home)
+    learned = {name: text[:LEARNED] for name, text in whole.items()}
+    models = {name: tuned(name, text, RATE, steps, folder, home) for name, text in learned.items()}
+    light = tuned("light", learned["shakespeare"], LIGHT_RATE, LIGHT_STEPS, folder, home)
+    if not given.deltas:
         merges(base, models, scored, steps, folder, home)
-        deltas(base, models, light, folder, home)
+    deltas(base, models, light, folder, home)
 
 
 def merges(
@@ -170,21 +181,12 @@ def deltas(base: Path, models: Mapping[str, Path], light: Path, folder: Path, ho
     """Sizes of deltas between bf16 exports."""
     narrow = {}
     for name, path in {"base": base, "light": light, **models}.items():
-        narrow[name] = folder / f"{name}-bf16"
-        export_model(str(path), "safetensors", narrow[name], wish="bf16", home=home)
+        narrow[name] = exported(str(path), folder / f"{name}-bf16", "bf16", home)
     one_percent = edited(DEMO_FOLDER, folder / "edited", 0.01)
     delta("1 % of the values edited", DEMO_FOLDER, one_percent, folder, home, 0.02, "the demo model")
     delta("a light fine-tune", narrow["base"], narrow["light"], folder, home, 0.16, moved(base, light))
     for name, path in models.items():
-        delta(
-            f"fine-tuned on {name}",
-            narrow["base"],
-            narrow[name],
-            folder,
-            home,
-            None,
-            moved(base, path),
-        )
+        delta(f"fine-tuned on {name}", narrow["base"], narrow[name], folder, home, None, moved(base, path))
 
 
 if __name__ == "__main__":

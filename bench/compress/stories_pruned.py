@@ -8,6 +8,9 @@ Every linear of the layers is pruned (35 matrices); `--embedding` prunes the tie
 them. Statistics and healing see stories from number 100 on and text that the float model wrote itself; what is learned
 is the float model's own distribution (forward KL). The healed model is scored as floats and as stored: codes of
 `--store`, with a bitmask or as 2:4 where that takes fewer bytes; zeros are counted in what is read back from disk.
+
+`--minutes` is the time by the clock of the whole command, measuring included: a few steps are timed, and as many are
+planned as the rest allows (at most `--steps`), so that the learning rate has come down when the time is over.
 """
 
 import argparse
@@ -24,12 +27,13 @@ import torch
 from bench.compress.results import record
 from bench.compress.scoring import score
 from bench.compress.teacher_text import as_dataset, model_folder, rows, teacher_text, training_stories
+from bench.compress.timed import planned_steps
 from torch import Tensor
 
 from inhouse.compress.activations import observe
 from inhouse.compress.blocks import BlockRunner, Tap
 from inhouse.compress.calibrate import Calibration
-from inhouse.compress.fit import FitConfig, FitResult, Setup, fit
+from inhouse.compress.fit import FitConfig, FitResult, Fitter, Setup, fit
 from inhouse.compress.grids import Grid
 from inhouse.compress.matrix import sparsest
 from inhouse.compress.objective import Response
@@ -44,6 +48,7 @@ from inhouse.runtime.packed import is_float
 from inhouse.store.stored_model import write_stored
 from inhouse.store.stored_source import StoredSource
 
+SCORING = 45.0  # seconds by the clock that are kept for writing and scoring three models
 MOMENTS, HELD = 200, 48  # stories from number 100 on: for statistics, then to choose the best step by
 GOALS = {("sparsegpt", "0.5"): ("about 14.6", "<= 4.05"), ("wanda", "0.5"): ("about 18", "<= 4.05"),
          ("sparsegpt", "2:4"): (None, "<= 4.40"), ("wanda", "2:4"): (None, "<= 4.40")}  # fmt: skip
@@ -81,22 +86,33 @@ def take(work: Work, start: Path, folder: Path) -> None:
 
 
 def heal(
-    work: Work, weights: Mapping[str, Tensor], teacher: Mapping[str, Tensor], given: argparse.Namespace
+    work: Work, weights: Mapping[str, Tensor], teacher: Mapping[str, Tensor], given: argparse.Namespace, until: float
 ) -> FitResult:
-    """Everything that is not masked learns; the float model's answers are the goal."""
+    """Everything that is not masked learns until `until` (monotonic seconds); the float model's answers are the
+    goal."""
     programs = work.programs
     drawn = teacher_text(given.text)
     texts = [drawn.ids[a:b].tolist() for a, b in zip(drawn.starts[:-1], drawn.starts[1:], strict=True)]
     stories = training_stories(work.tokenizer)[MOMENTS:]
-    config = FitConfig(
-        steps=given.steps, batch_tokens=given.batch, learning_rate=given.rate, warmup=40, final_rate=0.02,
-        validate_every=200,
-    )  # fmt: skip
+    data, held = as_dataset(texts + stories[HELD:]), as_dataset(stories[:HELD])
     masks = {name: mask for name in programs.weights if (mask := work.mask(name)) is not None}
+    own = {name: weights[name] for name in programs.weights}
+    objective, setup = Response(LiveTeacher(programs, teacher)), Setup(masks=masks)
+
+    def config(steps: int) -> FitConfig:
+        return FitConfig(
+            steps=steps, batch_tokens=given.batch, learning_rate=given.rate, warmup=40, final_rate=0.02,
+            validate_every=max(1, min(200, steps // 4)),
+        )  # fmt: skip
+
+    def trial(steps: int) -> Fitter:
+        return Fitter(programs, own, data, config(steps), objective=objective, setup=setup)
+
+    steps = planned_steps(trial, until, given.steps)
     return fit(
-        programs, {name: weights[name] for name in programs.weights}, as_dataset(texts + stories[HELD:]), config,
-        objective=Response(LiveTeacher(programs, teacher)), setup=Setup(masks=masks),
-        validation=as_dataset(stories[:HELD]), folder=given.run / "fit", minutes=given.minutes, progress=tell,
+        programs, own, data, config(steps), objective=objective, setup=setup, validation=held,
+        minutes=(until - time.monotonic()) / 60,
+        progress=tell,
     )  # fmt: skip
 
 
@@ -120,7 +136,7 @@ def form_of(name: str, value: Tensor, fmt: str, importance: Tensor | None) -> Fo
     if value.shape[1] % 64:
         fmt = fmt.replace("g64", "row")
     plain = pack_as(value, fmt) if is_float(fmt) else Grid(fmt, value.shape[1]).quantize(value, importance)
-    return Form(sparsest(plain))
+    return Form(sparsest(plain)[0])
 
 
 def write(
@@ -148,7 +164,7 @@ def write(
 
 
 def measure(work: Work, given: argparse.Namespace) -> dict[str, Any]:
-    begun = time.monotonic()
+    begun, processor = time.monotonic(), time.process_time()
     teacher = {name: tensor.clone() for name, tensor in work.weights().items()}
     stories = training_stories(work.tokenizer)
     if given.start is None:
@@ -162,13 +178,21 @@ def measure(work: Work, given: argparse.Namespace) -> dict[str, Any]:
     found["unhealed"] |= score(given.run / "unhealed").to_dict()
     print(json.dumps(found), file=sys.stderr, flush=True)
     if given.steps:
-        result = heal(work, weights, teacher, given)
+        result = heal(work, weights, teacher, given, begun + 60 * given.minutes - SCORING)
         found |= {"steps": result.steps, "best_step": result.step, "heal_seconds": round(result.seconds)}
         found |= {"validation": result.validation[-3:]}
         for name, fmt in (("healed", "f32"), ("stored", given.store)):
             found[name] = write(work, result.weights, fmt, given.run / name, squares(work, result.weights, stories))
             found[name] |= score(given.run / name).to_dict()
+    found |= {"seconds": round(time.monotonic() - begun), "cpu_seconds": round(time.process_time() - processor)}
     return found
+
+
+def _time(found: Mapping[str, Any]) -> str:
+    return (
+        f"; best of {found['steps']} steps on held-out stories: {found['best_step']}; seconds by the clock of the whole"
+        f" command, scoring included ({found['cpu_seconds']} s of processor time, one thread, a busy machine)"
+    )
 
 
 def save(found: Mapping[str, Any], given: argparse.Namespace) -> None:
@@ -190,9 +214,9 @@ def save(found: Mapping[str, Any], given: argparse.Namespace) -> None:
                 "id": f"{stem}-{part}", "goal": goal, "bytes": one["bytes"], "command": command,
                 "value": round(one["perplexity"], 4),
                 "what": f"stories260K, {given.method} {given.sparsity} of {where}, {part}, perplexity of stories 0-39",
-                "note": f"{one['least_zeros']:.2%} zeros in the fullest linear, stored as {', '.join(one['formats'])}; "
-                "seconds on a busy machine",
-                "seconds": round(found["prune_seconds" if part == "unhealed" else "heal_seconds"]),
+                "note": f"{one['least_zeros']:.2%} zeros in the fullest linear, stored as {', '.join(one['formats'])}"
+                + ("" if part == "unhealed" else _time(found)),
+                "seconds": round(found["prune_seconds"]) if part == "unhealed" else found["seconds"],
             }
         )  # fmt: skip
 
