@@ -12,8 +12,8 @@ from scipy.stats import binomtest
 
 from inhouse.compress import pipeline
 from inhouse.compress.candidates import candidates, chosen
-from inhouse.compress.evaluate import Evaluation
-from inhouse.compress.gate import BASELINE_SHARE, judge
+from inhouse.compress.evaluate import Evaluation, documents
+from inhouse.compress.gate import BASELINE_SHARE, judge, scored_text
 from inhouse.compress.recipe import Gate, parse_recipe
 from inhouse.compress.search import Found, Limit, Measured, search
 from inhouse.compress.tasks import Question, detectable, mcnemar, paired, read_questions
@@ -84,6 +84,13 @@ def test_verdicts(
     assert report.passed is passed
     assert said in "; ".join(report.reasons)
     assert bool(report.reasons) == (passed is False)
+
+
+def test_every_story_of_a_file_is_scored(tmp_path: Path) -> None:
+    file = tmp_path / "stories.txt"
+    file.write_text("One was red.\n<|endoftext|>\nTwo was blue.<|endoftext|>Three.", "utf-8")
+    assert documents(scored_text(str(file), "stories"), "stories") == ["One was red.", "Two was blue.", "Three."]
+    assert "<|endoftext|>" not in scored_text(str(file), "window:16")
 
 
 def test_a_loss_of_answers_beyond_chance_fails() -> None:

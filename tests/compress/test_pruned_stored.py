@@ -12,6 +12,7 @@ from torch import Tensor
 
 from inhouse.compress import finish
 from inhouse.compress.calibrate import Calibration
+from inhouse.compress.fallbacks import of_records
 from inhouse.compress.grids import Grid
 from inhouse.compress.matrix import sparsest
 from inhouse.compress.methods.magnitude import MagnitudeOptions, magnitude_mask
@@ -150,3 +151,22 @@ def test_floats_without_zeros_where_that_is_exact(stories: Path, tmp_path: Path,
     assert dense == [note for note in notes if "columns hold bf16, and f32 values are not all exact in it" in note]
     assert {note.split()[0] for note in dense} >= {other}
     assert up not in {note.split()[0] for note in dense}
+
+
+def test_factors_of_a_pruned_matrix_say_once_that_zeros_are_lost(stories: Path, tmp_path: Path) -> None:
+    """A product of factors keeps no zeros: it is said where it happens, and no later stage holds a mask over it."""
+    stages: list[dict[str, Any]] = [
+        {"prune": {"method": "magnitude", "include": ["mlp"]}},
+        {"lowrank": {"method": "svd", "ratio": 0.2, "include": ["mlp.down"]}},
+        {"quantize": {"method": "round", "format": "i8_row"}},
+    ]
+    with Work.open(str(make("Llama", stories, tmp_path / "m")), tmp_path / "run") as work:
+        for number, stage in enumerate(parse_recipe({"stages": stages}).stages):
+            StageRun(work, stage, f"{number}", None, 1 << 28).run()
+        assert work.mask("layers.0.mlp.up.weight") is not None
+        assert work.mask("layers.0.mlp.down.weight") is None
+        said = of_records({unit: line.get("record", {}) for unit, line in work.units().items()})
+    downs = [one for one in said if "pruned weights are not 0" in one["done"]]
+    assert downs
+    assert {one["tensor"].split(".")[-2] for one in downs} == {"down"}
+    assert all(one["asked"].startswith("svd") and "product of factors" in one["why"] for one in downs)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from inhouse.compress.calibrate import read_texts
-from inhouse.compress.evaluate import Divergence, Evaluation, compare_pieces, pieces
+from inhouse.compress.evaluate import SEPARATOR, Divergence, Evaluation, compare_pieces, pieces
 from inhouse.compress.generated import sample_documents
 from inhouse.compress.recipe import Gate, Recipe
 from inhouse.compress.tasks import Paired, Question, answers, paired, read_questions
@@ -109,14 +109,18 @@ def _task(asked: list[Question], before: list[bool], session: Session, progress:
     return paired(before, answers(session, asked, progress)) if asked else None
 
 
+def scored_text(file: str, protocol: str) -> str:
+    """The documents of a text file as one text, parted as the protocol parts them: `stories` scores each of its own."""
+    found = read_texts([Path(file)], what="gate text", key="gates.text")
+    return (SEPARATOR if protocol == "stories" else "\n\n").join(document.text for document in found)
+
+
 def _texts(wish: Gate, reference: Session) -> tuple[list[list[int]], str, str]:
     """(token sequences, protocol, what text it is)."""
     context = reference.engine.context_length
     if wish.text is not None:
-        joined = "\n\n".join(
-            document.text for document in read_texts([Path(wish.text)], what="gate text", key="gates.text")
-        )
-        return pieces(reference.tokenizer, joined, wish.protocol, context), wish.protocol, wish.text
+        scored = scored_text(wish.text, wish.protocol)
+        return pieces(reference.tokenizer, scored, wish.protocol, context), wish.protocol, wish.text
     length = min(OWN_TOKENS, context)
     drawn = [row for row in sample_documents(reference, OWN_SEQUENCES, length=length, seed=OWN_SEED) if len(row) > 1]
     if sum(map(len, drawn)) >= OWN_TOKENS:

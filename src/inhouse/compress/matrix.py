@@ -255,7 +255,10 @@ def _keep(work: Work, name: str, chosen: Chosen, made: Any) -> None:
             work.put_mask(name, value != 0)
         elif mask is not None and value is not None:
             lost = int((value[~mask] != 0).sum())
-            if lost:
+            if lost and _has_factors(made):
+                chosen.say(f"{lost} pruned weights are not 0", "a product of factors has no zeros to keep")
+                work.put_mask(name, None)  # what comes later has none to hold
+            elif lost:
                 chosen.say(f"{lost} pruned weights are not 0", "the format has no 0 there")
     elif made.dtype is torch.bool:
         work.put(name, work.value(name) * made)
