@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 
-from inhouse.compress.pipeline import dry_run
+from inhouse.compress.own_text import OwnText
+from inhouse.compress.pipeline import compress, dry_run
 from inhouse.compress.recipe import parse_recipe
-from inhouse.core.errors import InhouseError, UnsupportedError, UsageError
+from inhouse.core.errors import InhouseError, NotFoundError, UnsupportedError, UsageError
+from inhouse.store.home import Home
 
 pytestmark = [pytest.mark.torch, pytest.mark.native, pytest.mark.realdata]
 ROUND = {"quantize": {"method": "round", "format": "q8_0"}}
@@ -35,6 +37,29 @@ def test_what_comes_after_a_change_of_shapes_is_not_judged_by_the_old_ones(stori
     cut = {"prune": {"method": "structured", "layers": 1}}
     low = {"lowrank": {"method": "svd", "rank": 8, "include": ["layers.4"]}}
     dry_run(str(stories / "hf"), parse_recipe({"stages": [cut, low], "calibration": calibration}))
+
+
+@pytest.mark.parametrize(
+    ("stages", "error", "words"),
+    [
+        ([{"distill": {"teacher": "nosuch"}}], NotFoundError, "no model 'nosuch'"),
+        ([{"prune": {"method": "structured", "layers": 1}}, {"distill": {"teacher": "demo"}}], UnsupportedError,
+         "different tokenizers"),
+        ([{"qat": {"teacher": "demo", "format": "q4_0"}}], UnsupportedError, "different tokenizers"),
+        ([{"prune": {"method": "gradual", "teacher": "nosuch"}}], NotFoundError, "no model 'nosuch'"),
+        ([{"distill": {"top_k": 4, "hidden": 1.0}}], UnsupportedError, "cached logits have no features"),
+    ],
+)  # fmt: skip
+def test_teachers_are_known_before_any_text_is_drawn(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: list[dict[str, Any]],
+    error: type[InhouseError], words: str,
+) -> None:  # fmt: skip
+    """Without texts the model would have to write some first; a run that is refused leaves no folder either."""
+    monkeypatch.setattr(OwnText, "rows", lambda *_: pytest.fail("a text was drawn"))
+    home = Home(tmp_path / "home", tmp_path / "cache")
+    with pytest.raises(error, match=words):
+        compress(str(stories / "hf"), "student", parse_recipe({"stages": stages}), home=home)
+    assert not (home.data / "runs" / "student").exists()
 
 
 def test_scopes_of_one_stage_do_not_mix() -> None:

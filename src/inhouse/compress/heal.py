@@ -18,7 +18,7 @@ from inhouse.compress.fit import FitConfig, FitResult, Fitter, Setup
 from inhouse.compress.grids import Grid
 from inhouse.compress.hooks import FormHook
 from inhouse.compress.objective import Objective
-from inhouse.compress.teacher import LiveTeacher
+from inhouse.compress.teacher import LiveTeacher, shared_ids
 from inhouse.compress.values import Count, Natural, NotNegative, Positive, Seed
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
@@ -96,9 +96,27 @@ def open_teacher(reference: str, home: Home | None = None) -> TeacherModel:
         described.source.close()
 
 
+def check_teacher(work: Work, reference: str) -> None:
+    """Opens a teacher's configuration and tokenizer. Raises what opening a model raises, and UnsupportedError for
+    another tokenizer (`teacher.shared_ids`)."""
+    described = describe(locate(reference, work.home or Home.find()).path)
+    try:
+        theirs = vocabulary(read_tokenizer(described, None, None))
+        size = build(described.spec).vocab_size
+    finally:
+        described.source.close()
+    shared_ids(theirs, vocabulary(work.tokenizer), size, work.programs.vocab_size)
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
+    """Token -> id of everything that a tokenizer knows."""
+    pieces = ((tokenizer.token_of(number), number) for number in range(tokenizer.vocab_size))
+    return {piece: number for piece, number in pieces if piece is not None}
+
+
 def teacher_of(work: Work, reference: str = BASE) -> TeacherModel:
     """The model that `work` was opened from, or another."""
-    return open_teacher(str(work.located.path) if reference == BASE else reference)
+    return open_teacher(str(work.located.path) if reference == BASE else reference, work.home)
 
 
 def as_data(calibration: Calibration) -> tuple[Dataset, Dataset | None]:

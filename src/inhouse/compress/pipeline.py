@@ -30,7 +30,7 @@ from inhouse.compress.runs import RunFolder
 from inhouse.compress.speed import measure
 from inhouse.compress.stages import StageRun
 from inhouse.compress.tensor_facts import spectra, tensor_facts
-from inhouse.compress.upfront import check_family, check_files, check_gate, check_stages, check_weights
+from inhouse.compress.upfront import check_family, check_files, check_gate, check_stages, check_teachers, check_weights
 from inhouse.compress.work import Work
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError, UsageError
 from inhouse.core.progress import Progress, silent
@@ -139,6 +139,7 @@ def prepare(
         check_weights(work)
         check_family(work, recipe)
         check_shapes(work, recipe)
+        check_teachers(work, recipe)
         work.notes += check_stages(work, recipe)
         need = None
         if _samples(work, recipe, texts):  # before an hour of sampling: what it would then be too large for

@@ -17,7 +17,7 @@ from inhouse.compress.methods.cores import (
     tucker_check,
     tucker_experts,
 )
-from inhouse.compress.methods.distill import DistillOptions, distill, learns_nothing
+from inhouse.compress.methods.distill import DistillOptions, check_options, distill, learns_nothing
 from inhouse.compress.methods.finetune import FinetuneOptions, finetune
 from inhouse.compress.methods.fixed import FixedOptions, fixed
 from inhouse.compress.methods.ggufmix import GgufMixOptions, ggufmix
@@ -201,6 +201,7 @@ METHODS: Mapping[str, Method] = {
         ),
         Method(
             "distill", "distill", "model", distill, DistillOptions, needs="gradients", idle=learns_nothing,
+            check=check_options,
             paper="Hinton et al. 2015, arXiv 1503.02531",
             summary="towards a teacher: response, features, relations; masks, factors and codes are kept",
         ),

@@ -10,6 +10,7 @@ from typing import Any
 
 from inhouse.compress.calibrate import Calibration, read_texts
 from inhouse.compress.evaluate import check_protocol
+from inhouse.compress.heal import BASE, check_teacher
 from inhouse.compress.recipe import Gate, Recipe, Stage, matches
 from inhouse.compress.seen import find_seen
 from inhouse.compress.sparsity import parse_pattern
@@ -47,6 +48,14 @@ def check_weights(work: Work) -> None:
                 error.message, remedy="The tensor is damaged, or training overflowed: get or save the checkpoint anew; "
                 "no method makes numbers of it", param=name,
             ) from None  # fmt: skip
+
+
+def check_teachers(work: Work, recipe: Recipe) -> None:
+    """Refuses a teacher that is not there or has another tokenizer. Raises NotFoundError, UnsupportedError."""
+    for stage in recipe.stages:
+        teacher = getattr(stage.options, "teacher", "")
+        if teacher not in ("", BASE):
+            check_teacher(work, teacher)
 
 
 def check_family(work: Work, recipe: Recipe) -> None:

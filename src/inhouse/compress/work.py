@@ -53,12 +53,13 @@ class Work:
     Attributes:
         folder: the run folder. reference: what was opened. digest: of its files.
         spec, programs: of the model as it now is; `programs` are plain (no quantised activations, no side branches).
+        home: the model home of other models' names; None: the user's.
         config: config.json of the model that was opened, {} of a GGUF file. tokenizer: its own.
         notes: what the user should know of the source, one sentence each.
     """
 
     def __init__(self, located: Located, described: Described, folder: Path, home: Home | None = None) -> None:
-        self.located, self.described, self.folder = located, described, folder
+        self.located, self.described, self.folder, self.home = located, described, folder, home
         self.reference, self.digest = located.name, content_digest(located)
         self.spec: Spec = described.spec
         self.programs: ProgramSet = build(described.spec)

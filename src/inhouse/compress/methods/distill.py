@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from inhouse.compress.calibrate import Calibration
-from inhouse.compress.heal import BASE, HealOptions, TeacherModel, as_data, heal, run_folder, summary, teacher_of
+from inhouse.compress.heal import (
+    BASE,
+    HealOptions,
+    TeacherModel,
+    as_data,
+    heal,
+    run_folder,
+    summary,
+    teacher_of,
+    vocabulary,
+)
 from inhouse.compress.losses import DIRECTIONS, Direction
 from inhouse.compress.objective import CrossEntropy, FeatureMatch, Mix, Objective, RelationMatch, Response, layer_map
 from inhouse.compress.teacher import CachedTeacher, Teacher, shared_ids, write_cache
@@ -18,7 +28,6 @@ from inhouse.compress.values import Count, Natural, NotNegative, Positive, Share
 from inhouse.compress.work import Work
 from inhouse.core.errors import ConflictError, FormatError, UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
-from inhouse.model.tokens.tokenizer import Tokenizer
 from inhouse.train.data import Dataset
 
 
@@ -73,7 +82,7 @@ def distill(
     """
     if calibration is None:
         raise UsageError("distillation needs texts", remedy="Name them under calibration", param="calibration")
-    _check(options)
+    check_options(work, "", "", options)
     model = teacher_of(work, options.teacher)
     shared = shared_ids(
         vocabulary(model.tokenizer), vocabulary(work.tokenizer), model.programs.vocab_size, work.programs.vocab_size
@@ -86,12 +95,6 @@ def distill(
         label="distilling",
     )  # fmt: skip
     report.update(summary(result) | {"teacher": options.teacher, "shared_ids": shared})
-
-
-def vocabulary(tokenizer: Tokenizer) -> dict[str, int]:
-    """Token -> id of everything that a tokenizer knows."""
-    pieces = ((tokenizer.token_of(number), number) for number in range(tokenizer.vocab_size))
-    return {piece: number for piece, number in pieces if piece is not None}
 
 
 def objective(work: Work, model: TeacherModel, teacher: Teacher, options: DistillOptions, shared: int) -> Objective:
@@ -129,7 +132,8 @@ def learns_nothing(options: DistillOptions) -> tuple[str, str] | None:
     return "nothing is to be learned", "Give response, ce, a feature or a relation a weight"
 
 
-def _check(options: DistillOptions) -> None:
+def check_options(work: Work, name: str, fmt: str, options: DistillOptions) -> None:
+    """Refuses options that contradict one another; of a row's `check` (`method.Method`)."""
     if options.direction not in DIRECTIONS:
         raise UsageError(f"unknown direction {options.direction!r}", remedy="Use forward, reverse or js")
     if not 0 <= options.ce <= 1:
