@@ -3,14 +3,19 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from inhouse.compress import finish
 from inhouse.compress.merge import Ingredient, merge_models, parse_ingredient
 from inhouse.compress.methods.merging import MERGES, MergeOptions, merge, slerp
+from inhouse.compress.recipe import parse_recipe
+from inhouse.compress.stages import StageRun
+from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.load.importer import import_model
 from inhouse.store.store import Store
@@ -153,6 +158,34 @@ def test_models_of_the_store(stories: Path, tmp_path: Path, store: Store) -> Non
         tensors = [torch.from_numpy(part[name]) for part in parts]
         wanted = merge(name, torch.from_numpy(zero[name]), tensors, (0.6, 0.4), MergeOptions("ties", density=0.5))
         assert np.array_equal(found[name], wanted.numpy())
+
+
+@pytest.mark.realdata
+def test_what_was_tuned_here_is_merged_and_codes_are_not(stories: Path, tmp_path: Path, store: Store) -> None:
+    """A stored model of floats alone merges with the Hugging Face folder that it came from."""
+    base = str(stories / "hf")
+
+    def stored(name: str, stage: dict[str, Any]) -> Path:
+        with Work.open(base, tmp_path / f"run-{name}") as work:
+            if stage:
+                StageRun(work, parse_recipe({"stages": [stage]}).stages[0], "0", None, 1 << 28).run()
+            else:
+                work.put("final_norm", 2 * work.value("final_norm"))
+            finish.write(work, tmp_path / name, {})
+        return tmp_path / name
+
+    tuned = stored("tuned", {})
+    made = merge_models(base, [Ingredient(str(tuned), 1.0)], "m", MergeOptions("linear"), store=store).version
+    found, zero = read_arrays(store.folder(made)), read_arrays(stories / "hf")
+    assert found.keys() == zero.keys()
+    assert {name for name in found if not np.array_equal(found[name], zero[name])} == {"model.norm.weight"}
+    assert np.array_equal(found["model.norm.weight"], 2 * zero["model.norm.weight"])
+    coded = stored("coded", {"quantize": {"method": "round", "format": "q8_0"}})
+    factored = stored("factored", {"lowrank": {"method": "svd", "rank": 8, "include": ["mlp.up"]}})
+    for folder, kind in ((coded, "q8_0"), (factored, "of factors")):
+        with pytest.raises(UnsupportedError, match=f"of .*{folder.name} is {kind}"):
+            merge_models(base, [Ingredient(str(folder), 1.0)], "x", MergeOptions("linear"), store=store)
+    assert not list(store.home.tmp.glob("merge-*"))
 
 
 @pytest.mark.realdata

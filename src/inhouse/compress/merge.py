@@ -28,6 +28,7 @@ from inhouse.compress.methods.merging import (
 from inhouse.core.errors import UnsupportedError, UsageError
 from inhouse.core.progress import Progress, silent
 from inhouse.load.describe import Described, describe, read_tokenizer
+from inhouse.load.export import export_model
 from inhouse.load.export_targets import as_bytes, narrowed
 from inhouse.load.importer import Imported, import_model
 from inhouse.load.locate import Located, locate
@@ -36,6 +37,7 @@ from inhouse.model.families.kv_cache import without_kv
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.source import materialise, side_files
 from inhouse.store.store import Store
+from inhouse.store.stored_source import StoredSource
 from inhouse.store.writing import TensorData
 
 FLOATS = ("F32", "F16", "BF16")
@@ -142,12 +144,28 @@ class _Equal:
 
 
 def open_floats(reference: str, store: Store, stack: ExitStack) -> Opened:
+    """A model as float tensors of a Hugging Face folder: its own, or, where it was fine-tuned, pruned or cut here and
+    holds floats alone, an export of it that lasts as long as `stack`. Raises UnsupportedError for codes and factors."""
     located = locate(reference, store.home)
     described = describe(located.path)
     stack.callback(described.source.close)
-    if described.source.format != "safetensors" or not described.path.is_dir():
+    source = described.source
+    if isinstance(source, StoredSource):
+        factors = [*source.ranks, *source.trains, *source.stacks]
+        coded = [*factors, *(name for name in source if source.coded(name))]
+        if coded:
+            kind = "of factors" if factors else source.coded(coded[0])
+            raise UnsupportedError(
+                f"merging needs floats, and {coded[0]!r} of {reference} is {kind}",
+                remedy="Merge first, then compress what came of it", param="model",
+            )  # fmt: skip
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-", dir=store.home.tmp))
+        export_model(reference, "safetensors", Path(scratch) / "model", home=store.home)
+        described = describe(Path(scratch) / "model")
+        stack.callback(described.source.close)
+    elif source.format != "safetensors" or not described.path.is_dir():
         raise UnsupportedError(
-            f"merging reads safetensors folders, {reference} is {described.source.format}",
+            f"merging reads safetensors folders, {reference} is {source.format}",
             remedy="Merge the Hugging Face folders, then export", param="model",
         )  # fmt: skip
     return Opened(located, described)
