@@ -53,26 +53,44 @@ class Pool {
   };
 
  private:
+  struct alignas(64) Seat {
+    std::atomic<int> thread{0};      // of the system
+    std::atomic<uint32_t> moves{0};  // while its affinity is being changed
+    std::atomic<uint32_t> busy{0};   // while it may hold a tile
+    int64_t busy_time() const;       // processor time of a busy thread, -1 of another
+  };
+
   void grow(int threads);
+  void start_over();
   void run(Tile tile, void* context, int64_t tiles, int threads);
   void work(int worker);
   bool claim_and_run(int worker);
   void wait_for_job(uint32_t seen);
   void wait_until_done(int64_t tiles);
+  void wait_long(uint32_t wanted);
+  void watch_caller(uint32_t seen);
+  void move_here(Seat& seat);
+  bool leave_caller(Seat& seat);
+  bool beside_caller() const;
 
   std::mutex step_mutex_;
   int workers_ = 0;  // threads started beside the caller
   int process_ = 0;  // the process they live in: a fork has none of them
+  int usable_ = 0;   // processors that it had when they were started
+
+  Seat seats_[kMaxThreads];  // [0]: the caller's, its thread 0 where nobody holds a step
 
   alignas(64) std::atomic<uint64_t> ticket_{0};  // job number << 32 | tiles left
   std::atomic<Tile> tile_{nullptr};
   std::atomic<void*> context_{nullptr};
   std::atomic<uint32_t> tiles_{0};
-  std::atomic<int> limit_{0};  // workers [1, limit) take part
+  std::atomic<int> limit_{0};       // workers [1, limit) take part
+  std::atomic<int> caller_at_{-1};  // the caller's processor, -1 if there are more threads than processors
   alignas(64) std::atomic<uint32_t> done_{0};
   std::atomic<uint32_t> caller_waits_{0};
   alignas(64) std::atomic<uint32_t> jobs_{0};  // futex word: jobs begun
   std::atomic<int> parked_{0};
+  std::atomic<uint32_t> looked_{0};  // job after which a worker looked whether the caller runs
 };
 
 }  // namespace inhouse

@@ -1,14 +1,20 @@
 // The pool: every tile once, whoever takes it; more threads than processors; jobs that follow at once; steps from
-// several threads at a time; a fork.
+// several threads at a time; processors that others use, where threads are moved and keep their affinity; a fork.
 #include "threads.h"
 
+#include <dirent.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 
 #include "check.h"
+#include "placement.h"
 
 using inhouse::Pool;
 using test::check;
@@ -32,6 +38,97 @@ void run_jobs(int threads, int jobs, uint32_t seed) {
     for (int i = 0; i < 200; ++i) wrong += counts[i] != (i < tiles ? 1 : 0);
     check(wrong == 0 && worker_ok, std::to_string(threads) + " threads: a tile was lost, doubled or misplaced");
   }
+}
+
+void spin(int loops) {
+  for (int i = 0; i < loops; ++i) __asm__ volatile("");
+}
+
+std::vector<int> processors() {
+  cpu_set_t set;
+  std::vector<int> list;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return list;
+  for (int i = 0; i < CPU_SETSIZE; ++i) {
+    if (CPU_ISSET(i, &set)) list.push_back(i);
+  }
+  return list;
+}
+
+// A process that keeps a processor busy until it is killed.
+pid_t occupy(int processor) {
+  const pid_t child = fork();
+  if (child != 0) return child;
+  prctl(PR_SET_PDEATHSIG, SIGKILL);
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(processor, &set);
+  sched_setaffinity(0, sizeof(set), &set);
+  for (;;) spin(1000);
+}
+
+// Threads of this process whose affinity is not `wanted`.
+int strayed(const cpu_set_t& wanted) {
+  int count = 0;
+  DIR* threads = opendir("/proc/self/task");
+  for (const dirent* entry = threads != nullptr ? readdir(threads) : nullptr; entry != nullptr;
+       entry = readdir(threads)) {
+    cpu_set_t set;
+    const int thread = std::atoi(entry->d_name);
+    if (thread > 0 && sched_getaffinity(thread, sizeof(set), &set) == 0) count += !CPU_EQUAL(&set, &wanted);
+  }
+  if (threads != nullptr) closedir(threads);
+  return count;
+}
+
+// Tiles that take some time, on processors that others have half of the time: threads are moved in the middle of jobs.
+void check_neighbours() {
+  const std::vector<int> list = processors();
+  cpu_set_t before;
+  if (list.size() < 2 || sched_getaffinity(0, sizeof(before), &before) != 0) {
+    std::printf("one processor: neighbours are left out\n");
+    return;
+  }
+  for (size_t crowd : {size_t{1}, size_t{2}}) {
+    std::vector<pid_t> children;
+    for (size_t i = 0; i < crowd; ++i) children.push_back(occupy(list[list.size() - 1 - i]));
+    const auto begin = std::chrono::steady_clock::now();
+    for (int job = 0; std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(300); ++job) {
+      Pool::Step step(Pool::process(), 2);
+      int counts[8] = {};
+      step.run(8, [&](int64_t tile, int) {
+        spin(20000);
+        ++counts[tile];
+      });
+      for (const int count : counts) check(count == 1, "a tile was lost or doubled beside neighbours");
+    }
+    for (const pid_t child : children) {
+      kill(child, SIGKILL);
+      waitpid(child, nullptr, 0);
+    }
+    for (int i = 0; i < 100 && strayed(before) != 0; ++i) usleep(10000);  // a thread that moves has yet to arrive
+    check(strayed(before) == 0, "threads keep their affinity");
+  }
+}
+
+// What the pool moves with: here and away, and nothing where the affinity forbids it.
+void check_placement() {
+  const std::vector<int> list = processors();
+  const int here = inhouse::current_processor(), self = inhouse::thread_id();
+  check(inhouse::processor_time(self) > 0, "a thread has had processor time");
+  check(inhouse::processor_time(1 << 24) == -1, "a thread that is not there has none");
+  cpu_set_t before, after, one;
+  sched_getaffinity(0, sizeof(before), &before);
+  for (const int processor : list) inhouse::move_to(self, processor);
+  inhouse::move_to(self, -1);
+  check(inhouse::leave(here) == (list.size() > 1), "a thread leaves where it may");
+  sched_getaffinity(0, sizeof(after), &after);
+  check(CPU_EQUAL(&before, &after), "a move keeps the affinity");
+  CPU_ZERO(&one);
+  CPU_SET(list.front(), &one);
+  sched_setaffinity(0, sizeof(one), &one);
+  inhouse::move_to(self, list.back());
+  check(inhouse::current_processor() == list.front() && !inhouse::leave(list.front()), "one processor is kept");
+  sched_setaffinity(0, sizeof(before), &before);
 }
 
 // ThreadSanitizer ends a process that forks with threads and then starts some.
@@ -61,6 +158,8 @@ int main() {
   std::vector<std::thread> callers;
   for (uint32_t i = 0; i < 3; ++i) callers.emplace_back([i] { run_jobs(2 + static_cast<int>(i), 300, i); });
   for (std::thread& caller : callers) caller.join();
+  check_placement();
+  check_neighbours();
   check_fork();
   return test::finish();
 }
