@@ -40,7 +40,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("export", "a model as files for other programs", "inhouse export demo --to gguf demo.gguf", "export"),
     Command(
         "merge",
-        "a LoRA adapter into its base",
+        "several models into one, or an adapter into its base",
         "inhouse merge kind --base qwen --adapter ./kind",
         "merge",
     ),

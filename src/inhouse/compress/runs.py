@@ -154,8 +154,11 @@ def clean_run(home: Home, name: str) -> int:
 def _state(folder: RunFolder) -> RunState:
     run = folder.described() or {}
     journal = folder.path / JOURNAL
-    units = journal.read_bytes().count(b'"unit"') if journal.is_file() else 0
-    state = "finished" if folder.result() is not None else "unfinished"
+    result = folder.result()
+    if result is not None:  # its journal is gone
+        state, units = "finished", len(result.get("units", ()))
+    else:
+        state, units = "unfinished", journal.read_bytes().count(b'"unit"') if journal.is_file() else 0
     return RunState(
         folder.name, state, str(run.get("model", "")), str(run.get("summary", "")), units, _size(folder.path),
         str(run.get("began", "")),
