@@ -211,7 +211,7 @@ def save(found: Mapping[str, Any], given: argparse.Namespace) -> None:
     note += f"{found['before']['all']:.4f} before, {found['healed']['all']:.4f} healed, "
     note += f"{found['unhealed']['all']:.4f} unhealed; of answers {found['before']['answers']:.4f}, "
     note += f"{found['healed']['answers']:.4f}, {found['unhealed']['answers']:.4f}; {found['steps']} steps in "
-    note += f"{found['cpu_seconds']} s of processor time, one thread (by the clock of a busy machine, measured)"
+    note += f"{found['cpu_seconds']} s of processor time, one thread (seconds: by the clock of a busy machine)"
     value = {"all": round(rise["all"], 4), "answers alone": round(rise["answers"], 3)}
     value["stories alone"] = round(rise["stories"], 3)
     entry = {"id": "demo-structured-loss", "what": f"{what}, healed: rise of the held-out loss", "goal": f"<= {GOAL}"}
