@@ -1,9 +1,11 @@
-"""Instructions that the packed linears execute on fixed shapes, counted by valgrind: a guard against slow code that no
-noisy machine can hide. Valgrind knows no AVX-512, so the level is AVX2; the bodies are the same for all levels.
+"""Instructions that linears, attention, norms and the quantisation of inputs execute on fixed shapes, counted by
+valgrind: a guard against slow code that no noisy machine can hide. Valgrind knows no AVX-512, so the level is AVX2; the
+bodies are written once for all levels, but what AVX-512 alone has (its dot products, `vdpbf16ps`) is not guarded here.
 
 Usage: python tools/count_instructions.py [--update]
 Prints each count beside the committed one (native/bench/instruction_counts.json); --update writes them. Exit codes:
-0 as before, 1 more than TOLERANCE from before, 77 nothing counted (the reason is printed).
+0 as before, 1 more than TOLERANCE from before (a fall too: the baseline is then to be written again), 77 nothing
+counted (the reason is printed).
 """
 
 import argparse
@@ -23,9 +25,14 @@ from inhouse.runtime.packed import FORMATS, packed_nbytes
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "native" / "bench" / "instruction_counts.json"
 LEVEL = "avx2"
-SHAPE = (64, 512)  # out, in
-CELLS = tuple((name, rows) for name in ("q4_0", "q8_0", "q4_k", "q6_k", "bf16") for rows in (1, 8))
+SHAPE = (64, 1024)  # out, in: wide enough for activation scales of powers of two
+FORMATS_COUNTED = ("q4_0", "q8_0", "q6_0", "bf16", "q4_k", "q6_k")
+ROWS = (1, 8, 64)
+KV_TYPES = {"f16": 1, "bf16": 2}  # as ih_model_create numbers them
+ATTENTION = ((512, 1), (512, 16))  # positions, rows: a step of an answer, a chunk of a prompt
+WIDTH = 896
 TOLERANCE = 0.03
+COUNTED = "counted"  # the function of counted_calls.cc
 SKIPPED = 77
 
 
@@ -39,23 +46,48 @@ def compiler(path: Path) -> str:
     return found.group().decode() if found else "unknown"
 
 
+def calls() -> dict[str, tuple[str, str | None]]:
+    """Name of each cell -> its word for native/bench/counted_calls.cc, and the cell that is counted in it besides."""
+    cells: dict[str, tuple[str, str | None]] = {}
+    for name in FORMATS_COUNTED:
+        form = FORMATS[name]
+        for rows in ROWS:
+            word = _word("linear", form.id, *SHAPE, packed_nbytes(name, SHAPE), rows, form.low > 0)
+            cells[f"{name} {rows}"] = word, None
+    for rows in ROWS:
+        cells[f"embed {SHAPE[1]} {rows}"] = _word("embed", SHAPE[1], rows), None
+        word = _word("pairs", FORMATS["bf16"].id, *SHAPE, packed_nbytes("bf16", SHAPE), rows)
+        cells[f"bf16 pairs {rows}"] = word, f"embed {SHAPE[1]} {rows}"
+    for name, number in KV_TYPES.items():
+        for positions, rows in ATTENTION:
+            cells[f"attention {name} {positions}x{rows}"] = _word("attention", number, positions, rows), None
+    look_up = f"embed {WIDTH} 8"
+    cells[look_up] = _word("embed", WIDTH, 8), None
+    cells["rms_norm 8"], cells["layer_norm 8"] = (_word("rms", WIDTH, 8), look_up), (_word("layer", WIDTH, 8), look_up)
+    cells["quantize_rows 8"] = _word("quantize", WIDTH, 8, 0), look_up
+    cells["quantize_rows powers 8"] = _word("quantize", WIDTH, 8, 1), look_up
+    return cells
+
+
+def _word(kind: str, *numbers: int) -> str:
+    return ":".join([kind, *(str(int(number)) for number in numbers)])
+
+
 def count(path: Path) -> dict[str, int]:
-    """Instructions of one call a cell, `format rows` -> count. Raises Skip where the tools are missing."""
-    cc, valgrind = shutil.which("cc"), shutil.which("valgrind")
+    """Cell -> instructions of its one call. Raises Skip where the tools are missing."""
+    cc, valgrind = shutil.which("c++"), shutil.which("valgrind")
     if cc is None or valgrind is None:
-        raise Skip("no C compiler here" if cc is None else "no valgrind here")
-    cells = [
-        (FORMATS[name].id, *SHAPE, packed_nbytes(name, SHAPE), rows, int(FORMATS[name].low > 0)) for name, rows in CELLS
-    ]
+        raise Skip("no C++ compiler here" if cc is None else "no valgrind here")
+    cells = calls()
     with tempfile.TemporaryDirectory() as folder:
         program, out = Path(folder, "calls"), Path(folder, "counts")
-        source, include = ROOT / "native" / "bench" / "linear_calls.c", ROOT / "native" / "include"
+        source = ROOT / "native" / "bench" / "counted_calls.cc"
+        include = [f"-I{ROOT / 'native' / part}" for part in ("include", "src")]
         link = [str(path), f"-Wl,-rpath,{path.resolve().parent}"]
-        subprocess.run([cc, "-O1", f"-I{include}", str(source), *link, "-o", str(program)], check=True)
-        arguments = [str(number) for cell in cells for number in cell]
+        subprocess.run([cc, "-O1", "-std=c++20", *include, str(source), *link, "-o", str(program)], check=True)
         done = subprocess.run(
-            [valgrind, "--tool=callgrind", "--toggle-collect=ih_linear", "--dump-after=ih_linear",
-             f"--callgrind-out-file={out}", str(program), LEVEL, *arguments],
+            [valgrind, "--tool=callgrind", f"--toggle-collect={COUNTED}", f"--dump-after={COUNTED}",
+             f"--callgrind-out-file={out}", str(program), LEVEL, *(word for word, _ in cells.values())],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
@@ -64,7 +96,8 @@ def count(path: Path) -> dict[str, int]:
     found = [re.search(r"^(?:totals|summary): (\d+)", text, re.MULTILINE) for text in dumps]
     if not all(found):
         raise Skip("valgrind's output lacks its totals")
-    return {f"{name} {rows}": int(match[1]) for (name, rows), match in zip(CELLS, found, strict=True) if match}
+    counts = {cell: int(match[1]) for cell, match in zip(cells, found, strict=True) if match}
+    return {cell: counts[cell] - (counts[besides] if besides else 0) for cell, (_, besides) in cells.items()}
 
 
 def compare(counts: dict[str, int], before: dict[str, int]) -> bool:
@@ -74,7 +107,7 @@ def compare(counts: dict[str, int], before: dict[str, int]) -> bool:
         change = number / before[cell] - 1 if cell in before else float("inf")
         near = abs(change) <= TOLERANCE
         good = good and near
-        print(f"{cell:10} {number:10,} {change:+7.1%}{'' if near else '  outside the tolerance'}")
+        print(f"{cell:24} {number:12,} {change:+7.1%}{'' if near else '  outside the tolerance'}")
     return good
 
 
