@@ -49,9 +49,10 @@ bench-peers: $(VENV)/core ## other engines in turns with ours: KITS=FOLDER [PLAN
 	@PYTHONPATH="$(CURDIR)" $(BIN)/python -m bench.peers.run --plan $(or $(PLAN),full) --minutes $(or $(MINUTES),0) \
 		$(if $(KITS),--kits $(KITS)) $(if $(TRACE),--trace $(TRACE)) $(if $(KV),--kv $(KV))
 
-bench-kernels: $(VENV)/core ## every linear shape of the usual models, formats and levels, beside the machine's peaks (lines of JSON)
+bench-kernels: $(VENV)/core ## every linear shape of the usual models, formats and levels, beside the machine's peaks (docs/kernels.md) [KERNELS="--models NAME --limit 80"]
 	@PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S native -B build/native -G Ninja >&2 && $(BIN)/ninja -C build/native linear_bench >&2
-	@find build/native -name linear_bench -type f -exec {} --model all --isa avx2,avx512 \;
+	@$(BIN)/python tools/kernel_speed.py $(KERNELS)
+	@$(BIN)/python tools/kernels_page.py
 
 demo-model: $(VENV)/dev ## train the demo model again from its data (resumable; hours on a CPU)
 	@$(BIN)/python -m demo.make
