@@ -25,6 +25,7 @@ from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError
 from inhouse.load.describe import describe
 from inhouse.load.export import export_model
+from inhouse.load.locate import DEMO_FOLDER
 from inhouse.load.model import open_model
 from inhouse.load.prove import logits_of
 from inhouse.load.stored import stored_config, stored_sides
@@ -170,3 +171,22 @@ def test_factors_of_a_pruned_matrix_say_once_that_zeros_are_lost(stories: Path, 
     assert downs
     assert {one["tensor"].split(".")[-2] for one in downs} == {"down"}
     assert all(one["asked"].startswith("svd") and "product of factors" in one["why"] for one in downs)
+
+
+@pytest.mark.native
+def test_what_a_stage_learned_of_a_bf16_model_is_proven_as_it_is_stored(tmp_path: Path) -> None:
+    """The proof compares logits of what is written: floats that changed are rounded to the model's bf16 before it."""
+    with Work.open(str(DEMO_FOLDER), tmp_path / "run") as work:
+        names = [name for name in work.matrices() if name == "embed.weight" or "mlp.up" in name]
+        rng = torch.Generator().manual_seed(0)
+        for name in names:
+            value = work.value(name)
+            work.put(name, value * (1 + 0.004 * torch.randn(value.shape, generator=rng)))
+        work.save("learned")
+        finish.write(work, tmp_path / "new", {})
+        proven = finish.proof(work, tmp_path / "new", None, True, tmp_path / "run")
+        source = describe(tmp_path / "new").source
+        assert {source.info(name).dtype for name in names} == {"BF16"}
+        source.close()
+    assert proven.logits_error is not None
+    assert proven.logits_error < 1e-5

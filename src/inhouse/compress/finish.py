@@ -8,12 +8,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from inhouse.compress.blocks import BlockRunner
 from inhouse.compress.calibrate import Calibration
@@ -34,6 +36,7 @@ from inhouse.store.writing import atomic_file
 
 F32 = npt.NDArray[np.float32]
 PROOF_TOKENS = 64
+SETTLED = "floats/end"  # the unit of `settle`; units that end so are no work that is listed
 
 
 class Writer:
@@ -97,11 +100,28 @@ def float_format(work: Work) -> str:
     return {"F16": "f16", "BF16": "bf16"}.get(kinds.most_common(1)[0][0] if kinds else "", "f32")
 
 
+def settle(work: Work) -> None:
+    """Floats that a stage changed become what they are stored as (bf16 or f16, where the opened model is that), so that
+    the proof and the report are of what is written. Once a run; values beyond f16 stay, and are stored as f32."""
+    kind = float_format(work)
+    if kind == "f32" or SETTLED in work.units():
+        return
+    for name in work.matrices():
+        if work.form(name) is None and work.is_changed(name):
+            value = work.value(name).numpy()
+            with suppress(FormatError):
+                held = pack_float(value, kind).dequantize()
+                if not np.array_equal(held, value):
+                    work.put(name, torch.from_numpy(held))
+    work.save(SETTLED)
+
+
 def write(work: Work, folder: Path, manifest: Mapping[str, Any]) -> tuple[StoredModel, list[str]]:
     """Writes the checkpoint into a folder that is made anew; also what had to be kept wider."""
     if isinstance(work.spec, ModelSpec) is False and work.described.source.format == "gguf":
         raise UnsupportedError("an encoder from GGUF has no config.json to be written with")
     shutil.rmtree(folder, ignore_errors=True)
+    settle(work)
     writer = Writer(work)
     config = stored_config(work.described, work.spec, work.kept_layers)
     sides = stored_sides(work.described)
@@ -123,8 +143,6 @@ def proof(
     ids = _tokens(work, calibration)
 
     def logits(tokens: npt.NDArray[np.int64]) -> F32:
-        import torch
-
         rows = torch.from_numpy(tokens)[None]
         one = Calibration(rows, torch.tensor([rows.shape[1]]), "", ())
         return BlockRunner(work, one, threads_folder).outputs()["logits"].numpy()
