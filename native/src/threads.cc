@@ -16,7 +16,8 @@ namespace inhouse {
 namespace {
 
 constexpr int kWorkerSpins = 4000;        // pauses before a worker parks: some tens of microseconds
-constexpr int kCallerSpins = 2000;        // pauses before the caller yields to workers that hold its last tiles
+constexpr int kCrowdSpins = 200;          // where threads are more than processors, another one waits for this one
+constexpr int kCallerSpins = 2000;        // pauses before the caller looks for workers that stand
 constexpr int kLookSpins = 64;            // pauses between looks at where a thread runs
 constexpr int kRescueSpins = 1000;        // pauses in which a worker that runs uses processor time
 constexpr int64_t kRanAtLeast = 2000;     // nanoseconds of it
@@ -164,7 +165,8 @@ bool Pool::beside_caller() const {
 }
 
 void Pool::wait_for_job(uint32_t seen) {
-  for (int i = 0; i < kWorkerSpins; ++i) {
+  const int spins = caller_at_.load(std::memory_order_relaxed) < 0 ? kCrowdSpins : kWorkerSpins;
+  for (int i = 0; i < spins; ++i) {
     if (jobs_.load(std::memory_order_acquire) != seen) return;
     if (i % kLookSpins == 0 && beside_caller()) break;  // the caller waits for this processor
     cpu_pause();
