@@ -97,6 +97,7 @@ class Model {
   AttentionMemory attention_;
   std::vector<std::vector<int64_t>> times_;  // [program][op] nanoseconds; empty: not taken
   std::vector<LinearTask> linear_tasks_;     // of the op that runs
+  std::vector<float> gated_;                 // [threads][2][rows][outputs] between the ops of gated_step.cc
   std::vector<Relative> relative_;           // made before the first step, so that none allocates
   RoutedRows routed_;
   Adapters adapters_;

@@ -52,12 +52,16 @@ class Planner {
 
   Plan run() {
     plan_.run_end = run_ends();
+    for (size_t i = 0; i < program_.ops.size(); ++i) plan_.gated.push_back(is_gated(i));
+    std::vector<int32_t> read;  // by a gated op until the run behind it ends
     for (size_t begin = 0; begin < plan_.run_end.size(); begin = plan_.run_end[begin]) {
       const size_t end = plan_.run_end[begin];
       if (end - begin > 1) {
         place_run(begin, end);
+        free_.insert(free_.end(), read.begin(), read.end());
+        read.clear();
       } else {
-        place(begin);
+        place(begin, plan_.gated[begin] ? &read : &free_);
       }
     }
     return std::move(plan_);
@@ -83,12 +87,28 @@ class Planner {
     return ends;
   }
 
-  void place(size_t i) {
+  // Two linears of quantised rows, what glu makes of them, and its codes, in groups of one block; nobody else reads
+  // what lies between.
+  bool is_gated(size_t i) const {
+    const std::vector<Op>& ops = program_.ops;
+    if (ops[i].kind != OpKind::kLinears || ops[i].outputs.size() != 2 || i + 3 > ops.size()) return false;
+    const Op &op = ops[i], &glu = ops[i + 1], &quantize = ops[i + 2];
+    if (glu.kind != OpKind::kGlu || quantize.kind != OpKind::kQuantizeRows || plan_.run_end[i + 1] != i + 3)
+      return false;
+    const Value &x = program_.values[op.inputs[0]], &y = program_.values[quantize.outputs[0]];
+    const bool chained = glu.inputs == op.outputs && quantize.inputs[0] == glu.outputs[0] &&
+                         last_[op.outputs[0]] == i + 1 && last_[op.outputs[1]] == i + 1 &&
+                         last_[glu.outputs[0]] == i + 2;
+    return chained && x.dtype == DType::kI8 && y.group == kQuantGroup && y.width % kQuantGroup == 0;
+  }
+
+  // `read`: where the slots of inputs go that are dead then.
+  void place(size_t i, std::vector<int32_t>* read) {
     const Op& op = program_.ops[i];
     const bool early = in_place(op.kind);
     if (early) release(op, i, 0, shared_inputs(op), &free_);
     for (int32_t v : op.outputs) plan_.slot_of[v] = take(program_.values[v]);
-    release(op, i, early ? shared_inputs(op) : 0, op.inputs.size(), &free_);
+    release(op, i, early ? shared_inputs(op) : 0, op.inputs.size(), read);
     for (int32_t v : op.outputs) {
       if (last_[v] == i) free_.push_back(plan_.slot_of[v]);  // made and never read
     }

@@ -18,6 +18,7 @@ struct Plan {
   std::vector<Slot> slots;
   std::vector<int32_t> slot_of;  // [values], -1 for a value that nothing makes
   std::vector<size_t> run_end;   // [ops] the op behind the run that starts here: row-wise ops run as one
+  std::vector<bool> gated;       // [ops] whether this one and the next two may run as one (gated_step.cc)
 };
 
 // Whether each row of the outputs depends on the same row of the inputs alone.

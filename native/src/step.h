@@ -34,6 +34,10 @@ class Runner {
   void row_op(const Op& op, int64_t r);
   void glu(const Op& op, const float* gate, const float* up, int64_t width, float* y);
 
+  // gated_step.cc: ops i to i + 2 as one
+  bool runs_gated(size_t i) const;
+  void gated(const Op& op, const Op& glu_op, const Op& quantize);
+
   // train_step.cc
   void embed_train(const Op& op);
 

@@ -20,6 +20,8 @@ from inhouse.load.describe import Described, describe
 from inhouse.model.build import build
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.packed_sparse import pack_columns
+from inhouse.store.mapping import HUGE_BYTES, Mapping, forget_pages
+from inhouse.store.writing import atomic_file
 
 pytestmark = [pytest.mark.null, pytest.mark.realdata]
 KEY = PackKey("identity", "q4")
@@ -229,6 +231,17 @@ def test_on_a_full_disk_unused_packs_give_way(tmp_path: Path, monkeypatch: pytes
     assert unused.exists()
     write_pack(tmp_path, KEY, "digest", iter(()), 4000)
     assert [path.name for path in tmp_path.glob("*.pack")] == [KEY.file_name]
+
+
+def test_a_large_pack_forgets_its_pages_and_reads_the_same(tmp_path: Path) -> None:
+    raw = np.random.default_rng(1).integers(0, 256, HUGE_BYTES + 4097, dtype=np.uint8)
+    path = tmp_path / "large"
+    with atomic_file(path) as file:
+        file.write(raw.data)
+    forget_pages(path)
+    assert np.array_equal(Mapping(path).data, raw)
+    with pytest.raises(FileNotFoundError):
+        forget_pages(tmp_path / "none")
 
 
 def test_the_longest_unused_go_first(tmp_path: Path) -> None:

@@ -76,6 +76,26 @@ def test_quantised_bits_too(level: str) -> None:
 
 
 @pytest.mark.parametrize("level", LEVELS)
+def test_gate_and_up_of_many_rows_are_one_op_with_the_bits_of_three(level: str) -> None:
+    executor = quantised().native(threads=2, isa=level)
+    kinds = [op.kind for op in executor.programs.programs["step"].ops]
+    glu = [i for i, kind in enumerate(kinds) if kind == "glu"]
+    logits, times = {}, {}
+    for rows in (8, 9, 200):  # up to eight rows they run one after the other
+        executor.op_seconds("step")
+        chunks = [(LINE[at : at + rows], at) for at in range(0, 200, rows)]
+        parts = [
+            executor.run("step", steps(executor.programs, [chunk], blocks_each=40))["logits"].copy() for chunk in chunks
+        ]
+        logits[rows], times[rows] = np.concatenate(parts)[:200], executor.op_seconds("step")
+    assert same(logits[8], logits[200])
+    assert same(logits[9], logits[200])
+    assert all(times[8][i] > 0 for i in glu)
+    assert not any(times[200][i] > 0 for i in glu)
+    assert all(times[200][i - 1] > 0 for i in glu)
+
+
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int4"])
 def test_stale_memory_is_never_touched(level: str, kv_dtype: str) -> None:
     """NaN in every block beforehand changes nothing: what a row may not see is not multiplied."""

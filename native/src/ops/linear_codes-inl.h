@@ -60,10 +60,12 @@ bool may_add_exponents(const Weight& w) {
   return kAddsExponents && f.low + f.high <= 6 && (f.family ? kFormats[w.format].scale : f.scale) == kF16;
 }
 
-// Rows [first, end) of the view against tiles [begin, tiles_end); their lanes lie in [group, groups_end).
+// Rows [first, end) of the view against tiles [begin, tiles_end); their lanes lie in [group, groups_end). `fresh`: the
+// first rows to read these tiles.
 struct Piece {
   int64_t first, end, begin, tiles_end;
   int64_t group, groups_end;
+  bool fresh;
 };
 
 // All lanes of a piece. Those without a row hold whatever memory held.
@@ -76,16 +78,19 @@ void prepare(const QuantRows& x, const Piece& p, int64_t blocks, Strip& strip) {
   }
 }
 
-// Whether `count` scales, each `step` after the other, are powers of two that exponents can be added for.
+// Zero if `scale` is a power of two that exponents can be added for.
+inline uint32_t is_no_power(float scale) {
+  constexpr uint32_t least = __builtin_bit_cast(uint32_t, kLeastPower), most = __builtin_bit_cast(uint32_t, kMostPower);
+  const uint32_t bits = __builtin_bit_cast(uint32_t, scale);
+  return (bits & 0x7fffff) | static_cast<uint32_t>(bits - least > most - least);
+}
+
+// Whether `count` scales, each `step` after the other, are such powers.
 inline bool are_powers(const float* scales, int64_t count, int64_t step) {
-  int32_t mantissas = 0;
-  bool inside = true;
-  for (int64_t i = 0; i < count; ++i) {
-    const float scale = scales[i * step];
-    mantissas |= __builtin_bit_cast(int32_t, scale) & 0x7fffff;
-    inside &= scale >= kLeastPower && scale <= kMostPower;
-  }
-  return mantissas == 0 && inside;
+  uint32_t wrong = 0;
+  for (int64_t i = 0; step == 1 && i < count; ++i) wrong |= is_no_power(scales[i]);  // in vectors
+  for (int64_t i = 0; step != 1 && i < count; ++i) wrong |= is_no_power(scales[i * step]);
+  return wrong == 0;
 }
 
 // The same of all rows of a piece.
@@ -105,10 +110,10 @@ inline bool has_powers(const QuantRows& x, const Piece& p, int64_t blocks) {
   return true;
 }
 
-IH_INLINE int32_t four_codes(const int8_t* p) {
+IH_INLINE Four four_codes(const int8_t* p) {
   int32_t codes;
   __builtin_memcpy(&codes, p, 4);
-  return codes;
+  return four(codes);
 }
 
 // Whether the sums over a block of the format's codes may stay narrow.
@@ -118,7 +123,7 @@ template <bool SMALL, bool WIDE>
 struct Dots {
   VI sums;
   IH_INLINE void begin(int32_t start) { sums = set1_int(start); }
-  IH_INLINE void add(B w, int32_t four) { sums = WIDE ? dot_wide(sums, w, four) : dot(sums, w, four); }
+  IH_INLINE void add(B w, Four x) { sums = WIDE ? dot_wide(sums, w, x) : dot(sums, w, x); }
   IH_INLINE VI end(int32_t) const { return sums; }
 };
 
@@ -126,7 +131,7 @@ template <bool WIDE>
 struct Dots<true, WIDE> {
   Narrow sums;
   IH_INLINE void begin(int32_t start) { sums = narrow(start); }
-  IH_INLINE void add(B w, int32_t four) { sums = dot_narrow(sums, w, four); }
+  IH_INLINE void add(B w, Four x) { sums = dot_narrow(sums, w, x); }
   IH_INLINE VI end(int32_t start) const { return widen(sums, start); }
 };
 
@@ -142,74 +147,178 @@ IH_INLINE auto factor_of(V scale) {
   }
 }
 
-// R rows of activations, which lie side by side from `x`, times one tile. POWERS: their scales are powers of two; the
-// bits are the same, sooner.
-template <int ID, int R, bool POWERS>
-__attribute__((noinline)) void codes_tile(const Tile<ID>& tile, Entries x, int64_t lanes, V* y) {
+// Which blocks are asked for while others are multiplied: `count` of each tile from block `first` on, of tiles `bytes`
+// further.
+struct Ahead {
+  int64_t bytes, first, count;
+};
+
+template <int ID>
+IH_INLINE void ask_for(const Tile<ID>& tile, int64_t b) {
   constexpr Format f = kFormats[ID];
+  repeat<f.low>([&](auto i) __attribute__((always_inline)) { prefetch(tile.low(b) + i.value * 64); });
+  repeat<f.high>([&](auto i) __attribute__((always_inline)) { prefetch(tile.high(b) + i.value * 64); });
+  prefetch(tile.data + tile.l.scale + b * 32);
+}
+
+// R rows of activations, which lie side by side from `x`, times T tiles from `tile` on: y [R][T * 16], a row `ldy`
+// after the other. What is read of the rows serves all tiles. POWERS: the scales are powers of two; the bits are the
+// same, sooner. ASKS: `ahead` counts; rows whose weights are in the cache go without it, 3 % faster.
+template <int ID, int T, int R, bool POWERS, bool ASKS>
+__attribute__((noinline)) void codes_tiles(const Tile<ID>& tile, Entries x, int64_t lanes, Ahead ahead, float* y,
+                                           int64_t ldy) {
   constexpr int halves = Tile<ID>::halves, quads = 8 / halves;
   using Sums = Dots<is_small(kFormats[ID]), is_wide(kFormats[ID])>;
-  V sums[R];
-  IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = zero(); }
-  for (int64_t b = 0; b < tile.l.blocks; ++b) {
-    const uint8_t *low = tile.low(b), *high = tile.high(b);
-    repeat<f.low>([&](auto i) __attribute__((always_inline)) { prefetch(low + kAhead + i.value * 64); });
-    repeat<f.high>([&](auto i) __attribute__((always_inline)) { prefetch(high + kAhead + i.value * 64); });
-    prefetch(tile.data + tile.l.scale + b * 32 + kAhead);
+  V sums[T][R];
+  for_each<T, R>([&](auto t, auto r) __attribute__((always_inline)) { sums[t.value][r.value] = zero(); });
+  const Tile<ID> last = tile.further((T - 1) * tile.l.tile_bytes);
+  const auto nth = [&](int t) -> const Tile<ID>& { return T == 1 || t == 0 ? tile : last; };
+  const auto block = [&](int64_t b, auto asks) __attribute__((always_inline)) {
+    const uint8_t *low[T], *high[T];
+    repeat<T>([&](auto t) __attribute__((always_inline)) {
+      low[t.value] = nth(t.value).low(b);
+      high[t.value] = nth(t.value).high(b);
+    });
+    if constexpr (asks.value != 0) {
+      repeat<T>([&](auto t)
+                    __attribute__((always_inline)) { ask_for(nth(t.value).further(ahead.bytes), ahead.first + b); });
+    }
     repeat<halves>([&](auto half) __attribute__((always_inline)) {
       constexpr int h = half.value;
       const auto start = [&](int r) { return start_factor<ID>() == 0 ? 0 : x.start[h][r]; };
-      Sums dots[R];
-      IH_UNROLL for (int r = 0; r < R; ++r) { dots[r].begin(start(r)); }
+      Sums dots[T][R];
+      for_each<T, R>([&](auto t, auto r) __attribute__((always_inline)) {
+        if (t.value == 0) {
+          dots[0][r.value].begin(start(r.value));
+        } else {
+          dots[t.value][r.value] = dots[0][r.value];
+        }
+      });
       repeat<quads>([&](auto i) __attribute__((always_inline)) {
         constexpr int q = h * quads + i.value;
-        const B w = quad<ID, q>(low, high);
-        IH_UNROLL for (int r = 0; r < R; ++r) { dots[r].add(w, four_codes(x.codes + r * kBlock + 4 * q)); }
+        B w[T];
+        repeat<T>([&](auto t)
+                      __attribute__((always_inline)) { w[t.value] = quad<ID, q>(low[t.value], high[t.value]); });
+        repeat<R>([&](auto r) __attribute__((always_inline)) {
+          const Four codes = four_codes(x.codes + r.value * kBlock + 4 * q);
+          repeat<T>([&](auto t) __attribute__((always_inline)) { dots[t.value][r.value].add(w[t.value], codes); });
+        });
       });
-      const V scale = tile.scale(b, h);
-      const auto factor = factor_of<POWERS>(scale);
-      IH_UNROLL for (int r = 0; r < R; ++r) {
-        sums[r] = fma(to_float(dots[r].end(start(r))), times(factor, x.scale[r]), sums[r]);
-      }
-      if constexpr (Tile<ID>::offset) {
-        const V minimum = tile.minimum(b, h);
-        IH_UNROLL for (int r = 0; r < R; ++r) { sums[r] = fma(minimum, set1(x.sum[h][r]), sums[r]); }
-      }
+      repeat<T>([&](auto t) __attribute__((always_inline)) {
+        const auto factor = factor_of<POWERS>(nth(t.value).scale(b, h));
+        IH_UNROLL for (int r = 0; r < R; ++r) {
+          V& sum = sums[t.value][r];
+          sum = fma(to_float(dots[t.value][r].end(start(r))), times(factor, x.scale[r]), sum);
+        }
+        if constexpr (Tile<ID>::offset) {
+          const V minimum = nth(t.value).minimum(b, h);
+          IH_UNROLL for (int r = 0; r < R; ++r) {
+            sums[t.value][r] = fma(minimum, set1(x.sum[h][r]), sums[t.value][r]);
+          }
+        }
+      });
       x.start[h] += lanes;
       x.sum[h] += lanes;
     });
     x.codes += lanes * kBlock;
     x.scale += lanes;
-  }
-  IH_UNROLL for (int r = 0; r < R; ++r) { y[r] = sums[r]; }
+  };
+  int64_t b = 0;
+  for (; ASKS && b < ahead.count; ++b) block(b, Int<1>{});
+  for (; b < tile.l.blocks; ++b) block(b, Int<0>{});
+  for_each<R, T>([&](auto r, auto t) __attribute__((always_inline)) {
+    store(y + r.value * ldy + t.value * kTileRows, sums[t.value][r.value]);
+  });
 }
 
 // Rows that a body takes at once from `row` on: a power of two that its lanes and the rows left allow.
-inline int64_t rows_at_once(const QuantRows& x, int64_t row, int64_t end) {
-  int64_t n = kIntRows;
+inline int64_t rows_at_once(const QuantRows& x, int64_t row, int64_t end, int64_t most) {
+  int64_t n = most;
   while (n > 1 && (n > x.lanes || n > end - row || (x.row + row) % n != 0)) n /= 2;
   return n;
 }
 
-// `n` rows (R, or less) through all tiles of the piece: their activations stay in the first-level cache, and outputs
-// are written in runs.
-template <int ID, int R, bool POWERS>
-IH_INLINE void codes_rows(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, const Piece& p,
-                          int64_t row, int64_t n, const float* bias, float* y, int64_t ldy) {
-  if (n == R) {
-    const int64_t all = x.at(row, 0), run = l.blocks * x.lanes, half = (p.groups_end - p.group) * run;
+// Rows that go through some tiles together, and which of the next tiles' blocks they ask for.
+struct Sweep {
+  int64_t row, rows;
+  Entries entries;
+  int64_t ask, ask_count;
+};
+
+// The sweeps of a piece's rows; returns how many.
+inline int64_t plan_sweeps(const QuantRows& x, const Strip& strip, const Piece& p, int64_t blocks, int64_t most,
+                           Sweep* sweeps) {
+  const int64_t run = blocks * x.lanes, half = (p.groups_end - p.group) * run;
+  int64_t count = 0;
+  for (int64_t row = p.first; row < p.end; ++count) {
+    const int64_t n = rows_at_once(x, row, p.end, most), all = x.at(row, 0);
     const int64_t at = ((x.row + row) / x.lanes - p.group) * run + (x.row + row) % x.lanes;
-    const Entries entries = {x.codes + all * kBlock,
-                             x.scales + all,
-                             {strip.start + at, strip.start + half + at},
-                             {strip.sum + at, strip.sum + half + at}};
-    for (int64_t tile = p.begin; tile < p.tiles_end; ++tile) {
-      V sums[R];
-      codes_tile<ID, R, POWERS>(tile_of<ID>(w, l, tile), entries, x.lanes, sums);
-      for (int r = 0; r < R; ++r) store_outputs(w, tile, bias, sums[r], y + (row + r) * ldy);
+    sweeps[count] = {row,
+                     n,
+                     {x.codes + all * kBlock,
+                      x.scales + all,
+                      {strip.start + at, strip.start + half + at},
+                      {strip.sum + at, strip.sum + half + at}},
+                     0,
+                     0};
+    row += n;
+  }
+  const int64_t asking = !p.fresh ? 0 : count < 2 ? count : 2;  // two are time enough for memory
+  for (int64_t i = 0; i < asking; ++i) {
+    sweeps[i].ask = blocks * i / asking;
+    sweeps[i].ask_count = blocks * (i + 1) / asking - sweeps[i].ask;
+  }
+  return count;
+}
+
+// A sweep of R rows, or less, through T tiles.
+template <int ID, int T, int R, bool POWERS>
+IH_INLINE void codes_rows(const Weight& w, const Tile<ID>& first, int64_t tile, const Sweep& sweep, int64_t lanes,
+                          int64_t ahead, const float* bias, float* y, int64_t ldy) {
+  if (sweep.rows == R) {
+    constexpr bool asks_always = R != int_rows(kFormats[ID]);
+    const Ahead asked = {ahead, sweep.ask, sweep.ask_count};
+    const bool whole = bias == nullptr && (tile + T) * kTileRows <= w.out;
+    alignas(64) float room[R][T * kTileRows];
+    float* to = whole ? y + sweep.row * ldy + tile * kTileRows : room[0];
+    const int64_t pitch = whole ? ldy : T * kTileRows;
+    if (sweep.ask_count == 0) {
+      codes_tiles<ID, T, R, POWERS, asks_always>(first, sweep.entries, lanes, asked, to, pitch);
+    } else {
+      codes_tiles<ID, T, R, POWERS, true>(first, sweep.entries, lanes, asked, to, pitch);
+    }
+    for (int r = 0; !whole && r < R; ++r) {
+      for (int t = 0; t < T; ++t) {
+        store_outputs(w, tile + t, bias, load(room[r] + t * kTileRows), y + (sweep.row + r) * ldy);
+      }
     }
   } else if constexpr (R > 1) {
-    codes_rows<ID, R / 2, POWERS>(w, l, x, strip, p, row, n, bias, y, ldy);
+    codes_rows<ID, T, R / 2, POWERS>(w, first, tile, sweep, lanes, ahead, bias, y, ldy);
+  }
+}
+
+// All rows of a piece through its tiles, some tiles at a time: their weights stay in the first-level cache, and rows
+// ask for those of the next between them, so that memory is never idle.
+template <int ID, bool POWERS>
+IH_INLINE void codes_piece(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, const Piece& p,
+                           const float* bias, float* y, int64_t ldy) {
+  constexpr int T = int_tiles(kFormats[ID]), R = int_rows(kFormats[ID]);
+  Sweep sweeps[kStripRows + 2 * kMaxLanes];
+  const int64_t count = plan_sweeps(x, strip, p, l.blocks, R, sweeps);
+  int64_t tile = p.begin;
+  for (; p.tiles_end - tile >= T; tile += T) {
+    const Tile<ID> first = tile_of<ID>(w, l, tile);
+    for (int64_t i = 0; i < count; ++i) {
+      codes_rows<ID, T, R, POWERS>(w, first, tile, sweeps[i], x.lanes, count == 1 ? kAhead : T * l.tile_bytes, bias, y,
+                                   ldy);
+    }
+  }
+  for (; T > 1 && tile < p.tiles_end; ++tile) {
+    const Tile<ID> first = tile_of<ID>(w, l, tile);
+    for (int64_t i = 0; i < count; ++i) {
+      codes_rows<ID, 1, R, POWERS>(w, first, tile, sweeps[i], x.lanes, count == 1 ? kAhead : l.tile_bytes, bias, y,
+                                   ldy);
+    }
   }
 }
 
@@ -229,17 +338,15 @@ void codes_linear(const Weight& w, const QuantRows& x, int64_t rows, int64_t til
       const int64_t last = groups_end - g < fit ? groups_end : g + fit;
       const int64_t first = g == group ? 0 : g * x.lanes - x.row;
       const int64_t stop = last == groups_end ? rows : last * x.lanes - x.row;
-      const Piece piece = {first, stop, begin, end, g, last};
+      const Piece piece = {first, stop, begin, end, g, last, g == group};
       if (groups_end - group > fit || begin == tile_begin) prepare<ID>(x, piece, l.blocks, strip);
-      const bool powers = may && has_powers(x, piece, l.blocks);
-      for (int64_t row = first; row < stop;) {
-        const int64_t n = rows_at_once(x, row, stop);
-        if constexpr (kAddsExponents && kFormats[ID].low + kFormats[ID].high <= 6) {
-          if (powers) codes_rows<ID, kIntRows, true>(w, l, x, strip, piece, row, n, bias, y, ldy);
+      if constexpr (kAddsExponents && kFormats[ID].low + kFormats[ID].high <= 6) {
+        if (may && has_powers(x, piece, l.blocks)) {
+          codes_piece<ID, true>(w, l, x, strip, piece, bias, y, ldy);
+          continue;
         }
-        if (!powers) codes_rows<ID, kIntRows, false>(w, l, x, strip, piece, row, n, bias, y, ldy);
-        row += n;
       }
+      codes_piece<ID, false>(w, l, x, strip, piece, bias, y, ldy);
     }
   }
 }

@@ -30,6 +30,13 @@ IH_INLINE void repeat(F f) {
   }
 }
 
+// f(Int<a>, Int<b>) for a < M and b < N, unrolled.
+template <int M, int N, class F>
+IH_INLINE void for_each(F f) {
+  repeat<M>([&](auto a)
+                __attribute__((always_inline)) { repeat<N>([&](auto b) __attribute__((always_inline)) { f(a, b); }); });
+}
+
 IH_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p, 0, 2); }  // to the second level
 
 // f(Int<ID>) with the number of the format whose bodies serve this one.
@@ -166,6 +173,8 @@ struct Tile {
   static constexpr bool offset = f.minimum || f.zeros;   // something is added to scale * code,
   static constexpr bool taken = f.two_level || f.zeros;  // or taken off
 
+  // The tile `bytes` behind this one.
+  IH_INLINE Tile further(int64_t bytes) const { return {data + bytes, l, blocks_per_scale, scalar}; }
   IH_INLINE const uint8_t* low(int64_t block) const { return data + l.low + block * f.low * 64; }
   IH_INLINE const uint8_t* high(int64_t block) const { return data + l.high + block * f.high * 64; }
   IH_INLINE int64_t entry(int64_t block, int half) const {

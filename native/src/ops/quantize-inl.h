@@ -11,11 +11,7 @@ IH_INLINE void quantize_block(const float* x, int64_t n, V inverse, const QuantR
                                                     : high == 0 ? zero()
                                                                 : load_n(x + 16, high);
   const VI low = to_int(mul(a, inverse)), rest = to_int(mul(b, inverse));
-  store_i8(q.codes + at * kQuantGroup, low);
-  store_i8(q.codes + at * kQuantGroup + 16, rest);
-  const int32_t sum = reduce_add_int(low);
-  q.low[at] = sum;
-  q.sums[at] = sum + reduce_add_int(rest);
+  store_block(q.codes + at * kQuantGroup, low, rest, q.low + at, q.sums + at);
 }
 
 IH_INLINE void zero_block(const QuantRows& q, int64_t at) {
@@ -40,6 +36,11 @@ IH_INLINE float power_scale(float most) {
   return power < kLeastPower ? kLeastPower : power;
 }
 
+// 1 / power, of a power of two from power_scale.
+IH_INLINE float inverse_power(float power) {
+  return __builtin_bit_cast(float, (254 << 23) - __builtin_bit_cast(int32_t, power));
+}
+
 void quantize_row(const float* x, int64_t width, int64_t group, bool powers, const QuantRows& q, int64_t row) {
   int64_t at = q.at(row, 0);
   for (int64_t first = 0; first < width; first += group) {
@@ -50,7 +51,7 @@ void quantize_row(const float* x, int64_t width, int64_t group, bool powers, con
     const bool some = finite && (powers || most >= kTiny);
     const float found = powers ? power_scale(most) : most / 127.0f;
     const float scale = some ? found : finite ? 0.0f : __builtin_nanf("");
-    const V inverse = set1(!some ? 0.0f : powers ? 1.0f / scale : 127.0f / most);
+    const V inverse = set1(!some ? 0.0f : powers ? inverse_power(scale) : 127.0f / most);
     for (int64_t i = first; i < end; i += kQuantGroup, at += q.lanes) {
       q.scales[at] = scale;
       if (some) {

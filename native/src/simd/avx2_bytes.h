@@ -1,10 +1,13 @@
 // Byte vocabulary for AVX2: B is 64 bytes, [16 rows][4 inputs], in two registers. Included after simd/avx2.h.
 #pragma once
+#include "formats.h"
 
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kIntRows = 4;             // rows of activations that linear_i8 works on at once
+// Rows of activations and tiles of weights that linear_i8 works on at once.
+constexpr int int_rows(const Format&) { return 4; }
+constexpr int int_tiles(const Format&) { return 1; }
 constexpr int kFloatRows = 2;           // the same for linear_f32, which keeps two sums a row
 constexpr bool kAddsExponents = false;  // to multiply scales with powers of two
 IH_INLINE V powered(V scale) { return scale; }
@@ -31,6 +34,10 @@ IH_INLINE B shift_bytes(B x) {
     return {_mm256_srli_epi16(x.a, -N), _mm256_srli_epi16(x.b, -N)};
   }
 }
+
+// Four activations, ready for dot products with several vectors of codes.
+using Four = int32_t;
+IH_INLINE Four four(int32_t activations) { return activations; }
 
 // acc[row] += codes[row][0..3] . activations[0..3], exact: with codes of at most 7 bits no pair exceeds
 // 2 * 127 * 127, which 16 bits hold.
@@ -118,6 +125,13 @@ IH_INLINE int32_t reduce_add_int(VI x) {
   __m128i q = _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
   q = _mm_add_epi32(q, _mm_shuffle_epi32(q, 0x4E));
   return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 0xB1)));
+}
+// 32 codes, the sum of the first half and that of all.
+IH_INLINE void store_block(int8_t* p, VI low, VI rest, int32_t* low_sum, int32_t* sum) {
+  store_i8(p, low);
+  store_i8(p + 16, rest);
+  *low_sum = reduce_add_int(low);
+  *sum = *low_sum + reduce_add_int(rest);
 }
 
 }  // namespace

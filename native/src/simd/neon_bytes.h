@@ -1,11 +1,14 @@
 // Byte vocabulary for NEON with the dot product: B is 64 bytes, [16 rows][4 inputs], in four registers. Included after
 // simd/neon.h.
 #pragma once
+#include "formats.h"
 
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kIntRows = 4;             // rows of activations that linear_i8 works on at once
+// Rows of activations and tiles of weights that linear_i8 works on at once.
+constexpr int int_rows(const Format&) { return 4; }
+constexpr int int_tiles(const Format&) { return 1; }
 constexpr int kFloatRows = 2;           // the same for linear_f32, which keeps two sums a row
 constexpr bool kAddsExponents = false;  // to multiply scales with powers of two
 IH_INLINE V powered(V scale) { return scale; }
@@ -36,6 +39,10 @@ IH_INLINE B shift_bytes(B a) {
     return each_byte([&](int i) { return vshrq_n_u8(a.q[i], -N); });
   }
 }
+
+// Four activations, ready for dot products with several vectors of codes.
+using Four = int32_t;
+IH_INLINE Four four(int32_t activations) { return activations; }
 
 // acc[row] += codes[row][0..3] . activations[0..3], exact; codes of at most 7 bits are the same signed.
 IH_INLINE VI dot(VI acc, B codes, int32_t activations) {
@@ -105,6 +112,13 @@ IH_INLINE int32_t reduce_max_int(VI a) {
 }
 IH_INLINE int32_t reduce_add_int(VI a) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(a.q[0], a.q[1]), vaddq_s32(a.q[2], a.q[3])));
+}
+// 32 codes, the sum of the first half and that of all.
+IH_INLINE void store_block(int8_t* p, VI low, VI rest, int32_t* low_sum, int32_t* sum) {
+  store_i8(p, low);
+  store_i8(p + 16, rest);
+  *low_sum = reduce_add_int(low);
+  *sum = *low_sum + reduce_add_int(rest);
 }
 
 }  // namespace

@@ -1,10 +1,13 @@
 // Byte vocabulary in plain C++: B is 64 bytes, [16 rows][4 inputs]. Included after simd/scalar.h.
 #pragma once
+#include "formats.h"
 
 namespace inhouse::IH_ISA {
 namespace {
 
-constexpr int kIntRows = 1;             // rows of activations that linear_i8 works on at once
+// Rows of activations and tiles of weights that linear_i8 works on at once.
+constexpr int int_rows(const Format&) { return 1; }
+constexpr int int_tiles(const Format&) { return 1; }
 constexpr int kFloatRows = 1;           // the same for linear_f32
 constexpr bool kAddsExponents = false;  // to multiply scales with powers of two
 IH_INLINE V powered(V scale) { return scale; }
@@ -33,6 +36,10 @@ template <int N>
 IH_CALLED B shift_bytes(B a) {
   return each_byte([&](int i) { return N >= 0 ? a.v[i] << (N < 0 ? 0 : N) : a.v[i] >> (N < 0 ? -N : 0); });
 }
+
+// Four activations, ready for dot products with several vectors of codes.
+using Four = int32_t;
+IH_INLINE Four four(int32_t activations) { return activations; }
 
 // acc[row] += codes[row][0..3] . activations[0..3], exact.
 IH_CALLED VI dot(VI acc, B codes, int32_t activations) {
@@ -89,6 +96,13 @@ IH_CALLED int32_t reduce_add_int(VI a) {
   int32_t s = 0;
   for (int i = 0; i < 16; ++i) s += a.v[i];
   return s;
+}
+// 32 codes, the sum of the first half and that of all.
+IH_INLINE void store_block(int8_t* p, VI low, VI rest, int32_t* low_sum, int32_t* sum) {
+  store_i8(p, low);
+  store_i8(p + 16, rest);
+  *low_sum = reduce_add_int(low);
+  *sum = *low_sum + reduce_add_int(rest);
 }
 
 }  // namespace

@@ -32,6 +32,7 @@ from inhouse.runtime.executor import Weight
 from inhouse.runtime.packed import FORMATS, LAYOUT_VERSION, Packed, packed_nbytes
 from inhouse.store.home import private_folder
 from inhouse.store.mapping import Mapping as FileMapping
+from inhouse.store.mapping import forget_pages
 from inhouse.store.strict_json import parse_object
 from inhouse.store.writing import atomic_file
 
@@ -144,6 +145,7 @@ def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[
             file.write(footer)
             file.seek(0)
             file.write(_HEAD.pack(MAGIC, start, len(footer), hashlib.sha256(footer).digest()))
+        forget_pages(folder / key.file_name)
     except OSError as error:
         raise CapacityError(f"the pack could not be written: {error.strerror}") from None
 

@@ -5,8 +5,10 @@ reading a tensor afterwards is a slice. A file that is cut short while mapped ma
 (SIGBUS): the native library guards the ranges given by `Mapping.address_ranges()`.
 """
 
+import contextlib
 import mmap
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator, Sequence
@@ -23,6 +25,7 @@ from inhouse.core.errors import FormatError, NotFoundError, UsageError
 from inhouse.core.tensors import TensorInfo
 
 Bytes = npt.NDArray[np.uint8]
+HUGE_BYTES = 4 << 20  # from here on huge pages are asked for: a pass over all weights then misses fewer translations
 
 
 class Mapping:
@@ -61,7 +64,11 @@ class Mapping:
             self._require_same(os.fstat(descriptor))
             if self.size == 0:
                 return _frozen(np.zeros(0, np.uint8))
-            return np.frombuffer(mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ), np.uint8)
+            mapped = mmap.mmap(descriptor, self.size, access=mmap.ACCESS_READ)
+            if self.size >= HUGE_BYTES and hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):  # a kernel without huge pages: the pages are small then
+                    mapped.madvise(mmap.MADV_HUGEPAGE)
+            return np.frombuffer(mapped, np.uint8)
         except OSError as error:
             raise FormatError(f"{self.path} cannot be mapped: {error.strerror}") from None
         finally:
@@ -167,6 +174,28 @@ def first_overlap(ranges: Sequence[tuple[int, int, str]]) -> tuple[str, str] | N
             return owner, name
         reach, owner = end, name
     return None
+
+
+def forget_pages(path: Path) -> None:
+    """Has the kernel drop its cached pages of a file just written: what `write` left are small pages, and only pages
+    that a huge mapping reads in are huge. Does nothing where files have no huge pages."""
+    if path.stat().st_size < HUGE_BYTES or not _files_have_huge_pages():
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(descriptor)
+
+
+def _files_have_huge_pages() -> bool:
+    """Whether mapped files may have them: Linux 6.16 and later (ext4), unless switched off."""
+    try:
+        switch = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    release = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return "[never]" not in switch and release is not None and (int(release[1]), int(release[2])) >= (6, 16)
 
 
 def _stat(path: Path) -> os.stat_result:
