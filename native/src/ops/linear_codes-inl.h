@@ -147,12 +147,6 @@ IH_INLINE auto factor_of(V scale) {
   }
 }
 
-// Which blocks are asked for while others are multiplied: `count` of each tile from block `first` on, of tiles `bytes`
-// further.
-struct Ahead {
-  int64_t bytes, first, count;
-};
-
 template <int ID>
 IH_INLINE void ask_for(const Tile<ID>& tile, int64_t b) {
   constexpr Format f = kFormats[ID];
@@ -163,9 +157,10 @@ IH_INLINE void ask_for(const Tile<ID>& tile, int64_t b) {
 
 // R rows of activations, which lie side by side from `x`, times T tiles from `tile` on: y [R][T * 16], a row `ldy`
 // after the other. What is read of the rows serves all tiles. POWERS: the scales are powers of two; the bits are the
-// same, sooner. ASKS: `ahead` counts; rows whose weights are in the cache go without it, 3 % faster.
+// same, sooner. ASKS: for the tiles `ahead`
+// bytes further; rows whose weights are in the cache do not, 3 % faster.
 template <int ID, int T, int R, bool POWERS, bool ASKS>
-__attribute__((noinline)) void codes_tiles(const Tile<ID>& tile, Entries x, int64_t lanes, Ahead ahead, float* y,
+__attribute__((noinline)) void codes_tiles(const Tile<ID>& tile, Entries x, int64_t lanes, int64_t ahead, float* y,
                                            int64_t ldy) {
   constexpr int halves = Tile<ID>::halves, quads = 8 / halves;
   using Sums = Dots<is_small(kFormats[ID]), is_wide(kFormats[ID])>;
@@ -173,36 +168,33 @@ __attribute__((noinline)) void codes_tiles(const Tile<ID>& tile, Entries x, int6
   for_each<T, R>([&](auto t, auto r) __attribute__((always_inline)) { sums[t.value][r.value] = zero(); });
   const Tile<ID> last = tile.further((T - 1) * tile.l.tile_bytes);
   const auto nth = [&](int t) -> const Tile<ID>& { return T == 1 || t == 0 ? tile : last; };
-  const auto block = [&](int64_t b, auto asks) __attribute__((always_inline)) {
+  for (int64_t b = 0; b < tile.l.blocks; ++b) {
     const uint8_t *low[T], *high[T];
     repeat<T>([&](auto t) __attribute__((always_inline)) {
       low[t.value] = nth(t.value).low(b);
       high[t.value] = nth(t.value).high(b);
     });
-    if constexpr (asks.value != 0) {
-      repeat<T>([&](auto t)
-                    __attribute__((always_inline)) { ask_for(nth(t.value).further(ahead.bytes), ahead.first + b); });
+    if constexpr (ASKS) {
+      repeat<T>([&](auto t) __attribute__((always_inline)) { ask_for(nth(t.value).further(ahead), b); });
     }
-    repeat<halves>([&](auto half) __attribute__((always_inline)) {
-      constexpr int h = half.value;
+    repeat<halves>([&](auto group) __attribute__((always_inline)) {
+      constexpr int h = group.value;
       const auto start = [&](int r) { return start_factor<ID>() == 0 ? 0 : x.start[h][r]; };
       Sums dots[T][R];
-      for_each<T, R>([&](auto t, auto r) __attribute__((always_inline)) {
-        if (t.value == 0) {
-          dots[0][r.value].begin(start(r.value));
-        } else {
-          dots[t.value][r.value] = dots[0][r.value];
-        }
-      });
+      IH_UNROLL for (int r = 0; r < R; ++r) {
+        dots[0][r].begin(start(r));
+        if constexpr (T > 1) dots[T - 1][r] = dots[0][r];
+      }
       repeat<quads>([&](auto i) __attribute__((always_inline)) {
         constexpr int q = h * quads + i.value;
         B w[T];
         repeat<T>([&](auto t)
                       __attribute__((always_inline)) { w[t.value] = quad<ID, q>(low[t.value], high[t.value]); });
-        repeat<R>([&](auto r) __attribute__((always_inline)) {
-          const Four codes = four_codes(x.codes + r.value * kBlock + 4 * q);
-          repeat<T>([&](auto t) __attribute__((always_inline)) { dots[t.value][r.value].add(w[t.value], codes); });
-        });
+        IH_UNROLL for (int r = 0; r < R; ++r) {
+          const Four codes = four_codes(x.codes + r * kBlock + 4 * q);
+          dots[0][r].add(w[0], codes);
+          if constexpr (T > 1) dots[T - 1][r].add(w[T - 1], codes);
+        }
       });
       repeat<T>([&](auto t) __attribute__((always_inline)) {
         const auto factor = factor_of<POWERS>(nth(t.value).scale(b, h));
@@ -222,10 +214,7 @@ __attribute__((noinline)) void codes_tiles(const Tile<ID>& tile, Entries x, int6
     });
     x.codes += lanes * kBlock;
     x.scale += lanes;
-  };
-  int64_t b = 0;
-  for (; ASKS && b < ahead.count; ++b) block(b, Int<1>{});
-  for (; b < tile.l.blocks; ++b) block(b, Int<0>{});
+  }
   for_each<R, T>([&](auto r, auto t) __attribute__((always_inline)) {
     store(y + r.value * ldy + t.value * kTileRows, sums[t.value][r.value]);
   });
@@ -238,11 +227,10 @@ inline int64_t rows_at_once(const QuantRows& x, int64_t row, int64_t end, int64_
   return n;
 }
 
-// Rows that go through some tiles together, and which of the next tiles' blocks they ask for.
+// Rows that go through some tiles together.
 struct Sweep {
   int64_t row, rows;
   Entries entries;
-  int64_t ask, ask_count;
 };
 
 // The sweeps of a piece's rows; returns how many.
@@ -258,34 +246,26 @@ inline int64_t plan_sweeps(const QuantRows& x, const Strip& strip, const Piece& 
                      {x.codes + all * kBlock,
                       x.scales + all,
                       {strip.start + at, strip.start + half + at},
-                      {strip.sum + at, strip.sum + half + at}},
-                     0,
-                     0};
+                      {strip.sum + at, strip.sum + half + at}}};
     row += n;
-  }
-  const int64_t asking = !p.fresh ? 0 : count < 2 ? count : 2;  // two are time enough for memory
-  for (int64_t i = 0; i < asking; ++i) {
-    sweeps[i].ask = blocks * i / asking;
-    sweeps[i].ask_count = blocks * (i + 1) / asking - sweeps[i].ask;
   }
   return count;
 }
 
-// A sweep of R rows, or less, through T tiles.
+// A sweep of R rows, or less, through T tiles; `ahead` 0: it asks for nothing, if it has all R rows.
 template <int ID, int T, int R, bool POWERS>
 IH_INLINE void codes_rows(const Weight& w, const Tile<ID>& first, int64_t tile, const Sweep& sweep, int64_t lanes,
                           int64_t ahead, const float* bias, float* y, int64_t ldy) {
   if (sweep.rows == R) {
-    constexpr bool asks_always = R != int_rows(kFormats[ID]);
-    const Ahead asked = {ahead, sweep.ask, sweep.ask_count};
+    constexpr bool always = R < int_rows(kFormats[ID]);
     const bool whole = bias == nullptr && (tile + T) * kTileRows <= w.out;
     alignas(64) float room[R][T * kTileRows];
     float* to = whole ? y + sweep.row * ldy + tile * kTileRows : room[0];
     const int64_t pitch = whole ? ldy : T * kTileRows;
-    if (sweep.ask_count == 0) {
-      codes_tiles<ID, T, R, POWERS, asks_always>(first, sweep.entries, lanes, asked, to, pitch);
+    if (ahead == 0) {
+      codes_tiles<ID, T, R, POWERS, always>(first, sweep.entries, lanes, ahead, to, pitch);
     } else {
-      codes_tiles<ID, T, R, POWERS, true>(first, sweep.entries, lanes, asked, to, pitch);
+      codes_tiles<ID, T, R, POWERS, true>(first, sweep.entries, lanes, ahead, to, pitch);
     }
     for (int r = 0; !whole && r < R; ++r) {
       for (int t = 0; t < T; ++t) {
@@ -297,29 +277,34 @@ IH_INLINE void codes_rows(const Weight& w, const Tile<ID>& first, int64_t tile, 
   }
 }
 
-// All rows of a piece through its tiles, some tiles at a time: their weights stay in the first-level cache, and rows
-// ask for those of the next between them, so that memory is never idle.
+// All sweeps through tiles [begin, end), T at a time: their weights stay in the first-level cache. The first sweep asks
+// for weights a little ahead of itself or, if more will follow, for the next tiles. (Spread over more sweeps, memory
+// was slower: docs/performance-log.md.)
+template <int ID, int T, bool POWERS>
+IH_INLINE void codes_sweeps(const Weight& w, const Layout& l, const Sweep* sweeps, int64_t count, int64_t lanes,
+                            bool fresh, int64_t begin, int64_t end, const float* bias, float* y, int64_t ldy) {
+  const int64_t ahead = count == 1 ? kAhead : T * l.tile_bytes;
+  for (int64_t tile = begin; tile < end; tile += T) {
+    const Tile<ID> first = tile_of<ID>(w, l, tile);
+    for (int64_t i = 0; i < count; ++i) {
+      codes_rows<ID, T, int_rows(kFormats[ID]), POWERS>(w, first, tile, sweeps[i], lanes, fresh && i == 0 ? ahead : 0,
+                                                        bias, y, ldy);
+    }
+  }
+}
+
 template <int ID, bool POWERS>
 IH_INLINE void codes_piece(const Weight& w, const Layout& l, const QuantRows& x, const Strip& strip, const Piece& p,
                            const float* bias, float* y, int64_t ldy) {
   constexpr int T = int_tiles(kFormats[ID]), R = int_rows(kFormats[ID]);
   Sweep sweeps[kStripRows + 2 * kMaxLanes];
   const int64_t count = plan_sweeps(x, strip, p, l.blocks, R, sweeps);
-  int64_t tile = p.begin;
-  for (; p.tiles_end - tile >= T; tile += T) {
-    const Tile<ID> first = tile_of<ID>(w, l, tile);
-    for (int64_t i = 0; i < count; ++i) {
-      codes_rows<ID, T, R, POWERS>(w, first, tile, sweeps[i], x.lanes, count == 1 ? kAhead : T * l.tile_bytes, bias, y,
-                                   ldy);
-    }
+  // A row or two read as fast as memory gives: one tile after the other.
+  const int64_t together = T == 1 || p.end - p.first < R ? p.begin : p.tiles_end - (p.tiles_end - p.begin) % T;
+  if constexpr (T > 1) {
+    codes_sweeps<ID, T, POWERS>(w, l, sweeps, count, x.lanes, p.fresh, p.begin, together, bias, y, ldy);
   }
-  for (; T > 1 && tile < p.tiles_end; ++tile) {
-    const Tile<ID> first = tile_of<ID>(w, l, tile);
-    for (int64_t i = 0; i < count; ++i) {
-      codes_rows<ID, 1, R, POWERS>(w, first, tile, sweeps[i], x.lanes, count == 1 ? kAhead : l.tile_bytes, bias, y,
-                                   ldy);
-    }
-  }
+  codes_sweeps<ID, 1, POWERS>(w, l, sweeps, count, x.lanes, p.fresh, together, p.tiles_end, bias, y, ldy);
 }
 
 template <int ID>
