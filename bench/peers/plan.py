@@ -60,7 +60,7 @@ FULL = (
     Entry(5, LLAMA, "4.5", "prefill512,decode32,decode2048", {"openvino": 2, "llama": 2, "ort": 2}),
     Entry(6, QWEN, "4.5", "http 32 clients", {"llama": 2}),
     Entry(7, QWEN, "4.5", "http trace 1", {"llama": 1, "openvino": 2}),
-    Entry(8, QWEN, "4.5", "http trace 2", {"openvino": 2}),
+    Entry(8, QWEN, "4.5", "http trace 1.5", {"openvino": 2}),
     Entry(10, LLAMA, "4.5", "batch8,batch32", {"openvino": 2}),
     Entry(9, QWEN, "4.5 AVX2", "prefill512,decode32,batch8", {"llama": 2}),
     Entry(11, LLAMA, "4.5", "cold,rss", {"openvino": 1, "llama": 1, "ort": 1}),
