@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -98,7 +99,7 @@ def measure(bench: Path, keys: list[Key], threads: int, until: float) -> Iterato
             assert process.stdout is not None
             yield from gather(text for text in process.stdout if text.endswith("}\n"))  # a kill cuts the last line
             timer.cancel()
-        if process.returncode > 0:
+        if process.returncode not in (0, -signal.SIGKILL):  # that is our own kill; a crash is another signal
             raise subprocess.CalledProcessError(process.returncode, command)
 
 

@@ -76,7 +76,7 @@ def ask(url: urllib.parse.ParseResult, model: str, prompt: list[int], new: int) 
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     response = connection.getresponse()
     if response.status != 200:
-        raise SystemExit(f"{response.status}: {response.read()[:300]!r}")
+        raise RuntimeError(f"{response.status}: {response.read()[:300]!r}")
     return [
         time.perf_counter()
         for line in response
@@ -98,11 +98,21 @@ def play(url: str, model: str, plan: list[Planned]) -> tuple[list[Ended], float]
         times = ask(parts, model, prompt, request.new)
         ended.append(Ended(request.at, [t - began for t in times]))
 
-    threads = [threading.Thread(target=one, args=(request,)) for request in plan]
+    failed: list[str] = []
+
+    def told(request: Planned) -> None:
+        try:
+            one(request)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            failed.append(repr(error)[:300])
+
+    threads = [threading.Thread(target=told, args=(request,)) for request in plan]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    if failed:  # requests that are refused would flatter those that are not
+        raise SystemExit(f"{len(failed)} of {len(plan)} requests failed, the first with {failed[0]}")
     return ended, time.perf_counter() - began
 
 

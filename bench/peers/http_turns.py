@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers.plan import TRACE_REQUESTS
-from bench.peers.sides import HERE, Side
+from bench.peers.sides import HERE, Side, output_of
 
 PORT, CLIENTS, TIMEOUT = 18090, 32, 600
 MOST_PROMPT, MOST_NEW = 512, 96  # http_load.py cuts requests of a trace to these
@@ -51,25 +51,18 @@ def run_load(side: Side, load: str, kits: Path, trace: Path | None) -> list[dict
         else:
             plan = Path(scratch, "plan.json")
             wish = ["--make-plan", str(trace), "--rate", load.split()[-1], "--requests", str(TRACE_REQUESTS)]
-            plan.write_text(_output([sys.executable, tool, *wish], {}))
+            plan.write_text(output_of([sys.executable, tool, *wish], None, TIMEOUT))
             flags = ["--plan", str(plan)]
         serving, name = command(side, kits)
         if side.key == "openvino":
-            printed = _output([*serving, "--trace", flags[1]], side.run_environment())
+            printed = output_of([*serving, "--trace", flags[1]], side.run_environment(), TIMEOUT)
         else:
             with server(serving, side.run_environment(), Path(scratch, "log")) as url:
                 with urllib.request.urlopen(f"{url}/v1/models", timeout=10) as answer:
                     model = json.load(answer)["data"][0]["id"]
-                printed = _output([sys.executable, tool, url, "--model", model, *flags], {})
+                printed = output_of([sys.executable, tool, url, "--model", model, *flags], None, TIMEOUT)
     figures = [json.loads(line) for line in printed.splitlines() if line.startswith('{"cell"')]
     return [{"served": name, **figure} for figure in figures]
-
-
-def _output(words: list[str], environment: dict[str, str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, env=environment or None)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
-    return done.stdout
 
 
 @contextmanager
@@ -80,10 +73,12 @@ def server(words: list[str], environment: dict[str, str], log: Path) -> Iterator
         process = subprocess.Popen(words, stdout=written, stderr=subprocess.STDOUT, env=environment)
     try:
         began = time.monotonic()
-        while not any(_answers(url + path) for path in ("/health", "/v1/models")):
-            if process.poll() is not None or time.monotonic() - began > 60:
-                raise RuntimeError(f"{os.path.basename(words[0])} does not serve: {log.read_text()[-400:]}")
+        answers = False
+        while not answers:
             time.sleep(0.05)
+            answers = any(_answers(url + path) for path in ("/health", "/v1/models"))
+            if process.poll() is not None or time.monotonic() - began > 60:  # else another's server would be measured
+                raise RuntimeError(f"{os.path.basename(words[0])} does not serve: {log.read_text()[-400:]}")
         yield url
     finally:
         process.send_signal(signal.SIGTERM)

@@ -26,7 +26,7 @@ from typing import Any
 from bench.peers import plan, sides
 from bench.peers.http_turns import run_load
 from bench.peers.plan import Bout
-from bench.peers.sides import Side
+from bench.peers.sides import Side, output_of
 
 TIMEOUT, OVER = 900, 1.1  # seconds of one engine in a bout; how far a run may exceed its minutes
 
@@ -105,12 +105,11 @@ def run_cells(side: Side, bout: Bout) -> list[dict[str, Any]]:
 
 
 def _figures(side: Side, flags: Sequence[str]) -> list[dict[str, Any]]:
-    done = subprocess.run(
-        [*side.command, *flags], capture_output=True, text=True, timeout=TIMEOUT, env=side.run_environment()
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip()[-400:])
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"cell"')]
+    printed = output_of([*side.command, *flags], side.run_environment(), TIMEOUT)
+    figures = [json.loads(line) for line in printed.splitlines() if line.startswith('{"cell"')]
+    if not figures:
+        raise RuntimeError("it gave no figure")
+    return figures
 
 
 # ---- a whole run -----------------------------------------------------------------------------------------------------
@@ -195,7 +194,7 @@ def run_bout(bout: Bout, report: Report, trace: Path | None) -> bool:
         began = time.monotonic()
         try:
             got = run_side(side_of(bout, engine, report.kits), bout, report.kits, trace)
-        except (RuntimeError, subprocess.TimeoutExpired) as error:
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             report.leave_out(f"{engine} in {bout.name}: {' '.join(str(error).split())[-300:]}")
             continue
         figures += got
@@ -242,14 +241,14 @@ def run(found: list[Bout], report: Report, minutes: float, trace: Path | None) -
     if minutes:
         left, dropped = plan.cut(left, cost, minutes * 60)
         for bout in dropped:
-            print(f"dropped, beyond {minutes:g} minutes: {bout.name}", flush=True)
+            report.leave_out(f"{bout.name}: beyond {minutes:g} minutes")
     began, expected = time.monotonic(), 0.0
     for n, bout in enumerate(left):
         spent = time.monotonic() - began
         pace = min(2.0, max(0.5, spent / expected)) if expected > 60 else 1.0
         rest = sum(cost[b.name] for b in left[n:]) * pace
         if minutes and spent + cost[bout.name] * pace > minutes * 60 * OVER:
-            print(f"dropped, no time is left: {bout.name}", flush=True)
+            report.leave_out(f"{bout.name}: no time was left of {minutes:g} minutes")
             continue
         print(f"[{clock(spent)}, about {clock(rest)} to go] {n + 1}/{len(left)} {bout.name}", flush=True)
         run_bout(bout, report, trace)

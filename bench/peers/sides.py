@@ -6,8 +6,10 @@ say f16, the inputs of ONNX Runtime's exported graph are f32.
 """
 
 import os
+import signal
+import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -91,3 +93,20 @@ def _python(kits: Path, name: str, engine: str, kit: str, folder: Path, form: st
     binary = kits / kit / "bin" / "python"
     command = [str(binary), str(HERE / script), str(folder)]
     return Side(name, engine, form, kv, command, [binary, folder / marker], {"PYTHONPATH": ""})
+
+
+def output_of(words: Sequence[str], environment: Mapping[str, str] | None, seconds: float) -> str:
+    """What a command prints. Raises RuntimeError where it fails, TimeoutExpired where it takes longer; nothing that it
+    started runs on then, beside the engine that comes next."""
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+    try:
+        printed, error = process.communicate(timeout=seconds)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    if process.returncode:
+        raise RuntimeError(error.strip()[-400:])
+    return printed

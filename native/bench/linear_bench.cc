@@ -84,8 +84,9 @@ double time_matrix(const Kernels& kernels, const Options& o, int format, int64_t
   const float* x = reinterpret_cast<const float*>(memory.x.get());
   const bool powers = !o.fine && kFormats[format].low + kFormats[format].high <= 6;
   for (int64_t r = 0; codes && r < rows; ++r) kernels.quantize_row(x + r * in, in, kQuantGroup, powers, quants, r);
-  const LinearInput input = {rows, in, codes ? nullptr : x, codes ? &quants : nullptr,
-                             !o.fine && kFormats[format].scale == kBF16 && kFormats[format].low == 0};
+  const bool narrow =
+      !o.fine && kFormats[format].scale == kBF16 && kFormats[format].low == 0 && in % 4 == 0 && in <= kMostPairInputs;
+  const LinearInput input = {rows, in, codes ? nullptr : x, codes ? &quants : nullptr, narrow};
   std::vector<double> times;
   double last = now();
   for (const double begin = last; times.size() < 4 || last - begin < o.seconds;) {

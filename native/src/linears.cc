@@ -26,8 +26,8 @@ void run_linears(Pool::Step& pool, const Kernels& kernels, const LinearInput& in
   const int64_t worth = std::max<int64_t>(1, tiles * kTileRows * in.rows * in.width / kTileProducts);
   const int64_t share = std::min({each, worth / threads, tiles / threads});
   const int64_t claims = share > 0 ? share * threads : 1;
-  // Bodies work on two tiles at once.
-  const auto edge = [&](int64_t chunk) { return chunk == claims ? tiles : tiles * chunk / claims / 2 * 2; };
+  const int64_t unit = tiles >= 2 * claims ? 2 : 1;  // bodies work on two tiles at once
+  const auto edge = [&](int64_t chunk) { return chunk == claims ? tiles : tiles * chunk / claims / unit * unit; };
   pool.run(claims, [&](int64_t claim, int) {
     const int64_t chunk = share > 0 ? claim % threads * share + claim / threads : 0;
     int64_t begin = edge(chunk), end = edge(chunk + 1);

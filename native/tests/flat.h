@@ -1,6 +1,7 @@
 // A small decoder in the flat form, with its weights: what runtime/native_flat.py would write.
 #pragma once
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -15,7 +16,7 @@ using inhouse::OpKind;
 
 class Decoder {
  public:
-  static constexpr int64_t kVocab = 29, kContext = 700, kWidth = 32, kHeads = 4, kKv = 2, kDim = 8, kFfn = 48;
+  static constexpr int64_t kVocab = 29, kContext = 700, kWidth = 32, kHeads = 4, kKv = 2, kDim = 8, kFfn = 64;
   static constexpr int64_t kExperts = 6, kTopK = 3;
 
   Decoder() {
@@ -33,10 +34,10 @@ class Decoder {
                          {0, 0, kHeads, kKv, kDim, kDim, bits(0.35), bits(3.0), 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
     const int64_t o = op(OpKind::kLinears, {a}, {matrix(kWidth, kHeads * kDim), -1}, {kWidth}, {0});
     const int64_t y = op(OpKind::kAdd, {x, o}, {}, {kWidth}, {});
-    const int64_t gate =
-        op(OpKind::kLinears, {y}, {matrix(kFfn, kWidth), matrix(kFfn, kWidth), -1, -1}, {kFfn, kFfn}, {0});
+    const int64_t gate = op(OpKind::kLinears, {quantized(y, kWidth)},
+                            {codes("q4_0", kFfn, kWidth), codes("q8_0", kFfn, kWidth), -1, -1}, {kFfn, kFfn}, {0});
     const int64_t f = op(OpKind::kGlu, {gate, gate + 1}, {}, {kFfn}, {0, bits(0.0), bits(0.0)});
-    const int64_t down = op(OpKind::kLinears, {f}, {matrix(kWidth, kFfn), -1}, {kWidth}, {0});
+    const int64_t down = op(OpKind::kLinears, {quantized(f, kFfn)}, {codes("q8_0", kWidth, kFfn), -1}, {kWidth}, {0});
     const int64_t mixed = mixture(op(OpKind::kAdd, {y, down}, {}, {kWidth}, {}));
     const int64_t z = op(OpKind::kLayerNorm, {mixed}, {norm, -1}, {kWidth}, {bits(1e-5)});
     const int64_t s = op(OpKind::kSelectRows, {z}, {}, {kWidth}, {}, 1);
@@ -76,6 +77,25 @@ class Decoder {
   int64_t vector(int64_t n) { return add_weight(-1, 1, n, n); }
   int64_t matrix(int64_t out, int64_t in) {
     return add_weight(0, out, in, inhouse::packed_bytes(inhouse::kFormats[0], out, in) / 4);
+  }
+  // A matrix of codes; those that follow each other in a program then meet int8 activations.
+  int64_t codes(const char* format, int64_t out, int64_t in) {
+    int32_t id = 0;
+    while (std::strcmp(inhouse::kFormats[id].name, format) != 0) ++id;
+    const int64_t bytes = inhouse::packed_bytes(inhouse::kFormats[id], out, in);
+    memory_.emplace_back(std::aligned_alloc(64, static_cast<size_t>((bytes + 63) / 64 * 64)));
+    const ih_weight w = {id, 0, out, in, memory_.back().get(), bytes};
+    const std::vector<float> values =
+        noise(static_cast<uint32_t>(weights_.size()), static_cast<size_t>(out * in), 0.3f);
+    if (ih_quantize_tiles(nullptr, &w, values.data()) != IH_OK) std::abort();
+    weights_.push_back(w);
+    return static_cast<int64_t>(weights_.size()) - 1;
+  }
+  int64_t quantized(int64_t x, int64_t width) {
+    const int64_t y = op(OpKind::kQuantizeRows, {x}, {}, {width}, {32, 1});
+    values_[static_cast<size_t>(4 * y + 2)] = 1;   // int8
+    values_[static_cast<size_t>(4 * y + 3)] = 32;  // a scale for so many
+    return y;
   }
   // A mixture of experts with a shared matrix by heads, gated; gives x plus both.
   int64_t mixture(int64_t x) {

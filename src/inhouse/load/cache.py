@@ -10,6 +10,7 @@ Knows the file and its limits; does not know how weights are made.
 Beside a large pack lies NAME.pack.verified once all its checksums were compared: which file that was.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ import shutil
 import struct
 import time
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -118,7 +119,7 @@ def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[
     """
     private_folder(folder)
     disk = shutil.disk_usage(folder)
-    held = sum(path.stat().st_size for path in folder.glob("*.pack"))
+    held = sum(found.st_size for _, found in _packs(folder))
     limit = min(LIMIT_BYTES, int(disk.total * LIMIT_SHARE), held + disk.free - SPARE_BYTES) - size
     if limit < 0:
         raise CapacityError(
@@ -145,9 +146,10 @@ def write_pack(folder: Path, key: PackKey, digest: str, weights: Iterable[tuple[
             file.write(footer)
             file.seek(0)
             file.write(_HEAD.pack(MAGIC, start, len(footer), hashlib.sha256(footer).digest()))
-        forget_pages(folder / key.file_name)
     except OSError as error:
         raise CapacityError(f"the pack could not be written: {error.strerror}") from None
+    with contextlib.suppress(OSError):  # small pages are slower, no more
+        forget_pages(folder / key.file_name)
 
 
 def forget_packs(folder: Path, identity: str) -> int:
@@ -166,10 +168,7 @@ def make_room(folder: Path, limit: int) -> list[str]:
 
     Returns the names of what was deleted.
     """
-    kept, gone = [], []
-    for path in folder.glob("*.pack"):
-        found = path.stat()
-        kept.append((found.st_atime_ns, found.st_size, path))
+    kept, gone = [(found.st_atime_ns, found.st_size, path) for path, found in _packs(folder)], []
     total = sum(size for _, size, _ in kept)
     for _, size, path in sorted(kept):
         if total <= limit:
@@ -183,6 +182,13 @@ def make_room(folder: Path, limit: int) -> list[str]:
             leftover.unlink(missing_ok=True)
             gone.append(leftover.name)
     return gone
+
+
+def _packs(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The packs that are there; another process may take some away meanwhile."""
+    for path in folder.glob("*.pack"):
+        with contextlib.suppress(FileNotFoundError):
+            yield path, path.stat()
 
 
 def _read_footer(mapping: FileMapping) -> Mapping[str, Any]:

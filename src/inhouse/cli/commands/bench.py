@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -40,11 +41,13 @@ def command(
     from inhouse.tune.measure import choose, fit, measure
 
     wanted = choose(cells)
+    flags = {"--quantize": quantize, "--threads": threads, "--executor": executor, "--device": device, "--kv": kv_dtype,
+             "--context": context}  # fmt: skip
     settings = common.settings(
         quantize=quantize, threads=threads, executor=executor, device=device, kv_dtype=kv_dtype, context=context,
         kv_memory=kv_memory, prefix_cache=False,
     )  # fmt: skip
-    report: dict[str, Any] = {"model": model, "cold_start_s": _cold_start(model, quantize) if cold else None}
+    report: dict[str, Any] = {"model": model, "cold_start_s": _cold_start(model, flags) if cold else None}
     with Session.open(model, settings) as session:
         session.need_decoder("this benchmark")
         engine = session.engine
@@ -88,11 +91,10 @@ def _print(report: dict[str, Any]) -> None:
     print(f"peak memory of this process: {human_bytes(report['peak_rss_bytes'])}")
 
 
-def _cold_start(model: str, quantize: str | None) -> float:
+def _cold_start(model: str, flags: Mapping[str, object]) -> float:
     """Seconds from the start of `inhouse run` to the first byte of its answer: the median of three, after one."""
     command = [sys.executable, "-m", "inhouse", "run", model, "hi", "--max-tokens", "8"]
-    if quantize:
-        command += ["--quantize", quantize]
+    command += [word for flag, value in flags.items() if value is not None for word in (flag, str(value))]
     times = []
     for _ in range(4):
         began = time.monotonic()
