@@ -15,6 +15,7 @@
 #include <string>
 #include <vector>
 
+#include "../tests/neighbour.h"
 #include "threads.h"
 
 using namespace inhouse;
@@ -53,28 +54,6 @@ double speed(const Job& job, int threads, double seconds) {
   return static_cast<double>(jobs) / spent;
 }
 
-std::vector<int> processors() {
-  cpu_set_t set;
-  std::vector<int> list;
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return list;
-  for (int i = 0; i < CPU_SETSIZE; ++i) {
-    if (CPU_ISSET(i, &set)) list.push_back(i);
-  }
-  return list;
-}
-
-// A process that spins on a processor until it is killed, or its parent ends.
-pid_t start_neighbour(int processor) {
-  const pid_t child = fork();
-  if (child != 0) return child;
-  prctl(PR_SET_PDEATHSIG, SIGKILL);
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(processor, &set);
-  sched_setaffinity(0, sizeof(set), &set);
-  for (double sink = 1;;) compute(1000000, &sink);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -96,13 +75,13 @@ int main(int argc, char** argv) {
       return 2;
     }
   }
-  const std::vector<int> list = processors();
+  const std::vector<int> list = test::processors();
   for (int turn = 0; turn < turns; ++turn) {
     for (const Job& job : kJobs) {
       const double alone = speed(job, 1, seconds / 4) * threads;
       for (size_t count = 0; count <= std::min(most, list.size()); ++count) {
         std::vector<pid_t> children;
-        for (size_t i = 0; i < count; ++i) children.push_back(start_neighbour(list[list.size() - 1 - i]));
+        for (size_t i = 0; i < count; ++i) children.push_back(test::start_neighbour(list[list.size() - 1 - i]));
         const double found = speed(job, threads, seconds);
         for (const pid_t child : children) {
           kill(child, SIGKILL);

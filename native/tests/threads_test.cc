@@ -14,6 +14,7 @@
 #include <thread>
 
 #include "check.h"
+#include "neighbour.h"
 #include "placement.h"
 
 using inhouse::Pool;
@@ -44,28 +45,6 @@ void spin(int loops) {
   for (int i = 0; i < loops; ++i) __asm__ volatile("");
 }
 
-std::vector<int> processors() {
-  cpu_set_t set;
-  std::vector<int> list;
-  if (sched_getaffinity(0, sizeof(set), &set) != 0) return list;
-  for (int i = 0; i < CPU_SETSIZE; ++i) {
-    if (CPU_ISSET(i, &set)) list.push_back(i);
-  }
-  return list;
-}
-
-// A process that keeps a processor busy until it is killed.
-pid_t occupy(int processor) {
-  const pid_t child = fork();
-  if (child != 0) return child;
-  prctl(PR_SET_PDEATHSIG, SIGKILL);
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(processor, &set);
-  sched_setaffinity(0, sizeof(set), &set);
-  for (;;) spin(1000);
-}
-
 // Threads of this process whose affinity is not `wanted`.
 int strayed(const cpu_set_t& wanted) {
   int count = 0;
@@ -82,7 +61,7 @@ int strayed(const cpu_set_t& wanted) {
 
 // Tiles that take some time, on processors that others have half of the time: threads are moved in the middle of jobs.
 void check_neighbours() {
-  const std::vector<int> list = processors();
+  const std::vector<int> list = test::processors();
   cpu_set_t before;
   if (list.size() < 2 || sched_getaffinity(0, sizeof(before), &before) != 0) {
     std::printf("one processor: neighbours are left out\n");
@@ -90,7 +69,7 @@ void check_neighbours() {
   }
   for (size_t crowd : {size_t{1}, size_t{2}}) {
     std::vector<pid_t> children;
-    for (size_t i = 0; i < crowd; ++i) children.push_back(occupy(list[list.size() - 1 - i]));
+    for (size_t i = 0; i < crowd; ++i) children.push_back(test::start_neighbour(list[list.size() - 1 - i]));
     const auto begin = std::chrono::steady_clock::now();
     for (int job = 0; std::chrono::steady_clock::now() - begin < std::chrono::milliseconds(300); ++job) {
       Pool::Step step(Pool::process(), 2);
@@ -112,7 +91,7 @@ void check_neighbours() {
 
 // What the pool moves with: here and away, and nothing where the affinity forbids it.
 void check_placement() {
-  const std::vector<int> list = processors();
+  const std::vector<int> list = test::processors();
   const int here = inhouse::current_processor(), self = inhouse::thread_id();
   check(inhouse::processor_time(self) > 0, "a thread has had processor time");
   check(inhouse::processor_time(1 << 24) == -1, "a thread that is not there has none");
