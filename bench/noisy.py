@@ -57,7 +57,7 @@ def turns(session: Session, cells: list[Cell], rounds: int, threads: int) -> dic
         for count in NEIGHBOURS:
             with neighbours(cpus[len(cpus) - count :]):
                 for cell in cells:
-                    speeds[cell.key][-1].append(measure(session, cell, peaks, rounds=1).tokens_s)
+                    speeds[cell.key][-1].append(measure(session, cell, lambda: peaks, rounds=1).tokens_s)
     return speeds
 
 

@@ -3,8 +3,8 @@
 python tools/benchmarks.py            measures the demo model, keeps bench/results.json, writes the page
 python tools/benchmarks.py --render   writes the page from what is kept: bench/{results,peers,quality}.json
 
-Comparisons with other engines are measured by bench/peers/run.py (their page: peers_page.py; why a cell falls short:
-bench/shortfalls.json, without which nothing is written), quality by tools/quality.py.
+Comparisons with other engines are measured by bench/peers/run.py (their page: peers_page.py, peers_figures.py; why a
+cell falls short: bench/shortfalls.json, without which nothing is written), quality by tools/quality.py.
 """
 
 import argparse

@@ -1,208 +1,55 @@
-"""The comparisons of bench/peers.json as Markdown: every cell judged by both of its goals, round by round, and for each
-that falls short the reason from bench/shortfalls.json. Refuses a shortfall without a reason. Measures nothing.
-
-A goal in two columns is the lesser of the two, so either reaches it: the ratio to the best peer (median over the rounds
-that both ran), or the share of the limit (median over our rounds, each by the peaks probed before it).
+"""The comparisons of bench/peers.json as Markdown: every cell as peers_figures.py judges it, and for each that falls
+short the reason from bench/shortfalls.json, which has to be of that model. Refuses a shortfall without a reason, and
+says where figures of several machines, days or versions stand beside each other. Measures nothing.
 """
 
 import fnmatch
 import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from inhouse.runtime.probe import Peaks
-from inhouse.tune.limits import Work
+from peers_figures import (
+    AVX2,
+    FAST,
+    RSS_FACTOR,
+    RSS_MORE,
+    Compared,
+    Figure,
+    Judged,
+    compare,
+    early_counted,
+    judge_all,
+    peaks_of,
+    share,
+    source,
+    sources,
+    trust,
+)
 
-Figure = Mapping[str, Any]
-FAST = 50e9  # bytes a second: a probe of more met the fast placement of memory
-RSS_FACTOR, RSS_MORE = 1.05, 150e6  # of weights and filled cache; bytes
-AVX2 = " AVX2"
+from inhouse.tune.limits import DISTURBED
+
+FIRST_TOKEN_RATIO, GOODPUT_RATIO = 3.0, 2.0
 READING = f"""
 In a round all engines run the same cells one after the other, two threads, greedy. A ratio is the median over rounds
-of ours by the peer's (for seconds and bytes the other way round), so above 1 is ahead. The limit is the roofline at
-the bandwidth and arithmetic peaks probed just before that cell (`inhouse.tune.limits`: every matrix once a step, the
-head for sampled rows, K and V in the bytes of their type, attention and bf16 weights at the bf16 peak, which is
-twice that of f32). Either goal of a row counts, as the lesser is the goal; a share stands for its own round's probe
-(from {FAST / 1e9:.0f} GB/s on: the fast placement of memory) and counts up to 100 %: above, something disturbed the
-probe. Peers' KV types are their own defaults: llama.cpp f16,
+of ours by the peer's (for seconds and bytes the other way round), so above 1 is ahead. A rate of several streams counts
+the tokens that came after the last stream had its first one. The limit is the roofline at the machine's bandwidth and
+arithmetic peaks, each the mean of a probe just before that cell and one just after it (`inhouse.tune.limits`: every
+matrix once a step, the head for sampled rows, K and V in the bytes of their type, attention and bf16 weights at the
+bf16 peak, which is twice that of f32). Either goal of a row counts, as the lesser is the goal; a share stands for its
+own round's probes (from {FAST / 1e9:.0f} GB/s on: the fast placement of memory). A round is disturbed where the limits
+by its two probes differ by more than {DISTURBED:.0%}, or where more was measured than they allow: its share reaches no
+goal, and is left out where other rounds remain. `one probe`: an older figure with the probe before it alone. CPU of
+others: processors that other processes had on average, and of these what the hypervisor gave to other machines (`?`:
+older figures, which leave that out). Peers' KV types are their own defaults: llama.cpp f16,
 OpenVINO u8 (its attention in bf16), ONNX Runtime f32. Resident memory: after 2048 + 128 tokens; its limit is
 {RSS_FACTOR} x (weights + filled cache) + {RSS_MORE / 1e6:.0f} MB. 8.5 bits and bf16 stand beside; the goals are for
 about 4.5.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What a cell is to reach: a ratio to the best peer and a share of the limit (0: none); the lesser counts.
-    `fast_share`: the share where the round met the fast placement."""
-
-    cell: str
-    title: str
-    ratio: float
-    share: float
-    fast_share: float = 0.0
-
-    def share_in(self, figure: Figure) -> float:
-        """The share that counts for one round."""
-        return self.fast_share if self.fast_share and figure["peaks"]["read_bytes"] >= FAST else self.share
-
-
-GOALS = (
-    Goal("prefill512", "prefill, 512 tokens", 1.5, 0.75),
-    Goal("prefill4096", "prefill, 4096 tokens", 1.5, 0.70),
-    Goal("decode32", "decode after 32", 1.5, 0.85, 0.75),
-    Goal("decode2048", "decode after 2048", 2.0, 0.75),
-    Goal("decode8192", "decode after 8192", 2.0, 0.75),
-    Goal("batch8", "8 streams", 1.8, 0.65),
-    Goal("batch32", "32 streams", 2.0, 0.70),
-)
-AVX2_RATIO = 1.2
-COLD, RSS = "cold", "rss"
-COLD_LIMIT = 0.5  # seconds
-FIRST_TOKEN_RATIO, GOODPUT_RATIO = 3.0, 2.0
-
-
 class Unexplained(Exception):
-    """Cells that fall short of their goals without a reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """One cell against one peer, by rounds: (ours, the peer's)."""
-
-    engine: str
-    form: str
-    kv: str
-    rounds: tuple[tuple[Figure, Figure], ...]
-
-    @property
-    def ratios(self) -> tuple[float, ...]:
-        """Ours by the peer's in each round, above 1 is ahead."""
-        less = self.rounds[0][0]["cell"] in (COLD, RSS)  # the smaller is the better
-        values = [(ours["value"], peer["value"]) for ours, peer in self.rounds]
-        return tuple(b / a if less else a / b for a, b in values)
-
-    @property
-    def ratio(self) -> float:
-        """Their median."""
-        return statistics.median(self.ratios)
-
-    def median(self, side: int) -> float:
-        """Median of ours (0) or of the peer's (1)."""
-        return float(statistics.median(pair[side]["value"] for pair in self.rounds))
-
-
-@dataclass(frozen=True, slots=True)
-class Judged:
-    """A row of the goal table: key for bench/shortfalls.json, Markdown cells before the verdict, the verdict, and
-    whether a reason has to be named."""
-
-    key: str
-    title: str
-    cells: str
-    verdict: str
-    short: bool
-
-
-# ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-def share(figure: Figure) -> float | None:
-    """Share of the time that the machine's peaks, probed before that cell, allow; None where it has no limit."""
-    if "work" not in figure:
-        return None
-    least = Work(**figure["work"]).seconds(Peaks(**figure["peaks"])) / float(figure["work_tokens"])
-    return float(figure["value"]) * least
-
-
-def compare(figures: Sequence[Figure], cell: str, kv: str) -> list[Compared]:
-    """A cell against each peer that ran it in the same bouts as ours with that KV type."""
-    own = {f["bout"]: f for f in figures if f["ours"] and f["cell"] == cell and f["kv"] == kv}
-    peers: dict[tuple[str, str, str], list[tuple[Figure, Figure]]] = {}
-    for figure in figures:
-        if not figure["ours"] and figure["cell"] == cell and figure["bout"] in own:
-            key = (figure["engine"], figure["form"], figure["kv"])
-            peers.setdefault(key, []).append((own[figure["bout"]], figure))
-    return [Compared(*key, tuple(rounds)) for key, rounds in peers.items()]
-
-
-def best_of(found: Sequence[Compared]) -> Compared:
-    """The peer that we are least ahead of."""
-    return min(found, key=lambda c: c.ratio)
-
-
-# ---- judging ---------------------------------------------------------------------------------------------------------
-
-
-def judge(figures: Sequence[Figure], goal: Goal, kv: str) -> Judged | None:
-    """A speed cell against both goals; None where ours or every peer has no figure."""
-    found = compare(figures, goal.cell, kv)
-    if not found:
-        return None
-    best, bits = best_of(found), figures[0]["bits"]
-    wished = AVX2_RATIO if bits.endswith(AVX2) else goal.ratio
-    own = [f for f in figures if f["ours"] and f["cell"] == goal.cell and f["kv"] == kv]
-    shares = [(s, goal.share_in(f)) for f in own if (s := share(f)) is not None and not bits.endswith(AVX2)]
-    counted = [a / b for a, b in shares if a <= 1]  # above it, something disturbed the probe
-    by_share = bool(counted) and statistics.median(counted) >= 1
-    wish = "/".join(f"{w:.0%}" for w in sorted({w for _, w in shares}, reverse=True))
-    shown = (
-        f"{statistics.median(a for a, _ in shares if a <= 1):.0%}" if counted else "probe disturbed" if shares else ""
-    )
-    cells = f"{_sides(best, 1, '')} | {wished:g} | {shown} | {wish}"
-    return _judged(figures, goal.cell, goal.title, kv, cells, best.ratio, best.ratio >= wished, by_share)
-
-
-def judge_cold(figures: Sequence[Figure], kv: str) -> Judged | None:
-    """Process start to first token: a time that is to be reached."""
-    if not (found := compare(figures, COLD, kv)):
-        return None
-    best = best_of(found)
-    cells = f"{_sides(best, 1, ' s')} | | | under {COLD_LIMIT} s"
-    own = statistics.median(f["value"] for f in figures if f["ours"] and f["cell"] == COLD and f["kv"] == kv)
-    return _judged(figures, COLD, "process start to first token", kv, cells, best.ratio, False, own < COLD_LIMIT)
-
-
-def judge_rss(figures: Sequence[Figure], kv: str) -> Judged | None:
-    """Largest resident size: below the best peer's and below what weights and filled cache allow."""
-    if not (found := compare(figures, RSS, kv)):
-        return None
-    best = best_of(found)
-    own = [f for f in figures if f["ours"] and f["cell"] == RSS and f["kv"] == kv and "weights_bytes" in f]
-    allowed = [RSS_FACTOR * (f["weights_bytes"] + f["kv_bytes"]) + RSS_MORE for f in own]
-    within = all(f["value"] <= most for f, most in zip(own, allowed, strict=True))
-    limit = f"{statistics.median(allowed) / 2**20:.0f} MiB" if allowed else ""
-    cells = f"{_sides(best, 2**20, ' MiB')} | 1 | | {limit}"
-    reached = best.ratio > 1 and within
-    return _judged(figures, RSS, "largest resident memory", kv, cells, best.ratio, reached, reached)
-
-
-def _sides(best: Compared, scale: float, unit: str) -> str:
-    spread = f"{min(best.ratios):.2f}-{max(best.ratios):.2f}" if len(best.ratios) > 1 else "one round"
-    return (
-        f"{best.median(0) / scale:.4g}{unit} | {best.median(1) / scale:.4g}{unit} | {best.engine} | "
-        f"{best.ratio:.2f} ({spread})"
-    )
-
-
-def _judged(
-    figures: Sequence[Figure], cell: str, title: str, kv: str, cells: str, ratio: float, by_ratio: bool, by_limit: bool
-) -> Judged:
-    bits = figures[0]["bits"]
-    key = f"{figures[0]['model']} {bits} {cell} kv={kv}"
-    if by_ratio or by_limit:
-        verdict = "reached" if by_ratio else "reached by the limit"
-        return Judged(key, title, cells, verdict if ratio > 1 else verdict + ", **behind the peer**", ratio <= 1)
-    ahead = "ahead, **short of both goals**" if ratio > 1 else "**behind**"
-    return Judged(key, title, cells, ahead, ratio <= 1 or bits.startswith("4.5"))
-
-
-def judge_all(figures: Sequence[Figure], kv: str) -> list[Judged]:
-    """All cells of one model at one number of bits, ours with that KV type."""
-    found = [judge(figures, goal, kv) for goal in GOALS] + [judge_cold(figures, kv), judge_rss(figures, kv)]
-    return [row for row in found if row is not None]
+    """Cells that fall short of their goals without a reason, or reasons that are of no model."""
 
 
 # ---- loads over HTTP -------------------------------------------------------------------------------------------------
@@ -244,7 +91,9 @@ def _http(key: str, title: str, cells: str, ratio: float, wished: float) -> Judg
     return Judged(f"http {key}", title, cells, verdict, ratio < wished)
 
 
-def http(figures: Sequence[Figure], reasons: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def http(
+    figures: Sequence[Figure], reasons: Mapping[str, Mapping[str, str]], letters: Mapping[str, str]
+) -> Iterator[str]:
     """The goals, then every load and engine."""
     yield from [
         "### Over HTTP, qwen2.5-0.5b at about 4.5 bits", "",
@@ -263,10 +112,12 @@ def http(figures: Sequence[Figure], reasons: Mapping[str, Mapping[str, str]]) ->
     for load in dict.fromkeys(_load(f) for f in figures):
         for served in dict.fromkeys(f["served"] for f in figures):
             if m := _medians(figures, load, served):
-                rounds = len({f["bout"] for f in figures if f["served"] == served and _load(f) == load})
+                bouts = {f["bout"] for f in figures if f["served"] == served and _load(f) == load}
+                ours = (f for f in figures if f["ours"] and f["bout"] in bouts)
+                marks = sorted({letters[source(f)] for f in ours}) if len(letters) > 1 else []
                 yield (
                     f"| {load} | {served} | {m['goodput']:.2f} | {m['first_token']:.2f} | "
-                    f"{m['between_tokens'] * 1000:.0f} | {m['output']:.0f} | {rounds} |"
+                    f"{m['between_tokens'] * 1000:.0f} | {m['output']:.0f} | {' '.join([str(len(bouts)), *marks])} |"
                 )
     yield ""
 
@@ -277,6 +128,12 @@ def http(figures: Sequence[Figure], reasons: Mapping[str, Mapping[str, str]]) ->
 def reason_of(key: str, reasons: Mapping[str, Mapping[str, str]]) -> Mapping[str, str] | None:
     """The first entry whose pattern fits a key."""
     return next((reason for pattern, reason in reasons.items() if fnmatch.fnmatchcase(key, pattern)), None)
+
+
+def demand_models(reasons: Mapping[str, Mapping[str, str]]) -> None:
+    """Raises Unexplained for a reason over several models: what was measured on one says nothing of another."""
+    if loose := [pattern for pattern in reasons if set("*?[") & set(pattern.split()[0])]:
+        raise Unexplained("bench/shortfalls.json has reasons of no one model: " + "; ".join(loose))
 
 
 def why(rows: Sequence[Judged], reasons: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
@@ -304,14 +161,17 @@ def own_kvs(figures: Sequence[Figure]) -> list[str]:
 
 
 def demand_reasons(report: Mapping[str, Any], reasons: Mapping[str, Mapping[str, str]]) -> None:
-    """Raises Unexplained where a cell falls short and bench/shortfalls.json does not say why."""
+    """Raises Unexplained where a cell falls short and bench/shortfalls.json does not say why for that model."""
+    demand_models(reasons)
     rows = [row for figures in groups_of(report).values() for kv in own_kvs(figures) for row in judge_all(figures, kv)]
     rows += judge_http([f for f in report["figures"] if "served" in f])
     if missing := [row.key for row in rows if row.short and reason_of(row.key, reasons) is None]:
         raise Unexplained("no reason in bench/shortfalls.json for: " + "; ".join(missing))
 
 
-def goal_table(figures: Sequence[Figure], kv: str, reasons: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
+def goal_table(
+    figures: Sequence[Figure], kv: str, reasons: Mapping[str, Mapping[str, str]], letters: Mapping[str, str]
+) -> Iterator[str]:
     """Ours with one KV type beside the best peer of each cell."""
     first = next(f for f in figures if f["ours"] and f["kv"] == kv)
     level = ", AVX2" if first["bits"].endswith(AVX2) else ""
@@ -325,29 +185,51 @@ def goal_table(figures: Sequence[Figure], kv: str, reasons: Mapping[str, Mapping
     ]  # fmt: skip
     yield from (f"| {row.title} | {row.cells} | {row.verdict} |" for row in rows)
     yield ""
+    yield from cautions(figures, kv, letters)
     yield from why(rows, reasons)
 
 
-def every_peer(figures: Sequence[Figure]) -> Iterator[str]:
+def cautions(figures: Sequence[Figure], kv: str, letters: Mapping[str, str]) -> Iterator[str]:
+    """What the medians of one table mix, and which figures were counted in an older way."""
+    own = [f for f in figures if f["ours"] and f["kv"] == kv]
+    lines = []
+    for cell in dict.fromkeys(f["cell"] for f in own):
+        found = sorted({letters[source(f)] for f in own if f["cell"] == cell})
+        if len(found) > 1:
+            lines.append(f"- {cell}: a median over rounds of {' and '.join(found)}, which are not alike.")
+    if older := list(dict.fromkeys(f["cell"] for f in own if early_counted(f))):
+        lines.append(
+            f"- {', '.join(older)}: figures of ours from before tokens made ahead of the last stream's first one were "
+            "left out; that flatters ours by a few per cent."
+        )
+    yield from lines
+    if lines:
+        yield ""
+
+
+def every_peer(figures: Sequence[Figure], letters: Mapping[str, str]) -> Iterator[str]:
     """Every peer and cell with its rounds, so that nothing hides behind the best."""
     where = f"| {figures[0]['model']} | {figures[0]['bits']}"
     for kv in own_kvs(figures):
         for cell in dict.fromkeys(f["cell"] for f in figures if f["ours"] and f["kv"] == kv):
             for c in compare(figures, cell, kv):
-                foreign = max(f["foreign"] for pair in c.rounds for f in pair)
+                busiest = max((f for pair in c.rounds for f in pair), key=lambda f: float(f["foreign"]))
+                stolen = f"{busiest['stolen']:.2f}" if "stolen" in busiest else "?"
                 yield (
                     f"{where} | {cell} | {kv} | {c.engine} | {c.median(0):.4g} | {c.median(1):.4g} | {c.ratio:.2f} | "
-                    f"{'; '.join(_rounds(c))} | {foreign:.2f} |"
+                    f"{'; '.join(_rounds(c, letters))} | {busiest['foreign']:.2f} ({stolen}) |"
                 )
 
 
-def _rounds(c: Compared) -> Iterator[str]:
-    """Ratio, our share of the limit, and the probes before ours and before the peer, for each round."""
+def _rounds(c: Compared, letters: Mapping[str, str]) -> Iterator[str]:
+    """Ratio, our share of the limit and its doubt, the bandwidths of our cell and before the peer, and where there are
+    several the source, for each round."""
     for ratio, (ours, peer) in zip(c.ratios, c.rounds, strict=True):
-        found, probes = share(ours), [f["peaks"]["read_bytes"] / 1e9 for f in (ours, peer)]
+        found, probes = share(ours), [peaks_of(f).read_bytes / 1e9 for f in (ours, peer)]
         placement = "/".join("fast" if p * 1e9 >= FAST else "slow" for p in probes)
-        part = f", {found:.0%}" if found is not None else ""
-        yield f"{ratio:.2f}{part} ({probes[0]:.0f}/{probes[1]:.0f} {placement})"
+        part = " ".join(filter(None, [f", {found:.0%}", trust(ours)])) if found is not None else ""
+        mark = f" {letters[source(ours)]}" if len(letters) > 1 else ""
+        yield f"{ratio:.2f}{part} ({probes[0]:.0f}/{probes[1]:.0f} {placement}){mark}"
 
 
 def summary(report: Mapping[str, Any]) -> Iterator[str]:
@@ -367,17 +249,35 @@ def summary(report: Mapping[str, Any]) -> Iterator[str]:
     yield ""
 
 
+def taken(figures: Sequence[Figure], letters: Mapping[str, str]) -> Iterator[str]:
+    """On which machines, when and by which versions the figures were taken; a warning where these are several."""
+    machines = list(dict.fromkeys(f["machine"] for f in figures))
+    days = sorted({str(f["date"])[:10] for f in figures})
+    versions: dict[str, list[str]] = {}
+    for figure in figures:
+        found = versions.setdefault(str(figure["engine"]).split()[0], [])
+        found += [figure["version"]] if figure["version"] not in found else []
+    yield f"Machine: {'; '.join(machines)}; {', '.join(days)}. " + "; ".join(
+        f"{engine} {' and '.join(several)}" for engine, several in versions.items()
+    ) + "."  # fmt: skip
+    yield ""
+    if len(letters) > 1:
+        yield (
+            "**Figures of several machines, days or versions stand beside each other here**; a ratio or share is "
+            "always within one round, a median may be over rounds of several, and says so:"
+        )
+        yield from ["", *(f"- {letter}: {text}" for text, letter in letters.items()), ""]
+
+
 def page(report: Mapping[str, Any], reasons: Mapping[str, Mapping[str, str]]) -> Iterator[str]:
     """The comparisons. Raises Unexplained."""
     demand_reasons(report, reasons)
-    info = report["machine"]
+    letters = sources(report["figures"])
     yield from [
         "## Against other engines", "",
         f"Measured by `{report['command']}` (`make bench-peers`; bench/peers/README.md says which kits it needs, and",
         "what is left out where one is not installed).", "", *textwrap.wrap(READING.strip(), 118), "",
-        f"Machine: {info['processor']}, {info['cores']} cores, {info['system']}, {info['date']}. "
-        + ", ".join(f"{k} {v}" for k, v in report.get("versions", {}).items()) + ".", "",
-        *summary(report),
+        *taken(report["figures"], letters), *summary(report),
     ]  # fmt: skip
     if report.get("note"):
         yield from [report["note"], ""]
@@ -385,17 +285,18 @@ def page(report: Mapping[str, Any], reasons: Mapping[str, Mapping[str, str]]) ->
     for figures in groups.values():
         for kv in own_kvs(figures):
             if judge_all(figures, kv):
-                yield from goal_table(figures, kv, reasons)
+                yield from goal_table(figures, kv, reasons, letters)
     if served := [f for f in report["figures"] if "served" in f]:
-        yield from http(served, reasons)
+        yield from http(served, reasons, letters)
     yield from [
         "### Every peer, every round", "",
-        "Rounds: ratio, our share of the limit (GB/s probed before ours / before the peer, placement).", "",
-        "| model | bits | cell | our KV | peer | ours | peer's | ratio | rounds | CPU of others |",
+        "Rounds: ratio, our share of the limit (GB/s of our cell / probed before the peer, placement)"
+        + (", which figures." if len(letters) > 1 else "."), "",
+        "| model | bits | cell | our KV | peer | ours | peer's | ratio | rounds | CPU of others (stolen) |",
         "|---|---|---|---|---|--:|--:|--:|---|--:|",
     ]  # fmt: skip
     for figures in groups.values():
-        yield from every_peer(figures)
+        yield from every_peer(figures, letters)
     yield ""
     if report.get("left_out"):
         yield from ["Left out:", "", *(f"- {line}" for line in report["left_out"]), ""]

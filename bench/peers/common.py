@@ -2,7 +2,8 @@
 uses the standard library alone.
 
 An adapter makes a function `generate(prompts, new)` that answers all prompts together, greedily and past end tokens,
-and gives (seconds until every prompt had its first token, seconds in all).
+and gives an Answered. A rate of answers counts what came after every prompt had its first token, no more: tokens that
+an engine made before, for prompts that it admitted first, took time that is not counted.
 """
 
 import argparse
@@ -11,9 +12,22 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 Prompts = Sequence[Sequence[int]]
-Generate = Callable[[Prompts, int], tuple[float, float]]
+
+
+class Answered(NamedTuple):
+    """Seconds until every prompt had its first token, seconds in all, and how many tokens of all prompts together were
+    out at the first of these moments. None: not known; then one a prompt, the fewest that there can be."""
+
+    first: float
+    total: float
+    early: int | None = None
+
+
+Generate = Callable[[Prompts, int], Answered]
+Beside = Callable[[], dict[str, object]]  # what is told beside a cell, called just after it
 
 RSS = (2048, 128)  # prompt and new tokens after which `rss` is read
 
@@ -63,11 +77,15 @@ def peak_rss(pid: int | str = "self") -> int:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
-def run_cells(
-    wanted: str, generate: Generate, seed: int, more: Callable[[str], dict[str, object]] = lambda _: {}
-) -> None:
-    """Runs the cells in order, each once after a short warm-up, and tells their rates, and `more(cell)`, called just
-    before the cell, beside."""
+def rate(streams: int, new: int, answered: Answered) -> float:
+    """Tokens a second after every one of `streams` prompts had its first token, each answered with `new` tokens."""
+    early = streams if answered.early is None else max(answered.early, streams)
+    return (streams * new - early) / (answered.total - answered.first)
+
+
+def run_cells(wanted: str, generate: Generate, seed: int, more: Callable[[str], Beside] = lambda _: dict) -> None:
+    """Runs the cells in order, each once after a short warm-up, and tells their rates. `more(cell)` is called just
+    before the cell, what it gives just after, and what that gives is told beside."""
     generate([ids(32, seed + 1)], 8)
     for n, cell in enumerate(wanted.split(",")):
         if cell not in CELLS:
@@ -78,13 +96,16 @@ def run_cells(
         if new == 1:
             if prompt <= 512:
                 generate([ids(prompt, seed + 2)], 1)
-            tell(cell, prompt / generate(prompts, 1)[1], "tok/s", **beside)
+            value = prompt / generate(prompts, 1).total
+            tell(cell, value, "tok/s", **beside())
         else:
-            first, total = generate(prompts, new + 1)
-            tell(cell, streams * new / (total - first), "tok/s", prefill_tokens_s=streams * prompt / first, **beside)
+            answered = generate(prompts, new + 1)
+            told = {"prefill_tokens_s": streams * prompt / answered.first, "early_tokens": answered.early}
+            tell(cell, rate(streams, new + 1, answered), "tok/s", **told, **beside())
     if "rss" in wanted.split(","):
+        beside = more("rss")
         generate([ids(RSS[0], 7)], RSS[1])
-        tell("rss", peak_rss(), "B", **more("rss"))
+        tell("rss", peak_rss(), "B", **beside())
 
 
 def clock() -> float:

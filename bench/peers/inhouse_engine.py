@@ -3,6 +3,7 @@
 import os
 import queue
 import sys
+import time
 import uuid
 from dataclasses import asdict
 
@@ -16,7 +17,7 @@ from inhouse.plan.memory import weight_bytes
 from inhouse.runtime.executor import KV_DTYPES
 from inhouse.runtime.kv_codes import element_type
 from inhouse.tune.limits import fresh_peaks
-from inhouse.tune.measure import CELLS, least_work
+from inhouse.tune.measure import CELLS, begun, least_work
 
 
 def main() -> None:
@@ -31,24 +32,23 @@ def main() -> None:
     )  # fmt: skip
     with Session.open(given.model, settings) as session:
 
-        def generate(prompts: common.Prompts, new: int) -> tuple[float, float]:
+        def generate(prompts: common.Prompts, new: int) -> common.Answered:
             events: queue.SimpleQueue = queue.SimpleQueue()
-            began, waiting, left, first = common.clock(), set(), len(prompts), 0.0
+            began, left, tokens = time.monotonic(), len(prompts), []  # the clock of TokenEvent.time
             params = SamplingParams(temperature=0.0, ignore_eos=True)
             for prompt in prompts:
                 request = make_request(f"bench-{uuid.uuid4().hex}", prompt, params, new)
-                waiting.add(request.id)
                 session.engine.submit(request, events.put)
             while left:
                 for event in events.get():
                     if isinstance(event, Failed):
                         raise event.error
-                    if isinstance(event, TokenEvent) and waiting:
-                        waiting.discard(event.request_id)
-                        if not waiting:
-                            first = common.clock() - began
+                    if isinstance(event, TokenEvent):
+                        tokens += [(event.request_id, event.time)] * len(event.tokens)
                     left -= isinstance(event, Finished)
-            return first, common.clock() - began
+            total = time.monotonic() - began
+            start = begun(sorted(tokens, key=lambda token: token[1]), len(prompts))
+            return common.Answered(start.time - began, total, start.tokens)
 
         if "cold" in given.cells.split(","):
             generate([common.ids(32, given.seed)], 1)
@@ -57,16 +57,20 @@ def main() -> None:
         common.run_cells(given.cells, generate, given.seed, lambda cell: beside(session, cell, given.threads))
 
 
-def beside(session: Session, key: str, threads: int) -> dict[str, object]:
-    """What a cell must do at least, and the machine's peaks now, probed in another process; for `rss` what the model
-    and the positions that were filled must take."""
+def beside(session: Session, key: str, threads: int) -> common.Beside:
+    """What a cell must do at least, and the machine's peaks before and after it, probed in another process; for `rss`
+    what the model and the positions that were filled must take."""
     executor = session.model.executor
     if key == "rss":
         elements = KV_DTYPES[element_type(executor.kv_dtype)]
         a_position = sum(group.bytes_per_token(elements) for group in executor.programs.groups)
-        return {"weights_bytes": weight_bytes(session.model.weights), "kv_bytes": a_position * sum(common.RSS)}
+        weights = weight_bytes(session.model.weights)
+        return lambda: {"weights_bytes": weights, "kv_bytes": a_position * sum(common.RSS)}
     tokens, least = least_work(session, next(cell for cell in CELLS if cell.key == key))
-    return {"work_tokens": tokens, "work": asdict(least), "peaks": asdict(fresh_peaks(threads))}
+    peaks = asdict(fresh_peaks(threads))
+    return lambda: {
+        "work_tokens": tokens, "work": asdict(least), "peaks": peaks, "peaks_after": asdict(fresh_peaks(threads)),
+    }  # fmt: skip
 
 
 main()

@@ -23,7 +23,8 @@ def bench(tool: str, model: str, threads: int, prompt: int, new: int, depth: int
 
 
 def batched(tool: str, model: str, threads: int, streams: int, prompt: int, new: int) -> tuple[float, float]:
-    """(decoded, prefilled) tokens a second of that many streams."""
+    """(decoded, prefilled) tokens a second of that many streams. The tool decodes after all prompts are done, so
+    what it counts as decoded came in the time that it divides by."""
     command = [tool, "-m", model, "-t", str(threads), "-c", str(streams * (prompt + new)), "-npp", str(prompt)]
     out = subprocess.run(
         [*command, "-ntg", str(new), "-npl", str(streams)], capture_output=True, text=True, check=True

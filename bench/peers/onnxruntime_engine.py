@@ -20,7 +20,7 @@ def main() -> None:
         json.dump(config, file, indent=1)
     model = genai.Model(given.model)
 
-    def generate(prompts: common.Prompts, new: int) -> tuple[float, float]:
+    def generate(prompts: common.Prompts, new: int) -> common.Answered:
         began, first = common.clock(), 0.0
         wish = genai.GeneratorParams(model)
         length = len(prompts[0]) + new
@@ -32,7 +32,7 @@ def main() -> None:
         for _ in range(new):
             generator.generate_next_token()
             first = first or common.clock() - began
-        return first, common.clock() - began
+        return common.Answered(first, common.clock() - began, len(prompts))  # all first tokens come in one step
 
     if "cold" in given.cells.split(","):
         generate([common.ids(32, given.seed)], 1)

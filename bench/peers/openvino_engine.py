@@ -30,17 +30,19 @@ def main() -> None:
         count += 1
         return pipeline.add_request(count, ov.Tensor(np.array([prompt], np.int64)), wish)
 
-    def generate(prompts: common.Prompts, new: int) -> tuple[float, float]:
-        began, first = common.clock(), 0.0
+    def generate(prompts: common.Prompts, new: int) -> common.Answered:
+        began, first, early = common.clock(), 0.0, 0
         handles = [add(list(prompt), new) for prompt in prompts]
         seen = [False] * len(handles)
         while pipeline.has_non_finished_requests():
             pipeline.step()
             if not first:
                 seen = [done or handle.can_read() for done, handle in zip(seen, handles, strict=False)]
-                first = common.clock() - began if all(seen) else 0.0
+                if all(seen):
+                    early = sum(tokens_out(handle) for handle in handles)
+                    first = common.clock() - began
         total = common.clock() - began
-        return first or total, total
+        return common.Answered(first or total, total, early or None)
 
     if given.trace:
         import http_load
@@ -52,6 +54,15 @@ def main() -> None:
         generate([common.ids(32, given.seed)], 1)
         common.tell("cold", common.process_age(), "s")
     common.run_cells(given.cells, generate, given.seed)
+
+
+def tokens_out(handle: genai.GenerationHandle) -> int:
+    """Tokens of one request that are ready; each read gives one."""
+    count = 0
+    while handle.can_read():
+        handle.read()
+        count += 1
+    return count
 
 
 def replay(pipeline: genai.ContinuousBatchingPipeline, add: object, plan: list) -> tuple[list, float]:

@@ -30,7 +30,8 @@ class Entry:
 
 @dataclass(frozen=True)
 class Bout:
-    """One round of an entry: the engines in the order in which they run. Loads over HTTP have cells `http ...`."""
+    """One round of an entry: the engines in the order in which they run. Loads over HTTP have cells `http ...`.
+    `kv`: the KV types of ours, comma-separated."""
 
     model: str
     bits: str
@@ -38,6 +39,7 @@ class Bout:
     round: int
     engines: tuple[str, ...]
     rank: int
+    kv: str
 
     @property
     def importance(self) -> int:
@@ -46,8 +48,8 @@ class Bout:
 
     @property
     def name(self) -> str:
-        """What is kept as done under this name is not run again."""
-        return f"{self.model} {self.bits} {self.cells} round {self.round}"
+        """What is kept as done under this name is not run again; so another KV type of ours is another bout."""
+        return f"{self.model} {self.bits} {self.cells} round {self.round} kv {self.kv}"
 
 
 QWEN, LLAMA = "qwen2.5-0.5b", "llama-3.2-1b"
@@ -95,11 +97,12 @@ def bouts(entries: Iterable[Entry], kv: str, second_kv: str) -> Iterator[Bout]:
     further = [name for name in second_kv.split(",") if name and name != kv]
     found = []
     for entry in entries:
-        own = tuple(f"ours {name}" for name in [kv, *(further if entry.second else [])])
+        kvs = [kv, *(further if entry.second else [])]
+        own = tuple(f"ours {name}" for name in kvs)
         for round_ in range(max(entry.peers.values())):
             engines = own + tuple(name for name, rounds in entry.peers.items() if rounds > round_)
             order = engines[::-1] if round_ % 2 else engines
-            found.append(Bout(entry.model, entry.bits, entry.cells, round_, order, entry.rank))
+            found.append(Bout(entry.model, entry.bits, entry.cells, round_, order, entry.rank, ",".join(kvs)))
     return iter(sorted(found, key=lambda bout: bout.importance))
 
 
@@ -127,7 +130,7 @@ PACES = {
     (LLAMA, "llama"): Pace(1.4, (130, 105, 85), (38, 27, 16), (53, 90)),
     (LLAMA, "ort"): Pace(3.2, (98, 80, 60), (36, 26, 17), (80, 93)),
 }
-PROBE = 1.0  # seconds; ours probes before each cell too
+PROBE = 1.0  # seconds; ours probes before and after each cell too
 DECODE_SLOWER = {"4.5": 1.0, "4.5 AVX2": 1.1, "8.5": 1.6, "16": 2.6}
 PROMPT_SLOWER = {"4.5": 1.0, "4.5 AVX2": 2.0, "8.5": 1.1, "16": 1.3}
 TRACE_REQUESTS, TRACE_TOKENS = 20, (300, 70)  # requests of a replay; their prompts and answers, about
@@ -164,7 +167,7 @@ def seconds(bout: Bout, engine: str) -> float:
             count, length, new = CELLS[cell]
             total += prompts(count, length) * (2 if new == 1 and length <= 512 else 1)
             total += answers(count, length, new) if new > 1 else 0.0
-            total += PROBE if name == "ours" else pace.start if name == "llama" else 0.0
+            total += 2 * PROBE if name == "ours" else pace.start if name == "llama" else 0.0
     return total
 
 

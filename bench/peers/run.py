@@ -3,8 +3,9 @@
     python -m bench.peers.run --kits FOLDER [--plan full] [--minutes N] [--trace FILE] [--out bench/peers.json]
 
 FOLDER holds what bench/peers/README.md says; what is not there is left out, with a line that says so. Before each
-engine runs, and before each cell of ours, the machine's peaks are probed: on a virtual machine they move. Nothing else
-may be running. Started again it goes on where it was stopped; --fresh begins anew.
+engine runs, and before and after each cell of ours, the machine's peaks are probed: on a virtual machine they move.
+Nothing else may be running. Started again it goes on where it was stopped; --fresh begins anew. Each figure says on
+which machine, when and by which version it was taken.
 """
 
 import argparse
@@ -16,8 +17,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -28,6 +29,8 @@ from bench.peers.http_turns import run_load
 from bench.peers.plan import Bout
 from bench.peers.sides import Side, output_of
 
+from inhouse.cli.main import own_version as inhouse_version
+
 TIMEOUT, OVER = 900, 1.1  # seconds of one engine in a bout; how far a run may exceed its minutes
 
 
@@ -35,20 +38,19 @@ TIMEOUT, OVER = 900, 1.1  # seconds of one engine in a bout; how far a run may e
 
 
 def machine() -> dict[str, Any]:
-    """The machine, the day and the command."""
+    """The machine that this runs on."""
     names = [
         line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     return {
         "processor": names[0] if names else platform.machine(), "cores": os.cpu_count(),
-        "system": platform.platform(), "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "system": platform.platform(),
     }  # fmt: skip
 
 
 def versions(kits: Path) -> dict[str, str]:
-    """Versions of the peers that are installed."""
-    found = {}
+    """Our version, and those of the peers that are installed, by engine."""
+    found = {"inhouse": own_version()}
     for kit, package in (("v-ov", "openvino-genai"), ("v-ort", "onnxruntime-genai")):
         python = kits / kit / "bin" / "python"
         if python.exists():
@@ -59,10 +61,46 @@ def versions(kits: Path) -> dict[str, str]:
     return found
 
 
-def busy() -> tuple[float, float]:
-    """(CPU seconds of the whole machine, wall seconds)."""
-    fields = [int(x) / os.sysconf("SC_CLK_TCK") for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
-    return fields[0] + fields[1] + fields[2] + fields[5] + fields[6], time.perf_counter()
+def own_version() -> str:
+    """Ours, with the commit where the source tells it; `+` stands for changes that are not committed."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(sides.HERE.parents[1]), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit, changed = git("rev-parse", "--short=9", "HEAD"), git("status", "--porcelain", "-uno", "--", "src", "native")
+    at = f" at {commit}{'+' if changed else ''}" if commit else ""
+    return f"{inhouse_version()}{at}, CPython {platform.python_version()}"
+
+
+@dataclass(frozen=True)
+class Used:
+    """CPU seconds of the whole machine since it began, those of them that a hypervisor gave to others, and wall
+    seconds."""
+
+    cpu: float
+    stolen: float
+    wall: float
+
+
+def cpu_seconds(stat: str, tick: float) -> tuple[float, float]:
+    """(seconds that the CPUs were busy or stolen, stolen alone) from the text of /proc/stat:
+    user, nice, system, irq, softirq and steal. Guests are counted in user already."""
+    user, nice, system, _, _, irq, softirq, steal = (int(x) / tick for x in stat.split("\n")[0].split()[1:9])
+    return user + nice + system + irq + softirq + steal, steal
+
+
+def busy() -> Used:
+    """What the machine's CPUs did until now."""
+    return Used(*cpu_seconds(Path("/proc/stat").read_text(), os.sysconf("SC_CLK_TCK")), time.perf_counter())
+
+
+def others(before: Used, after: Used, own: float) -> dict[str, float]:
+    """How many CPUs others had between two moments, on average; `stolen` of them by the hypervisor. `own`: CPU seconds
+    of ours."""
+    wall = max(after.wall - before.wall, 0.01)
+    foreign = max(0.0, (after.cpu - before.cpu - own) / wall)
+    return {"foreign": round(foreign, 2), "stolen": round((after.stolen - before.stolen) / wall, 2)}
 
 
 def probe(side: Side) -> dict[str, float]:
@@ -79,8 +117,9 @@ def probe(side: Side) -> dict[str, float]:
 
 
 def run_side(side: Side, bout: Bout, kits: Path, trace: Path | None) -> list[dict[str, Any]]:
-    """The figures of an engine, each with the probe before it and how much others used the CPU. Raises RuntimeError
-    where the engine fails."""
+    """The figures of an engine, each with the probe before it, how much others used the CPU, and when it was taken.
+    Raises RuntimeError where the engine fails."""
+    date = datetime.now(UTC).isoformat(timespec="minutes")
     peaks, before, used = probe(side), busy(), os.times()
     if bout.cells.startswith(plan.HTTP):
         figures = run_load(side, bout.cells, kits, trace)
@@ -88,12 +127,11 @@ def run_side(side: Side, bout: Bout, kits: Path, trace: Path | None) -> list[dic
         figures = run_cells(side, bout)
     after, now = busy(), os.times()
     own = now.children_user + now.children_system - used.children_user - used.children_system
-    foreign = max(0.0, (after[0] - before[0] - own) / max(after[1] - before[1], 0.01))
     about = {
         "bout": bout.name, "model": bout.model, "bits": bout.bits, "round": bout.round, "engine": side.engine,
-        "form": side.form, "kv": side.kv, "ours": side.ours,
+        "form": side.form, "kv": side.kv, "ours": side.ours, "date": date, "peaks": peaks,
     }  # fmt: skip
-    return [{**about, "peaks": peaks, "foreign": round(foreign, 2), **figure} for figure in figures]
+    return [{**about, **others(before, after, own), **figure} for figure in figures]
 
 
 def run_cells(side: Side, bout: Bout) -> list[dict[str, Any]]:
@@ -120,6 +158,7 @@ class Report:
 
     def __init__(self, path: Path, kits: Path, fresh: bool) -> None:
         self.path, self.kits = path, kits
+        self.machine, self.versions = "", dict[str, str]()  # of this run
         kept = json.loads(path.read_text()) if path.exists() and not fresh else {}
         self.kept: dict[str, Any] = {"figures": [], "times": [], "left_out": [], **kept}
 
@@ -133,9 +172,17 @@ class Report:
         found = [entry["seconds"] for entry in self.kept["times"] if entry["of"] == key]
         return median(found) if found else None
 
+    def begin(self, here: Mapping[str, Any], found: Mapping[str, str], command: str) -> None:
+        """What this run depends on; each of its figures will say so."""
+        self.machine = f"{here['processor']}, {here['cores']} cores, {here['system']}"
+        self.versions = dict(found)
+        self.kept["command"] = joined(self.kept.get("command", ""), command)
+
     def add(self, figures: list[dict[str, Any]], times: list[dict[str, Any]]) -> None:
         """Keeps a bout."""
-        self.kept["figures"] += figures
+        for figure in figures:
+            version = self.versions.get(figure["engine"].split()[0], "unknown")
+            self.kept["figures"].append({**figure, "machine": self.machine, "version": version})
         self.kept["times"] += times
         self.write()
 
@@ -261,7 +308,7 @@ def main() -> None:
     parser.add_argument("--kits", type=Path, default=os.environ.get("INHOUSE_PEERS"))
     parser.add_argument("--plan", choices=sorted(plan.PLANS), default="full")
     parser.add_argument("--minutes", type=float, default=0, help="drop rounds and what matters least, to fit")
-    parser.add_argument("--only", default=".", help="regular expression over `model bits cells round N`")
+    parser.add_argument("--only", default=".", help="regular expression over `model bits cells round N kv TYPE`")
     parser.add_argument("--kv", default="f16", help="KV type of ours")
     parser.add_argument("--second-kv", default="bf16,int8", help="others, in the cells where they matter; '': none")
     parser.add_argument("--trace", type=Path, help="an Azure LLM inference trace (.csv.gz), for the replays")
@@ -277,8 +324,7 @@ def main() -> None:
     if given.estimate:
         report.write = lambda: None  # type: ignore[method-assign]
     else:
-        report.kept |= {"machine": machine(), "versions": versions(report.kits)}
-        report.kept["command"] = joined(report.kept.get("command", ""), command_of(given))
+        report.begin(machine(), versions(report.kits), command_of(given))
     found = present(chosen, report, given.trace)
     if given.estimate:
         for bout in found:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import platform
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -34,8 +36,8 @@ def test_the_least_important_is_dropped_first() -> None:
 
 
 def test_seconds_by_hand() -> None:
-    bout = Bout("qwen2.5-0.5b", "4.5", "prefill512,decode2048", 0, ("ours f16", "llama"), 1)
-    ours = 0.7 + 1 + (2 * 512 / 680 + 1) + (2048 / 520 + 128 / 72 + 1)
+    bout = Bout("qwen2.5-0.5b", "4.5", "prefill512,decode2048", 0, ("ours f16", "llama"), 1, "f16")
+    ours = 0.7 + 1 + (2 * 512 / 680 + 2) + (2048 / 520 + 128 / 72 + 2)
     assert plan.seconds(bout, "ours f16") == pytest.approx(ours)
 
 
@@ -77,7 +79,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pytest.
             raise KeyboardInterrupt
         if side.key == "llama":
             raise RuntimeError("no such thing")
-        return [{"bout": bout.name, "cell": bout.cells, "value": 1.0}]
+        return [{"bout": bout.name, "engine": side.engine, "cell": bout.cells, "value": 1.0}]
 
     monkeypatch.setattr(run, "run_side", fake)
     found = list(plan.bouts(ENTRIES, "f16", ""))
@@ -100,13 +102,60 @@ def test_no_bout_starts_that_would_end_too_late(tmp_path: Path, monkeypatch: pyt
 
     def slow(side: sides.Side, bout: Bout, kits: Path, trace: Path | None) -> list[dict[str, object]]:
         now[0] += 100.0
-        return [{"bout": bout.name, "cell": bout.cells, "value": 1.0}]
+        return [{"bout": bout.name, "engine": side.engine, "cell": bout.cells, "value": 1.0}]
 
     monkeypatch.setattr(run, "run_side", slow)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     report = run.Report(tmp_path / "out.json", tmp_path, fresh=False)
     run.run(list(plan.bouts(ENTRIES, "f16", "")), report, 3.0, None)
     assert len(report.done()) == 1
+
+
+def test_another_kv_type_of_ours_is_another_bout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file with rounds in bf16 does not hold those in f16, and one with int8 beside is a bout of its own."""
+
+    def ran(side: sides.Side, bout: Bout, kits: Path, trace: Path | None) -> list[dict[str, object]]:
+        return [{"bout": bout.name, "engine": side.engine, "kv": side.kv, "ours": side.ours, "value": 1.0,
+                 "cell": bout.cells}]  # fmt: skip
+
+    monkeypatch.setattr(run, "run_side", ran)
+    report = run.Report(tmp_path / "out.json", tmp_path, fresh=False)
+    for kv, second in (("bf16", ""), ("f16", ""), ("bf16", "int8")):
+        run.run(list(plan.bouts(ENTRIES[:1], kv, second)), report, 0, None)
+    names = [f"qwen2.5-0.5b 4.5 decode32 round 0 kv {kv}" for kv in ("bf16", "f16", "bf16,int8")]
+    assert {n for n in report.done() if "round 0" in n} == set(names)
+    own = {n: [f["kv"] for f in report.kept["figures"] if f["bout"] == n and f["ours"]] for n in names}
+    assert list(own.values()) == [["bf16"], ["f16"], ["bf16", "int8"]]
+
+
+def test_a_kept_figure_says_where_when_and_by_what(tmp_path: Path) -> None:
+    report = run.Report(tmp_path / "out.json", tmp_path, fresh=False)
+    report.begin({"processor": "P", "cores": 2, "system": "S"}, {"inhouse": "1 at abc", "llama.cpp": "2"}, "c")
+    engines = ("inhouse", "llama.cpp (AVX2)", "another")
+    report.add([{"engine": engine, "date": "d"} for engine in engines], [])
+    kept = json.loads((tmp_path / "out.json").read_text())["figures"]
+    assert [f["version"] for f in kept] == ["1 at abc", "2", "unknown"]
+    assert {(f["machine"], f["date"]) for f in kept} == {("P, 2 cores, S", "d")}
+    assert run.versions(tmp_path)["inhouse"].endswith(f"CPython {platform.python_version()}")
+
+
+def test_a_figure_is_dated_and_tells_what_others_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([run.Used(100.0, 3.0, 50.0), run.Used(112.0, 4.0, 60.0)])
+    monkeypatch.setattr(run, "busy", lambda: next(moments))
+    monkeypatch.setattr(run, "probe", lambda side: {"read_bytes": 1.0})
+    monkeypatch.setattr(run, "run_cells", lambda side, bout: [{"cell": "decode32", "value": 1.0}])
+    bout = next(plan.bouts(ENTRIES, "bf16", ""))
+    found = run.run_side(run.side_of(bout, "llama", tmp_path), bout, tmp_path, None)[0]
+    assert (found["foreign"], found["stolen"]) == (1.2, 0.1)
+    assert abs(datetime.fromisoformat(found["date"]) - datetime.now(UTC)).total_seconds() < 120
+
+
+def test_cpu_of_others_counts_what_a_hypervisor_took() -> None:
+    """proc(5): user nice system idle iowait irq softirq steal guest guest_nice; guests are in user already."""
+    text = "cpu  1000 20 300 90000 700 4 5 600 77 8\ncpu0 1 1 1 1 1 1 1 1 1 1\n"
+    assert run.cpu_seconds(text, 100) == (19.29, 6.0)
+    before, after = run.Used(0.0, 0.0, 0.0), run.Used(*run.cpu_seconds(text, 100), 10.0)
+    assert run.others(before, after, 9.29) == {"foreign": 1.0, "stolen": 0.6}
 
 
 def test_a_round_more_counts_as_an_entry_six_ranks_below() -> None:

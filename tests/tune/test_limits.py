@@ -7,7 +7,7 @@ import pytest
 from inhouse.load.model import open_model
 from inhouse.runtime.packed import Packed
 from inhouse.runtime.probe import Peaks
-from inhouse.tune.limits import Chunk, Work, fresh_peaks, step_work
+from inhouse.tune.limits import Chunk, Work, disturbed, fresh_peaks, mean_peaks, step_work
 from inhouse.tune.measure import CELLS, choose, fit
 
 pytestmark = pytest.mark.native
@@ -79,6 +79,16 @@ def test_reading_and_computing_overlap() -> None:
     peaks = Peaks(read_bytes=10.0, int8_ops=100.0, f32_ops=50.0)
     assert Work(bytes_read=30.0, int8_ops=100.0).seconds(peaks) == 3.0
     assert Work(bytes_read=30.0, int8_ops=200.0, f32_ops=50.0, attention_ops=200.0).seconds(peaks) == 5.0
+
+
+def test_limits_that_differ_by_more_than_a_tenth_are_disturbed() -> None:
+    before, work = Peaks(read_bytes=10.0, int8_ops=100.0, f32_ops=50.0), Work(bytes_read=30.0, int8_ops=100.0)
+    assert mean_peaks(before, Peaks(20.0, 300.0, 60.0)) == Peaks(15.0, 200.0, 55.0)
+    assert not disturbed(work, before, Peaks(10.9, 100.0, 50.0))
+    assert disturbed(work, before, Peaks(11.1, 100.0, 50.0))
+    assert disturbed(work, Peaks(11.1, 100.0, 50.0), before)
+    assert not disturbed(work, before, Peaks(10.0, 200.0, 90.0))  # reading bounds it, before and after
+    assert disturbed(work, before, Peaks(10.0, 25.0, 50.0))  # arithmetic bounds it after
 
 
 def test_fresh_peaks_come_from_another_process() -> None:

@@ -11,7 +11,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 from inhouse.core.errors import ExecutorError
 from inhouse.runtime.executor import KV_DTYPES, Weight
@@ -56,6 +56,20 @@ class Work:
         arithmetic = self.int8_ops / peaks.int8_ops + self.f32_ops / peaks.f32_ops
         halves = (self.attention_ops + self.bf16_ops) / (2 * peaks.f32_ops)
         return max(self.bytes_read / peaks.read_bytes, arithmetic + halves)
+
+
+DISTURBED = 0.1  # two limits of the same work that differ by more: the machine was not the same before and after
+
+
+def mean_peaks(before: Peaks, after: Peaks) -> Peaks:
+    """The mean of two probes, rate by rate."""
+    return Peaks(*((a + b) / 2 for a, b in zip(astuple(before), astuple(after), strict=True)))
+
+
+def disturbed(work: Work, before: Peaks, after: Peaks) -> bool:
+    """Whether the limits that two probes allow for `work` differ by more than DISTURBED of the lesser."""
+    less, more = sorted((work.seconds(before), work.seconds(after)))
+    return more > less * (1 + DISTURBED)
 
 
 def step_work(

@@ -2,21 +2,23 @@
 several streams.
 
 Prompts are random token ids, drawn from a fixed seed; answers ignore end tokens, so that every run does equal work.
+A rate of answers counts only what comes after every sequence has begun: an engine that admits prompts one after the
+other makes tokens for the first ones before, in time that is not counted.
 """
 
 import queue
 import random
 import statistics
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from inhouse.core.errors import UsageError
-from inhouse.engine.request import Event, Failed, Finished, SamplingParams, Timings, make_request
+from inhouse.engine.request import Event, Failed, Finished, SamplingParams, Timings, TokenEvent, make_request
 from inhouse.engine.session import Session
 from inhouse.runtime.probe import Peaks
-from inhouse.tune.limits import Chunk, Work, step_work
+from inhouse.tune.limits import Chunk, Work, disturbed, mean_peaks, step_work
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class Measured:
     """Medians over the rounds. Rates are over all streams together.
 
     `tokens_s`, `gb_s` (weights and cache read), `gop_s` (integer, float and attention operations) and `share` (of the
-    roofline of `tune.limits`, at the peaks measured beside) are those of what the cell is about: the prompt where the
-    answer is one token, else what follows.
+    roofline of `tune.limits`, at the mean of the peaks probed before and after) are those of what the cell is about:
+    the prompt where the answer is one token, else what follows. `disturbed`: the two probes allow limits that differ
+    by more than a tenth, so that the share says little.
     """
 
     cell: str
@@ -68,10 +71,20 @@ class Measured:
     decode_tokens_s: float
     first_token_s: float
     rounds: int
+    disturbed: bool
+    peaks: Peaks
+    peaks_after: Peaks
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         return asdict(self)
+
+
+class Begun(NamedTuple):
+    """When every sequence had its first token (seconds), and how many tokens were out then, of all sequences."""
+
+    time: float
+    tokens: int
 
 
 def choose(keys: str) -> list[Cell]:
@@ -92,17 +105,20 @@ def fit(cell: Cell, context: int, limit: int) -> Cell | None:
     return Cell(cell.key, min(cell.streams, limit), min(cell.prompt, context - answer), answer)
 
 
-def measure(session: Session, cell: Cell, peaks: Peaks, rounds: int = 3, seed: int = 0) -> Measured:
-    """Runs a cell `rounds` times after one warm-up. Raises what the engine raises."""
-    draw = random.Random(seed)
+def measure(session: Session, cell: Cell, probe: Callable[[], Peaks], rounds: int = 3, seed: int = 0) -> Measured:
+    """Runs a cell `rounds` times after one warm-up, and `probe`, which gives the machine's peaks, before and after.
+    Raises what the engine raises."""
+    draw, before = random.Random(seed), probe()
     runs = [_round(session, cell, draw) for _ in range(rounds + 1)][1:]
+    after = probe()
     prefill, decode, first = (statistics.median(column) for column in zip(*runs, strict=True))
     rate = prefill if cell.prefill else decode
     tokens, work = least_work(session, cell)
     times = rate / tokens  # how often a second that work is done
     return Measured(
         cell.key, cell.streams, cell.prompt, cell.answer, rate, work.bytes_read * times / 1e9, work.ops * times / 1e9,
-        work.seconds(peaks) * times, prefill, decode, first, rounds,
+        work.seconds(mean_peaks(before, after)) * times, prefill, decode, first, rounds,
+        disturbed(work, before, after), before, after,
     )  # fmt: skip
 
 
@@ -121,28 +137,56 @@ def least_work(session: Session, cell: Cell) -> tuple[int, Work]:
     return cell.prompt, total
 
 
+def begun(tokens: Iterable[tuple[str, float]], streams: int) -> Begun:
+    """When the last of `streams` sequences had its first token, from (sequence, time) of every token in the order in
+    which they came; tokens of one step belong together. Never too few are counted as out: a step ends where a sequence
+    has its next token. Raises ValueError where a sequence has none."""
+    seen: set[str] = set()
+    step: set[str] = set()
+    moment, count = 0.0, 0
+    for name, time in tokens:
+        if name in step:
+            step.clear()
+            if len(seen) == streams:
+                break
+        step.add(name)
+        seen.add(name)
+        moment, count = time, count + 1
+    if len(seen) < streams:
+        raise ValueError(f"{len(seen)} of {streams} sequences had a token")
+    return Begun(moment, count)
+
+
 def _round(session: Session, cell: Cell, draw: random.Random) -> tuple[float, float, float]:
     """(prefill tokens/s, decode tokens/s, median seconds to the first token) of one round."""
-    ends = list(_run(session, cell, draw))
+    ends, tokens = _run(session, cell, draw)
     first = [t.queue + t.prefill for t in ends]
-    prefill = cell.streams * cell.prompt / max(first)
-    span = max(t.total for t in ends) - max(first)
-    decode = cell.streams * (cell.answer - 1) / span if cell.answer > 1 and span > 0 else 0.0
-    return prefill, decode, statistics.median(first)
+    return cell.streams * cell.prompt / max(first), rate_of_answers(tokens, cell.streams), statistics.median(first)
 
 
-def _run(session: Session, cell: Cell, draw: random.Random) -> Iterator[Timings]:
+def rate_of_answers(tokens: list[tuple[str, float]], streams: int) -> float:
+    """Tokens a second of all streams together after the last of them had its first one; 0 where none came then."""
+    start = begun(tokens, streams)
+    span = tokens[-1][1] - start.time
+    return (len(tokens) - start.tokens) / span if span > 0 else 0.0
+
+
+def _run(session: Session, cell: Cell, draw: random.Random) -> tuple[list[Timings], list[tuple[str, float]]]:
+    """The times of every sequence, and (sequence, time) of every token."""
     events: queue.SimpleQueue[list[Event]] = queue.SimpleQueue()
     params = SamplingParams(temperature=0.0, ignore_eos=True)
     vocab = session.engine.vocab_size
     for _ in range(cell.streams):
         prompt = [draw.randrange(vocab) for _ in range(cell.prompt)]
         session.engine.submit(make_request(f"bench-{uuid.uuid4().hex}", prompt, params, cell.answer), events.put)
-    left = cell.streams
-    while left:
+    ends: list[Timings] = []
+    tokens: list[tuple[str, float]] = []
+    while len(ends) < cell.streams:
         for event in events.get():
             if isinstance(event, Failed):
                 raise event.error
+            if isinstance(event, TokenEvent):
+                tokens += [(event.request_id, event.time)] * len(event.tokens)
             if isinstance(event, Finished):
-                left -= 1
-                yield event.timings
+                ends.append(event.timings)
+    return ends, sorted(tokens, key=lambda token: token[1])

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -62,8 +62,8 @@ def command(
         fitting = {cell.key: fit(cell, engine.context_length, engine.config.max_running) for cell in wanted}
         report["left_out"] = [key for key, cell in fitting.items() if cell is None]
         for cell in filter(None, fitting.values()):
-            peaks = fresh_peaks(settings.threads)  # before each cell: a virtual machine's bandwidth moves
-            report["cells"].append(measure(session, cell, peaks, rounds).to_dict() | {"peaks": asdict(peaks)})
+            # before and after each cell: a virtual machine's bandwidth moves
+            report["cells"].append(measure(session, cell, partial(fresh_peaks, settings.threads), rounds).to_dict())
         report["peak_rss_bytes"] = _peak_rss()
     if json:
         print_json(report)
@@ -77,12 +77,13 @@ def _print(report: dict[str, Any]) -> None:
         f"KV {report['kv_dtype']}"
     )
     if report["cells"]:
-        shown = [key for key in report["cells"][0] if key != "peaks"]
+        shown = [key for key in report["cells"][0] if not key.startswith("peaks")]
         print_table(report["cells"], shown)
-        peaks = report["cells"][-1]["peaks"]
+        peaks = report["cells"][-1]["peaks_after"]
         print(
             f"this machine at most: {peaks['read_bytes'] / 1e9:.1f} GB/s, {peaks['int8_ops'] / 1e9:.0f} int8 GOP/s, "
-            f"{peaks['f32_ops'] / 1e9:.0f} f32 GFLOP/s; `share` is of the time that these allow"
+            f"{peaks['f32_ops'] / 1e9:.0f} f32 GFLOP/s; `share` is of the time that these allow, "
+            "probed before and after each cell; `disturbed`: the two probes differ by more than a tenth there"
         )
     if report["left_out"]:
         print(f"left out, the context is too short: {', '.join(report['left_out'])}")
