@@ -143,9 +143,10 @@ def demo(report: Mapping[str, Any]) -> Iterator[str]:
             "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         for c in run["cells"]:
+            doubt = " (one probe)" if "peaks_after" not in c else " (disturbed)" if c["disturbed"] else ""
             yield (
                 f"| {c['cell']} | {c['streams']} | {c['prompt']} | {c['answer']} | {c['tokens_s']:.0f} | "
-                f"{c['gb_s']:.2f} | {c['gop_s']:.1f} | {c['share']:.0%} | {c['first_token_s']:.4f} |"
+                f"{c['gb_s']:.2f} | {c['gop_s']:.1f} | {c['share']:.0%}{doubt} | {c['first_token_s']:.4f} |"
             )
         yield ""
 
