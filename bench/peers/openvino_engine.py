@@ -56,8 +56,8 @@ def main() -> None:
     common.run_cells(given.cells, generate, given.seed)
 
 
-def tokens_out(handle: genai.GenerationHandle) -> int:
-    """Tokens of one request that are ready; each read gives one."""
+def tokens_out(handle: object) -> int:
+    """Tokens of one request (a GenerationHandle) that are ready; each read gives one."""
     count = 0
     while handle.can_read():
         handle.read()

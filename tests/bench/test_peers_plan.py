@@ -2,7 +2,12 @@
 
 import argparse
 import json
+import os
 import platform
+import signal
+import subprocess
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -148,6 +153,26 @@ def test_a_figure_is_dated_and_tells_what_others_had(tmp_path: Path, monkeypatch
     found = run.run_side(run.side_of(bout, "llama", tmp_path), bout, tmp_path, None)[0]
     assert (found["foreign"], found["stolen"]) == (1.2, 0.1)
     assert abs(datetime.fromisoformat(found["date"]) - datetime.now(UTC)).total_seconds() < 120
+
+
+def test_a_runner_that_is_ended_leaves_no_engine_behind(tmp_path: Path) -> None:
+    """As by a time limit: else the engine would run beside whatever is measured next."""
+    told = tmp_path / "pid"
+    engine = f"import os, time; open({str(told)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = (
+        "import signal, sys; from bench.peers import run, sides; signal.signal(signal.SIGTERM, run._stop); "
+        f"sides.output_of([sys.executable, '-c', {engine!r}], None, 60)"
+    )
+    root = Path(__file__).resolve().parents[2]
+    paths = os.pathsep.join([str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")])
+    with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": paths}) as runner:
+        until = time.monotonic() + 30
+        while not (told.exists() and told.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        runner.terminate()
+        assert runner.wait(20) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(told.read_text()), 0)
 
 
 def test_cpu_of_others_counts_what_a_hypervisor_took() -> None:

@@ -16,11 +16,17 @@ def test_tokens_count_from_when_the_last_sequence_has_begun() -> None:
     assert rate_of_answers(tokens, 2) == 6 / 4
 
 
-def test_what_the_same_step_makes_after_the_last_first_token_is_out_too() -> None:
-    tokens = [("a", 1.0), ("b", 2.000), ("a", 2.001), ("c", 2.002), ("a", 3.000), ("b", 3.001), ("c", 3.002)]
-    assert begun(tokens, 2) == (2.002, 4)
-    assert begun(tokens, 3) == (2.002, 4)
-    assert rate_of_answers(tokens, 3) == pytest.approx(3 / 1.0)
+@pytest.mark.parametrize("order", ["abc", "cab", "bca"])
+def test_what_the_same_step_makes_after_the_last_first_token_is_out_too(order: str) -> None:
+    """a and b run; c begins at 2; in each step the tokens come in that order, a millisecond apart."""
+    tokens = [(n, 1 + 0.001 * i) for i, n in enumerate(order.replace("c", ""))]
+    tokens += [(n, t + 0.001 * i) for t in (2.0, 3.0, 4.0) for i, n in enumerate(order)]
+    assert begun(tokens, 3) == (2.002, 5)
+    assert rate_of_answers(tokens, 3) == pytest.approx(3.0)
+
+
+def test_nothing_counts_where_the_last_to_begin_has_one_token() -> None:
+    assert begun([("a", 1.0), ("b", 2.0), ("a", 2.1)], 2) == (2.1, 3)
 
 
 def test_first_tokens_in_one_step_are_the_old_count() -> None:

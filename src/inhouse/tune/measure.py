@@ -10,7 +10,7 @@ import queue
 import random
 import statistics
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -137,24 +137,23 @@ def least_work(session: Session, cell: Cell) -> tuple[int, Work]:
     return cell.prompt, total
 
 
-def begun(tokens: Iterable[tuple[str, float]], streams: int) -> Begun:
-    """When the last of `streams` sequences had its first token, from (sequence, time) of every token in the order in
-    which they came; tokens of one step belong together. Never too few are counted as out: a step ends where a sequence
-    has its next token. Raises ValueError where a sequence has none."""
-    seen: set[str] = set()
-    step: set[str] = set()
-    moment, count = 0.0, 0
-    for name, time in tokens:
-        if name in step:
-            step.clear()
-            if len(seen) == streams:
-                break
-        step.add(name)
-        seen.add(name)
-        moment, count = time, count + 1
-    if len(seen) < streams:
-        raise ValueError(f"{len(seen)} of {streams} sequences had a token")
-    return Begun(moment, count)
+def begun(tokens: Sequence[tuple[str, float]], streams: int) -> Begun:
+    """The end of the step in which the last of `streams` sequences had its first token, from (sequence, time) of every
+    token in the order in which they came. The tokens of a step come one right after the other; before that sequence
+    has its second token lies the end of the step, where they pause longest. Raises ValueError where a sequence has
+    none."""
+    first: dict[str, int] = {}
+    for i, (name, _) in enumerate(tokens):
+        first.setdefault(name, i)
+    if len(first) < streams:
+        raise ValueError(f"{len(first)} of {streams} sequences had a token")
+    at = max(first.values())
+    name = tokens[at][0]
+    again = next((i for i in range(at + 1, len(tokens)) if tokens[i][0] == name), None)
+    if again is None:
+        return Begun(tokens[-1][1], len(tokens))
+    last = max(range(at, again), key=lambda i: tokens[i + 1][1] - tokens[i][1])
+    return Begun(tokens[last][1], last + 1)
 
 
 def _round(session: Session, cell: Cell, draw: random.Random) -> tuple[float, float, float]:
