@@ -55,7 +55,7 @@ def _figures(entry: dict[str, Any] | None) -> str:
         return "not measured"
     value = entry["value"]
     native = "yes" if value["native"] else "no"
-    speed = f"{value['speed_before']:,.0f}, {value['speed']:,.0f}"
+    speed = f"{value['speed_before']:,.0f}, {value['speed']:,.0f}" if "speed" in value else "not timed"
     token = f"; a token of context {value['token_before']:,}, {value['token']:,}" if "token" in value else ""
     return f"{value['bytes_before']:,}, {entry['bytes']:,}; {native}; {speed}{token}"
 

@@ -1,15 +1,17 @@
 """Every method of the table once, by recipe, on stories260K: bytes before and after, native or not, tokens a second.
 
-    python -m bench.compress.methods [NAME...]
+    python -m bench.compress.methods [NAME...] --run FOLDER            makes them
+    python -m bench.compress.methods [NAME...] --run FOLDER --speeds   times them, on a machine that does nothing else
 
 With the options of STAGES the runs are short, and are no figure of how good a method can be. Each result goes into
-docs/compression-results.json as `method/NAME`; docs/compression.md shows it in the table of methods.
+docs/compression-results.json as `method/NAME`; docs/compression.md shows it in the table of methods. What FOLDER has is
+not made again; `--speeds` takes seconds a method, so that it can be had in pieces while a machine is free.
 """
 
 import argparse
 import json
+import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import torch
 from bench.compress.made_models import untied, upcycled
-from bench.compress.results import record
+from bench.compress.results import FILE, record
 from bench.compress.teacher_text import SCORED, model_folder, sample_stories
 
 from inhouse.compress.pipeline import compress
@@ -52,8 +54,9 @@ STAGES: dict[str, dict[str, Any]] = {
     "window": {"window": 128, "sink": 16},
     "kv": {"k": "int8", "v": "int4"},
 }
+AFTER = {"prune": {"quantize": {"method": "round", "format": "q8_0"}}}  # zeros are stored as such among codes
 BEFORE = {"repair": {"quantize": {"method": "rtn", "format": "u2_g32"}}}  # family -> a stage that must come first
-TOKENS = 200
+TOKENS, ROUNDS = 200, 5  # of a decode that is timed; decodes of each of the two, in turns
 MADE: dict[str, Callable[[Path], Path]] = {"tensor-train": untied, "tucker": upcycled}  # what stories260K has not
 
 
@@ -62,6 +65,7 @@ NOTES = {
     "tucker": "stories260K with four experts a layer made of its FFN",
     "window": "a decode of 200 tokens is hardly longer than the window",
     "kv": "K int8, V int4",
+    "prune": "then rounded to 8 bits, which alone would take 285,152 bytes",
 }
 
 
@@ -72,40 +76,69 @@ def document(name: str, texts: Path, models: str) -> dict[str, Any]:
     first = [BEFORE[row.family]] if row.family in BEFORE else []
     return {
         "calibration": {"texts": [str(texts)], "samples": 32, "length": 128, "mode": "documents"},
-        "stages": [*first, {row.family: {"method": name, **own}}],
+        "stages": [
+            *first,
+            {row.family: {"method": name, **own}},
+            *([AFTER[row.family]] if row.family in AFTER else []),
+        ],
     }
 
 
-def speed(reference: str) -> float:
-    """Tokens a second after the first, of one greedy sequence on one thread; the best of three."""
-    best = 0.0
-    with Session.open(reference, load_settings({"threads": 1, "max_sequences": 1})) as session:
-        params = SamplingParams(temperature=0.0, ignore_eos=True)
-        for i in range(3):
-            request = make_request(f"speed-{i}", session.prompt_ids("Once upon a time"), params, TOKENS)
-            times = [time.perf_counter() for event in session.engine.stream(request) if isinstance(event, TokenEvent)]
-            best = max(best, (len(times) - 1) / (times[-1] - times[0]))
-    return best
+def speeds(before: str, after: str) -> tuple[float, float]:
+    """Tokens a second after the first, of one greedy sequence on one thread: medians of decodes in turns."""
+    settings = load_settings({"threads": 1, "max_sequences": 1})
+    with Session.open(before, settings) as one, Session.open(after, settings) as other:
+        rounds = [(_speed(one, i), _speed(other, i)) for i in range(ROUNDS + 1)][1:]
+    first, second = (statistics.median(side) for side in zip(*rounds, strict=True))
+    return first, second
+
+
+def _speed(session: Session, number: int) -> float:
+    params = SamplingParams(temperature=0.0, ignore_eos=True)
+    request = make_request(f"speed-{number}", session.prompt_ids("Once upon a time"), params, TOKENS)
+    times = [time.perf_counter() for event in session.engine.stream(request) if isinstance(event, TokenEvent)]
+    return (len(times) - 1) / (times[-1] - times[0])
 
 
 def measure(name: str, home: Home, texts: Path) -> dict[str, Any]:
-    """Runs the method; the entry."""
-    model = str(MADE[name](home.data / f"model-{name}") if name in MADE else model_folder())
+    """Runs the method; the entry, without speeds."""
+    model = _model(name, home)
     recipe = parse_recipe(document(name, texts, model))
     began = time.perf_counter()
-    done = compress(model, f"method-{name.replace('_', '-')}", recipe, home=home)
-    seconds = time.perf_counter() - began
+    done = compress(model, _new(name), recipe, home=home)
+    seconds = time.perf_counter() - began if done.fresh else done.result["seconds"]
     before = stored_before(model)
     gate = done.result["gate"]
     cache = _cache(Path(done.result["report"]).with_suffix(".json"))
     return {
         "id": f"method/{name}", "what": recipe.summary(), "bytes": done.result["bytes"], "seconds": round(seconds, 1),
         "value": {"native": done.result["proof"]["executor"].startswith("native"), "bytes_before": before,
-                  "kld_mean": gate["kld_mean"], "speed_before": round(speed(model)),
-                  "speed": round(_speed_of(done.ref, home)), **cache},
-        "command": f"python -m bench.compress.methods {name}",
-        "note": "; ".join(filter(None, (NOTES.get(name, ""), "short options; time taken on a busy machine"))),
+                  "kld_mean": gate["kld_mean"], **cache},
+        "command": f"python -m bench.compress.methods {name} --run FOLDER",
+        "note": "; ".join(filter(None, (NOTES.get(name, NOTES.get(METHODS[name].family, "")), "short options"))),
     }  # fmt: skip
+
+
+def timed(name: str, home: Home) -> dict[str, Any]:
+    """The entry of a method that was made, with speeds."""
+    (entry,) = (one for one in json.loads(FILE.read_text()) if one["id"] == f"method/{name}")
+    with Store(home) as store:
+        before, after = speeds(_model(name, home), str(store.folder(store.catalog.resolve(_new(name)))))
+    value = {**entry["value"], "speed_before": round(before), "speed": round(after)}
+    told = [part for part in entry["note"].split("; ") if not part.startswith("time")]
+    return {**entry, "value": value, "note": "; ".join([*told, f"times: {ROUNDS} decodes in turns, machine quiet"])}
+
+
+def _model(name: str, home: Home) -> str:
+    """What is compressed: stories260K, or what was made of it."""
+    if name not in MADE:
+        return str(model_folder())
+    folder = home.data / f"model-{name}"
+    return str(folder if folder.exists() else MADE[name](folder))
+
+
+def _new(name: str) -> str:
+    return f"method-{name.replace('_', '-')}"
 
 
 def _cache(report: Path) -> dict[str, int]:
@@ -124,29 +157,26 @@ def stored_before(model: str) -> int:
         source.close()
 
 
-def _speed_of(ref: str, home: Home) -> float:
-    with Store(home) as store:
-        return speed(str(store.folder(store.catalog.resolve(ref))))
-
-
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
-    names = parser.parse_args().names or list(METHODS)
+    parser.add_argument("--run", type=Path, default=Path("build/methods"), metavar="FOLDER")
+    parser.add_argument("--speeds", action="store_true", help="time what is there")
+    given = parser.parse_args()
     torch.set_num_threads(1)
+    home = Home(given.run / "home", given.run / "cache")
+    home.create()
+    texts = given.run / "texts.txt"
+    texts.write_text("<|endoftext|>".join(sample_stories()[SCORED:400]))
     failed: list[str] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        home = Home(Path(scratch), Path(scratch) / "cache")
-        texts = Path(scratch) / "texts.txt"
-        texts.write_text("<|endoftext|>".join(sample_stories()[SCORED:400]))
-        for name in names:
-            print(name, flush=True)
-            try:
-                record(measure(name, home, texts))
-            except InhouseError as error:  # the others are measured all the same
-                print(f"{name}: {error}", file=sys.stderr)
-                failed.append(name)
+    for name in given.names or METHODS:
+        print(name, flush=True)
+        try:
+            record(timed(name, home) if given.speeds else measure(name, home, texts))
+        except InhouseError as error:  # the others are measured all the same
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -218,8 +218,8 @@ def compress(
         max_kld: mean KL divergence from the model, nats a token: the smallest recipe within it is taken.
         calibration: text files or globs, in place of those that the recipe names; none: text that the model writes.
         ram: bytes that may be used, or `4GB`; None: not limited. threads: of torch and of what measures.
-        resume: True: only go on with an unfinished run; False: begin anew; None: go on with one of the same recipe,
-            data and machine, if there is one.
+        resume: True: only go on with an unfinished run or search; False: begin anew; None: go on with one of the same
+            recipe, data and machine, if there is one.
         progress: told (stage, weights or recipes done, in all).
 
     Returns:
@@ -242,5 +242,6 @@ def compress(
         return run(
             model, name, asked_recipe(recipe, to, calibration, ram, threads), resume=resume, progress=progress
         )  # fmt: skip
-    found = search_recipe(model, name, target_size, max_kld, calibration, ram, threads, progress)
-    return run(model, name, found.recipe, resume=resume, searched=found.to_dict(), progress=progress)
+    found = search_recipe(model, name, target_size, max_kld, calibration, ram, threads, progress, resume)
+    go_on = False if resume is False else None  # what was resumed may have been the search: then the run begins now
+    return run(model, name, found.recipe, resume=go_on, searched=found.to_dict(), progress=progress)

@@ -10,15 +10,22 @@ import numpy as np
 import pytest
 import torch
 
-from inhouse.compress.methods.cores import TrainOptions, TuckerOptions, train_form, tucker_forms, tucker_ranks
+from inhouse.compress.methods.cores import (
+    TrainOptions,
+    TuckerOptions,
+    train_form,
+    train_shape,
+    tucker_forms,
+    tucker_ranks,
+)
 from inhouse.compress.pipeline import compress
 from inhouse.compress.recipe import parse_recipe
-from inhouse.compress.tensors import tucker_numbers
+from inhouse.compress.tensors import tensor_train, train_products, tucker_numbers
 from inhouse.core.errors import FormatError, InhouseError, UnsupportedError, UsageError
 from inhouse.load.export import export_model
 from inhouse.load.model import open_model
 from inhouse.load.prove import logits_of
-from inhouse.runtime.cores import stack_of
+from inhouse.runtime.cores import stack_of, train_rows
 from inhouse.runtime.form import Form
 from inhouse.runtime.packed import pack_float
 from inhouse.store.store import Store
@@ -112,8 +119,36 @@ def test_what_would_not_be_smaller_is_refused() -> None:
         TuckerOptions(ratio=0.0)
 
 
+@pytest.mark.parametrize("tables", [2, 3])
+def test_a_head_through_cores_multiplies_more_often_than_the_whole_table(tables: int) -> None:
+    """Why a tied embedding is refused: products are counted while both orders of the cores give the logits."""
+    table = torch.randn(512, 48, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rows, widths, rank = train_shape((512, 48), TrainOptions(ratio=0.5, tables=tables))
+    train = tensor_train(table, rows, widths, rank)
+    whole = torch.from_numpy(train_rows([c.flatten(1).numpy() for c in train.cores], widths, np.arange(512)))
+    x = torch.randn(48, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    counts = []
+    for cores, sides in ((train.cores, widths), ([c.transpose(1, 3) for c in train.cores[::-1]], widths[::-1])):
+        turned = x if sides is widths else x.reshape(*widths).permute(*reversed(range(tables))).reshape(-1)
+        state, products = turned.reshape(1, 1, -1), 0  # [rows so far, rank, widths to come]
+        for core, width in zip(cores, sides, strict=True):
+            m, before, _, after = core.shape
+            apart = state.reshape(state.shape[0], before, width, -1)
+            products += apart.shape[0] * m * before * width * after * apart.shape[3]
+            state = torch.einsum("ipwt,mpwq->imqt", apart, core).reshape(-1, after, apart.shape[3])
+        counts.append(products)
+        found = state.reshape(*(rows if sides is widths else rows[::-1]))
+        found = found if sides is widths else found.permute(*reversed(range(tables)))
+        assert torch.allclose(found.reshape(-1)[:512], whole.double() @ x, rtol=1e-4, atol=1e-4)
+    assert min(counts) == train_products(rows, widths, rank)
+    assert min(counts) > 2 * 512 * 48, "half the numbers, and more than twice the work"
+
+
 def test_a_tied_embedding_and_a_model_without_experts_are_refused(stories: Path, tmp_path: Path) -> None:
-    for method, words in (("tensor-train", "tied embeddings"), ("tucker", "no experts")):
+    for method, words in (
+        ("tensor-train", r"tied embeddings.* [\d.]+ times the multiplications"),
+        ("tucker", "no experts"),
+    ):
         recipe = parse_recipe({"stages": [{"lowrank": {"method": method}}]})
         with pytest.raises(UnsupportedError, match=words):
             compress(str(stories / "hf"), f"never-{method}", recipe)

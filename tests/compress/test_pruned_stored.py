@@ -154,6 +154,34 @@ def test_floats_without_zeros_where_that_is_exact(stories: Path, tmp_path: Path,
     assert up not in {note.split()[0] for note in dense}
 
 
+@pytest.mark.native
+@pytest.mark.parametrize(("sparsity", "form", "share"), [(0.5, "bf16", 0.5), (0.9, "csr_bf16", 0.16)])
+def test_pruned_floats_are_rounded_where_the_recipe_says_so(
+    stories: Path, tmp_path: Path, sparsity: float, form: str, share: float
+) -> None:
+    """Of any f32 checkpoint: torch's own bf16 of the kept values, zeros as they were, in the fewest bytes."""
+    folder = make("Llama", stories, tmp_path / "m")
+    stages: list[dict[str, Any]] = [
+        {"prune": {"method": "magnitude", "sparsity": sparsity, "include": ["mlp"]}},
+        {"quantize": {"method": "round", "format": "bf16", "include": ["mlp"]}},
+    ]
+    with Work.open(str(folder), tmp_path / "run") as work:
+        floats = {name: work.value(name).clone() for name in work.matrices() if "mlp" in name}
+        for number, stage in enumerate(parse_recipe({"stages": stages}).stages):
+            StageRun(work, stage, f"{number}", None, 1 << 28).run()
+        stored, notes = finish.write(work, tmp_path / "new", {})
+        finish.proof(work, tmp_path / "new", None, True, tmp_path / "run")
+    source = describe(tmp_path / "new").source
+    assert isinstance(source, StoredSource)
+    for name, value in floats.items():
+        mask = magnitude_mask(value, MagnitudeOptions(sparsity))
+        assert source.packed(name).format == form
+        assert torch.equal(torch.from_numpy(source.form(name).value()), masked(value, mask).bfloat16().float())
+        assert stored.sizes[name] <= share * value.numel() * 4
+    source.close()
+    assert not [note for note in notes if "not all exact" in note]
+
+
 def test_factors_of_a_pruned_matrix_say_once_that_zeros_are_lost(stories: Path, tmp_path: Path) -> None:
     """A product of factors keeps no zeros: it is said where it happens, and no later stage holds a mask over it."""
     stages: list[dict[str, Any]] = [

@@ -10,17 +10,19 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from inhouse.core.errors import CapacityError, FormatError, InhouseError, NotFoundError, UsageError
+from inhouse.core.errors import CapacityError, FormatError, InhouseError, NotFoundError, UnsupportedError, UsageError
 from inhouse.load import delta
 from inhouse.load.importer import import_model
 from inhouse.store import delta_codec as codec
+from inhouse.store import delta_entropy as entropy
 from inhouse.store.delta import Delta, FileSet, make_delta
 from inhouse.store.safetensors import write_safetensors
 from inhouse.store.store import Store
 from inhouse.store.writing import from_bytes, named_target
+from tests.load import delta_v1
 from tests.load.checkpoints import Arrays, change, copy_hf
 
 U8 = npt.NDArray[np.uint8]
@@ -95,6 +97,100 @@ def test_a_light_fine_tune_takes_a_sixth_of_raw_bf16(tmp_path: Path) -> None:
     base, child = bf16_model(tmp_path / "a", tensors), bf16_model(tmp_path / "b", tuned)
     assert make_delta(base, child, tmp_path / "d", {}).share <= 0.16
     again(base, child, tmp_path)
+
+
+def test_a_light_fine_tune_by_an_optimiser_takes_a_tenth(tmp_path: Path) -> None:
+    """Adam moves small weights as far as large ones: counted in last bits, differences are as wide as exponents say.
+    No coding of one difference after the other, knowing the exponents, can do better than their entropy."""
+    draw = np.random.default_rng(5)
+    old = widened(bf16(draw.standard_normal(1 << 19).astype(np.float32) * 0.1)).reshape(512, 1024)
+    new = old + (1e-4 * draw.uniform(-1.5, 1.5, old.shape)).astype(np.float32)
+    base, child = bf16_model(tmp_path / "a", {"w": old}), bf16_model(tmp_path / "b", {"w": new})
+    made = make_delta(base, child, tmp_path / "d", {})
+    assert made.ways == {codec.CODED: old.size * 2} | {"same": made.new_nbytes - old.size * 2}
+    exponents, change = bf16(old.reshape(-1)).view(np.uint16) >> 7 & 0xFF, _steps(bf16(old), bf16(new))
+    least = sum(_entropy(change[exponents == e]) for e in np.unique(exponents)) / 8
+    assert least < made.nbytes < 1.03 * least + 2000
+    assert made.share < 0.10
+    again(base, child, tmp_path)
+
+
+def _steps(old: U8, new: U8) -> npt.NDArray[np.int64]:
+    """How many bf16 numbers one is from the other, by the order of floats."""
+    one, other = (
+        np.where(bits < 0x8000, bits, 0x7FFF - bits)
+        for bits in (raw.reshape(-1).view(np.uint16).astype(np.int64) for raw in (old, new))
+    )
+    return other - one
+
+
+def _entropy(values: npt.NDArray[np.int64]) -> float:
+    """Bits of all of them."""
+    counts = np.unique(values, return_counts=True)[1]
+    return float(-(counts * np.log2(counts / counts.sum())).sum())
+
+
+@given(st.integers(1, 5000), st.integers(0, 2**32 - 1), st.sampled_from([0.1, 1.0, 40.0, 20000.0]))
+@settings(max_examples=25, deadline=None)
+def test_coded_values_come_back(count: int, seed: int, spread: float) -> None:
+    draw = np.random.default_rng(seed)
+    values = np.minimum(np.abs(draw.standard_normal(count) * spread), 65535).astype(np.uint16)
+    values[draw.integers(count)] = draw.choice([0, 15, 16, 31, 32, 65535])
+    contexts = draw.integers(0, draw.integers(1, 17), count).astype(np.uint8)
+    assert np.array_equal(entropy.decode(entropy.encode(values, contexts), contexts), values)
+
+
+def test_coded_values_cost_their_entropy() -> None:
+    """Shannon's bound for values drawn independently in two contexts; the rest is what the counts have to learn."""
+    draw = np.random.default_rng(6)
+    contexts = draw.integers(0, 2, 200_000).astype(np.uint8)
+    values = np.where(contexts == 1, draw.geometric(0.9, contexts.size), draw.integers(0, 8, contexts.size))
+    least = sum(_entropy(values[contexts == one]) for one in (0, 1)) / 8
+    assert least < len(entropy.encode(values.astype(np.uint16), contexts)) < 1.02 * least
+
+
+def test_hostile_codes_end_in_an_error_or_in_as_many_values() -> None:
+    """Payloads are hashed in a delta; whoever writes the hash as well gets no crash and no memory for it."""
+    draw = np.random.default_rng(7)
+    contexts = draw.integers(0, 9, 400).astype(np.uint8)
+    good = entropy.encode(draw.integers(0, 20, 400).astype(np.uint16), contexts)
+    refused = 0
+    for turn in range(200):
+        bad = bytearray(good)
+        at = turn if turn < 40 else int(draw.integers(len(bad)))
+        bad[at] ^= 1 << int(draw.integers(8))
+        cut = bytes(bad[: draw.integers(len(bad))]) if turn % 5 == 4 else bytes(bad)
+        try:
+            assert entropy.decode(cut, contexts).size == 400
+        except FormatError:
+            refused += 1
+    assert refused > 140, "a turned bit puts the rest out of step, but for the low bits of large values"
+    for payload in (b"", bytes(7), bytes(8), b"\xff" * 8, b"\xff" * 4000):
+        with pytest.raises(FormatError):
+            entropy.decode(payload, contexts)
+
+
+def test_deltas_of_the_first_form_apply(tmp_path: Path) -> None:
+    """The file was made by the release that had no coded steps; bases are made anew, of numbers no library decides."""
+    base, new = delta_v1.versions(tmp_path)
+    opened = Delta(delta_v1.FILE)
+    opened.verify()
+    (tmp_path / "out").mkdir()
+    for name, path in opened.apply(base, tmp_path / "out"):
+        assert path.read_bytes() == new.paths[name].read_bytes()
+    assert {step[0] for entry in opened.files for step in entry["steps"]} >= {"diff", "xor", "sparse", "plain", "patch"}
+
+
+def test_a_form_of_another_time_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(8)
+    values = draw.standard_normal(8192).astype(np.float32)
+    tuned = values + draw.standard_normal(8192).astype(np.float32) * np.float32(0.003)
+    base, child = bf16_model(tmp_path / "a", {"w": values}), bf16_model(tmp_path / "b", {"w": tuned})
+    assert codec.CODED in make_delta(base, child, tmp_path / "d", {}).ways
+    monkeypatch.setattr("inhouse.store.delta.VERSIONS", (1,))
+    with pytest.raises(UnsupportedError, match="of the form 2, 1 are read") as caught:
+        Delta(tmp_path / "d")
+    assert caught.value.remedy
 
 
 def again(base: FileSet, child: FileSet, folder: Path) -> None:

@@ -45,14 +45,14 @@ def asked_recipe(
 
 def search_recipe(
     model: str, name: str, target_size: str | int | None, max_kld: float | None, texts: Sequence[str | Path],
-    ram: str | int | None, threads: int | None, progress: Progress = silent,
+    ram: str | int | None, threads: int | None, progress: Progress = silent, resume: bool | None = None,
 ) -> Found:  # fmt: skip
     """The recipe of least divergence within `target_size` (bytes, or `1.2GB`), or of least size within `max_kld` (mean
-    nats a token). Raises UsageError, CapacityError."""
+    nats a token). `resume` as `search` has it. Raises UsageError, CapacityError, NotFoundError, ConflictError."""
     if max_kld is not None and not (math.isfinite(max_kld) and max_kld > 0):
         raise UsageError(f"max_kld is {max_kld}, must be above 0", param="max_kld")
     size = parse_size(target_size, "target_size", 1) if target_size is not None else None
-    return search(model, name, Limit(size, max_kld), _beside(texts, ram, threads), progress=progress)
+    return search(model, name, Limit(size, max_kld), _beside(texts, ram, threads), resume=resume, progress=progress)
 
 
 def _beside(texts: Sequence[str | Path], ram: str | int | None, threads: int | None) -> dict[str, dict[str, Any]]:

@@ -27,9 +27,15 @@ def fingerprint(
     """Everything that the result is a function of."""
     return {
         "recipe": recipe.hash, "model": work.digest, "calibration": calibration.hash if calibration else "",
+        **surroundings(), "threads": torch.get_num_threads(), "chunk": chunk, "activations": activations,
+    }  # fmt: skip
+
+
+def surroundings() -> dict[str, str]:
+    """What decides results beside what was asked for: code, libraries, instruction set."""
+    return {
         "code": code_digest(), "torch": torch.__version__, "numpy": np.__version__,
-        "isa": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}", "threads": torch.get_num_threads(),
-        "chunk": chunk, "activations": activations,
+        "isa": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }  # fmt: skip
 
 

@@ -169,7 +169,10 @@ def sparsest_floats(value: npt.NDArray[np.float32], main: Packed) -> tuple[Packe
     held = main.dequantize() if main.format != "f32" else value
     narrow = pack_float(held, "bf16")
     if not np.array_equal(narrow.dequantize(), held):
-        return main, f"columns hold bf16, and {main.format} values are not all exact in it"
+        return main, (
+            f"columns hold bf16, and {main.format} values are not all exact in it (a stage `quantize: {{method: round, "
+            "format: bf16}` after it rounds them)"
+        )
     sparse, why = sparsest(narrow)
     return (sparse, "") if stored_nbytes_of(sparse) < stored_nbytes_of(main) else (main, why)
 

@@ -3,6 +3,7 @@
     HOME/runs/NAME/run.json       what the run is: recipe, model, fingerprint, when it began
     HOME/runs/NAME/journal.jsonl  finished units; data/ their blobs; spill/ activations (derived)
     HOME/runs/NAME/result.json    of a finished run, whose blobs are gone: version, timing, peak memory, gate
+    HOME/searches/NAME/           what a search for a recipe measured (`search`)
 
 The rule: a finished run leaves its few kilobytes of result; an unfinished one stays until it is resumed or restarted,
 or until `inhouse compress --clean`. Knows no recipes.
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from inhouse.store.refs import check_name
 from inhouse.store.writing import atomic_file
 
 RUN, RESULT, LOCK = "run.json", "result.json", "lock"
+SEARCHES, MEASURED = "searches", "measured.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class RunState:
     """One line of the list of runs."""
 
     name: str
-    state: str  # unfinished | finished
+    state: str  # unfinished | finished | searching: recipes were measured, no run has begun
     model: str
     recipe: str
     units: int
@@ -44,43 +46,52 @@ class RunState:
         return {field: getattr(self, field) for field in self.__slots__}
 
 
+@contextmanager
+def held_folder(path: Path, name: str, *worth: str) -> Iterator[None]:
+    """The folder of what is made as `name`, for this process alone; gone afterwards if it has no file of `worth`.
+
+    Raises ConflictError if another process has it."""
+    with _locked(path, name):
+        try:
+            yield
+        finally:
+            if not any((path / file).exists() for file in worth):
+                shutil.rmtree(path, ignore_errors=True)  # nothing had begun: a refusal leaves no folder
+
+
+@contextmanager
+def _locked(path: Path, name: str) -> Iterator[None]:
+    while True:
+        private_folder(path)
+        with open(path / LOCK, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ConflictError(
+                    f"another process is making {name}", remedy="Wait for it, or choose another name"
+                ) from None
+            if _is_here(path, file.fileno()):
+                yield
+                return
+
+
+def _is_here(path: Path, descriptor: int) -> bool:
+    """Whether the lock that was taken is the one that lies in the folder: a refused run may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path / LOCK))
+    except FileNotFoundError:
+        return False
+
+
 class RunFolder:
     """The folder of one run."""
 
     def __init__(self, home: Home, name: str) -> None:
         self.name, self.path = check_name(name), home.data / "runs" / check_name(name)
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self) -> AbstractContextManager[None]:
         """The folder, for this process alone. Raises ConflictError if another has it."""
-        with self._locked():
-            try:
-                yield
-            finally:
-                if not (self.path / RUN).exists() and not (self.path / RESULT).exists():
-                    shutil.rmtree(self.path, ignore_errors=True)  # nothing had begun: a refusal leaves no folder
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        while True:
-            private_folder(self.path)
-            with open(self.path / LOCK, "w") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise ConflictError(
-                        f"another process is making {self.name}", remedy="Wait for it, or choose another name"
-                    ) from None
-                if self._is_here(file.fileno()):
-                    yield
-                    return
-
-    def _is_here(self, descriptor: int) -> bool:
-        """Whether the lock that was taken is the one that lies in the folder: a refused run may have removed it."""
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self.path / LOCK))
-        except FileNotFoundError:
-            return False
+        return held_folder(self.path, self.name, RUN, RESULT)
 
     def described(self) -> dict[str, Any] | None:
         """run.json; None where no run has begun."""
@@ -135,20 +146,31 @@ class RunFolder:
 
 
 def list_runs(home: Home) -> list[RunState]:
-    """Every run folder, by name."""
-    root = home.data / "runs"
-    return [_state(RunFolder(home, path.name)) for path in sorted(root.iterdir())] if root.is_dir() else []
+    """Every run folder, and every search that no run has followed, by name."""
+    found = {name: _state(RunFolder(home, name)) for name in _names(home.data / "runs")}
+    for name in _names(home.data / SEARCHES):
+        measured = home.data / SEARCHES / name / MEASURED
+        if name not in found and measured.is_file():
+            done = len((_read(measured) or {}).get("measured", ()))
+            found[name] = RunState(name, "searching", "", "", done, _size(measured.parent), "")
+    return [found[name] for name in sorted(found)]
 
 
 def clean_run(home: Home, name: str) -> int:
-    """Removes a run folder; the bytes it had. Raises NotFoundError; ConflictError while a process works on it."""
-    folder = RunFolder(home, name)
-    if not folder.path.is_dir():
+    """Removes what a run and its search left; the bytes it had. Raises NotFoundError; ConflictError while a process
+    works on it."""
+    folders = [path for path in (RunFolder(home, name).path, home.data / SEARCHES / name) if path.is_dir()]
+    if not folders:
         raise NotFoundError(f"there is no run of {name}", remedy="`inhouse compress --runs` lists them")
-    size = _size(folder.path)
-    with folder.held():
-        shutil.rmtree(folder.path)
+    size = sum(map(_size, folders))
+    for path in folders:
+        with held_folder(path, name):
+            shutil.rmtree(path)
     return size
+
+
+def _names(root: Path) -> list[str]:
+    return [path.name for path in root.iterdir()] if root.is_dir() else []
 
 
 def _state(folder: RunFolder) -> RunState:

@@ -131,12 +131,26 @@ def tensor_train(table: Tensor, rows: Sequence[int], widths: Sequence[int], rank
 
 def train_numbers(rows: Sequence[int], widths: Sequence[int], rank: int) -> int:
     """The most that a train of these sizes holds."""
+    return sum(_sizes(rows, widths, rank))
+
+
+def train_products(rows: Sequence[int], widths: Sequence[int], rank: int) -> int:
+    """Multiplications of all rows of such a train with one vector, the cores taken from the first or from the last one
+    on, whichever are fewer. The whole table takes prod rows * prod widths."""
+    sizes = _sizes(rows, widths, rank)
+    up = sum(n * math.prod(rows[:k]) * math.prod(widths[k + 1 :]) for k, n in enumerate(sizes))
+    down = sum(n * math.prod(rows[k + 1 :]) * math.prod(widths[:k]) for k, n in enumerate(sizes))
+    return min(up, down)
+
+
+def _sizes(rows: Sequence[int], widths: Sequence[int], rank: int) -> list[int]:
+    """Numbers of each core."""
     ranks = [1]
     for k in range(len(rows) - 1):
         rest = math.prod(rows[k + 1 :]) * math.prod(widths[k + 1 :])
         ranks.append(min(rank, ranks[-1] * rows[k] * widths[k], rest))
     ranks.append(1)
-    return sum(m * ranks[k] * w * ranks[k + 1] for k, (m, w) in enumerate(zip(rows, widths, strict=True)))
+    return [m * ranks[k] * w * ranks[k + 1] for k, (m, w) in enumerate(zip(rows, widths, strict=True))]
 
 
 def near_factors(size: int, count: int, *, exact: bool) -> list[int]:

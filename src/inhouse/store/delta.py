@@ -4,10 +4,10 @@
     payloads  one compressed piece after the other
     manifest  JSON: base and new version, for each file of the new one its steps
 
-A step says how a run of the new file comes from the base: `same`, `diff`, `xor` (delta_codec), `patch` (zstd with the
-base's run as dictionary), `plain` (nothing older), `bit` (lossy, one bit an element). Every payload has its sha256 in
-the manifest, every file of the result its own: one flipped byte anywhere is found. Knows bytes and files; does not know
-the catalog (`load.delta`).
+A step says how a run of the new file comes from the base: `same`, `diff`, `xor`, `sparse`, `coded` (delta_codec),
+`patch` (zstd with the base's run as dictionary), `plain` (nothing older), `bit` (lossy, one bit an element). Every
+payload has its sha256 in the manifest, every file of the result its own: one flipped byte anywhere is found. Knows
+bytes and files; does not know the catalog (`load.delta`).
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from inhouse.store.strict_json import parse_object
 from inhouse.store.writing import atomic_file, named_target
 
 MAGIC = b"INHOUSE DELTA\0\0\0"
-VERSION = 1
+VERSIONS = (1, 2)  # 2: with steps that are `coded`; files without one are written as 1
 PATCH, BIT = "patch", "bit"
 MAX_PATCH_BYTES = 64 << 20  # of a run that zstd holds as a dictionary
 MAX_MANIFEST_BYTES = 256 << 20
@@ -110,7 +110,13 @@ def make_delta(
         out.write(bytes(_HEAD.size + _SEAL))
         writer = _Writer(base, out, lossy, total, progress)
         files = [writer.file(name, *new.files[name]) for name in sorted(new.files)]
-        manifest = {"delta": VERSION, "base": base.digest, "lossy": lossy, "about": dict(about), "files": files}
+        manifest = {
+            "delta": VERSIONS[codec.CODED in writer.ways],
+            "base": base.digest,
+            "lossy": lossy,
+            "about": dict(about),
+            "files": files,
+        }
         start, text = out.tell(), codec.compress(json.dumps(manifest, separators=(",", ":")).encode())
         out.write(text)
         head = _HEAD.pack(MAGIC, start, len(text), hashlib.sha256(text).digest())
@@ -219,8 +225,12 @@ class Delta:
         self._mapping = FileMapping(path)
         self._name = path.name
         document = self._read_manifest()
-        if document.get("delta") != VERSION:
-            raise UnsupportedError(f"{path.name} is a delta of the form {document.get('delta')!r}, {VERSION} is read")
+        if document.get("delta") not in VERSIONS:
+            forms = " and ".join(map(str, VERSIONS))
+            raise UnsupportedError(
+                f"{path.name} is a delta of the form {document.get('delta')!r}, {forms} are read",
+                remedy="Update Inhouse",
+            )
         files, base, about = document.get("files"), document.get("base"), document.get("about")
         if not isinstance(files, list) or not isinstance(base, str) or not isinstance(about, dict):
             raise FormatError(f"{path.name} has no list of files")

@@ -2,7 +2,8 @@
 
 Knows elements and planes of bytes; does not know files. Differences of neighbouring versions of a tensor are small
 integers once floats are read as ordered integers; folded to unsigned and split into planes of equal bytes they
-compress to a fraction of what a general binary difference reaches (compare ZipNN, arXiv 2411.05239).
+compress to a fraction of what a general binary difference reaches (compare ZipNN, arXiv 2411.05239). Those of floats
+of two bytes are coded one by one (`delta_entropy`), under the exponent of the base.
 """
 
 from collections.abc import Mapping
@@ -13,15 +14,19 @@ import numpy.typing as npt
 import zstandard
 
 from inhouse.core.errors import FormatError
+from inhouse.store import delta_entropy as entropy
 
 U8 = npt.NDArray[np.uint8]
+U16 = npt.NDArray[np.uint16]
 Unsigned = npt.NDArray[Any]  # of unsigned integers of any width
 LEVEL = 9
 SAMPLE = 1 << 18  # bytes of a piece on which the ways are tried
 PIECE = 1 << 24  # bytes that are worked on at once
 
-SAME, DIFFERENCE, XOR, SPARSE, PLAIN = "same", "diff", "xor", "sparse", "plain"
+SAME, DIFFERENCE, XOR, SPARSE, PLAIN, CODED = "same", "diff", "xor", "sparse", "plain", "coded"
+NARROW = {"BF16": 7, "F16": 10}  # floats of two bytes, whose differences are coded: bits of the mantissa
 SPARSE_SHARE = 0.1  # of the elements: where more have changed, planes of zeros compress as well as gaps
+CONTEXTS = 16
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _UNSIGNED: Mapping[int, type[np.unsignedinteger]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
@@ -40,6 +45,7 @@ def encode(new: U8, base: U8 | None, width: int, dtype: str) -> tuple[str, bytes
     if base is not None:
         changed = np.count_nonzero(new.view(_UNSIGNED[width]) != base.view(_UNSIGNED[width])) * width
         ways = [DIFFERENCE, XOR, *((SPARSE,) if changed <= SPARSE_SHARE * new.size else ()), PLAIN]
+        ways += [CODED] if dtype in NARROW and width == 2 else []
     if len(ways) > 1 and new.size > SAMPLE:
         middle = new.size // 2 // width * width
         part = slice(middle - SAMPLE // 2, middle + SAMPLE // 2)
@@ -58,6 +64,12 @@ def decode(way: str, payload: bytes, size: int, base: U8 | None, width: int, dty
         if base is None or base.size != size:
             raise FormatError("the delta changes a run that the base does not have")
         return _decode_sparse(payload, base, width, dtype)
+    if way == CODED:
+        if base is None or base.size != size or width != 2 or dtype not in NARROW:
+            raise FormatError("the delta codes differences of what are no floats of two bytes")
+        bits = base.view(np.uint16)
+        change = entropy.decode(payload, _contexts(bits, dtype))
+        return _unordered(_ordered(bits, dtype) + _unfold(change), dtype).view(np.uint8)
     planes = _decompress(payload, size)
     folded = np.ascontiguousarray(planes.reshape(width, -1).T).reshape(-1)
     if way == PLAIN:
@@ -86,14 +98,25 @@ def _encode(way: str, new: U8, base: U8 | None, width: int, dtype: str) -> bytes
     if way == SPARSE:
         assert base is not None
         return _encode_sparse(new.view(kind), base.view(kind), width, dtype)
-    if way == DIFFERENCE:
+    if way in (DIFFERENCE, CODED):
         assert base is not None
         change = _ordered(new.view(kind), dtype) - _ordered(base.view(kind), dtype)
+        if way == CODED:
+            return entropy.encode(_fold(change), _contexts(base.view(np.uint16), dtype))
         new = _fold(change).view(np.uint8)
     elif way == XOR:
         assert base is not None
         new = new ^ base
     return compress(np.ascontiguousarray(new.reshape(-1, width).T).tobytes())
+
+
+def _contexts(bits: U16, dtype: str) -> U8:
+    """What the base says of how far its elements will have moved, counted in their last bits: their exponents, from the
+    largest down. A step of an optimiser is about as large for small weights as for large ones."""
+    exponents = (bits & 0x7FFF) >> NARROW[dtype]
+    counts = np.cumsum(np.bincount(exponents))
+    top = int(np.searchsorted(counts, counts[-1] - counts[-1] // 1000))  # a few outliers would take all contexts
+    return np.clip(top + 1 - exponents.astype(np.int64), 0, CONTEXTS - 1).astype(np.uint8)
 
 
 def _encode_sparse(new: Unsigned, base: Unsigned, width: int, dtype: str) -> bytes:

@@ -25,7 +25,7 @@ def command(
     calibration: Annotated[list[str] | None, typer.Option(help="text to calibrate on (files, globs; repeat)")] = None,
     ram: Annotated[str | None, typer.Option(help="memory that may be used, such as 4GB")] = None,
     threads: common.Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="only go on with an unfinished run")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="only go on with an unfinished run or search")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="forget an unfinished run and begin anew")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would do and take")] = False,
     runs: Annotated[bool, typer.Option("--runs", help="list run folders")] = False,
@@ -46,11 +46,12 @@ def command(
     from inhouse.compress.asked import asked_recipe
     from inhouse.compress.units import units_of
 
-    searched = None
+    searched, again = None, True if resume else False if restart else None
     if target_size is not None or max_kld is not None:
         if dry_run or name is None:
             raise UsageError("a search measures, so it has no --dry-run", param="dry_run")
-        chosen, searched = _search(model, name, target_size, max_kld, calibration or [], ram, threads)
+        chosen, searched = _search(model, name, target_size, max_kld, calibration or [], ram, threads, again)
+        again = False if restart else None  # what was resumed may have been the search: then the run begins now
     else:
         if recipe is not None and not recipe.is_file():
             raise NotFoundError(f"there is no recipe {recipe}", remedy="Check the path", param="recipe")
@@ -61,9 +62,7 @@ def command(
     assert name is not None
     bar = ProgressBar(units=units_of(chosen))
     try:
-        done = pipeline.compress(
-            model, name, chosen, resume=True if resume else False if restart else None, searched=searched, progress=bar
-        )
+        done = pipeline.compress(model, name, chosen, resume=again, searched=searched, progress=bar)
     except KeyboardInterrupt:
         bar.finish()
         print_note("stopped; what is finished is kept, the same command goes on")
@@ -76,15 +75,16 @@ def command(
 
 
 def _search(
-    model: str, name: str, size: str | None, kld: float | None, texts: list[str], ram: str | None, threads: int | None
-) -> tuple[Any, dict[str, Any]]:
+    model: str, name: str, size: str | None, kld: float | None, texts: list[str], ram: str | None, threads: int | None,
+    resume: bool | None,
+) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """The recipe that keeps the limit best, and what was measured."""
     from inhouse.compress.asked import search_recipe
     from inhouse.compress.units import STAGES
 
     bar = ProgressBar(unit="recipes", units={name: unit for name, unit in STAGES.items() if name != "search"})
     try:
-        found = search_recipe(model, name, size, kld, texts, ram, threads, bar)
+        found = search_recipe(model, name, size, kld, texts, ram, threads, bar, resume)
     finally:
         bar.finish()
     print_note(f"{len(found.measured)} recipes measured; best: {found.best.name}, {human_bytes(found.best.nbytes)}, "

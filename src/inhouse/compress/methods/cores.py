@@ -14,7 +14,14 @@ from torch import Tensor
 
 from inhouse.compress.calibrate import Calibration
 from inhouse.compress.pack_as import pack_as
-from inhouse.compress.tensors import near_factors, tensor_train, train_numbers, tucker, tucker_numbers
+from inhouse.compress.tensors import (
+    near_factors,
+    tensor_train,
+    train_numbers,
+    train_products,
+    tucker,
+    tucker_numbers,
+)
 from inhouse.compress.values import Natural, Part, Range
 from inhouse.compress.work import Work
 from inhouse.core.errors import UnsupportedError, UsageError
@@ -79,9 +86,16 @@ def train_check(work: Work, name: str, fmt: str, options: TrainOptions) -> None:
     embedding = "embed.weight"
     if embedding not in work.programs.weights:
         raise UnsupportedError(f"the model has no {embedding}", param=embedding)
-    check_untied(work.programs, embedding)
     rows, width = work.shape(embedding)
-    train_shape((rows, width), options)
+    factors = train_shape((rows, width), options)
+    try:
+        check_untied(work.programs, embedding)
+    except UnsupportedError as error:
+        times = train_products(*factors) / (rows * width)
+        raise UnsupportedError(
+            f"{error.message}: through its cores they would take {times:.3g} times the multiplications",
+            remedy=error.remedy, param=embedding,
+        ) from None  # fmt: skip
 
 
 def _train_rank(rows: list[int], widths: list[int], budget: int) -> int:
