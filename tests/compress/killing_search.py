@@ -9,14 +9,13 @@ second found, and how many candidates it measured.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from inhouse import api
-from inhouse.compress import search
+from inhouse.compress import finish, search
 from inhouse.compress.candidates import Candidate, candidates
 from inhouse.store.home import Home
 from tests.compress.killing import die, forked
@@ -25,16 +24,16 @@ LIMIT = 120_000
 TOLD = "told.json"
 
 
-def few(layers: int) -> list[Candidate]:
+def few(layers: int) -> Iterator[Candidate]:
     """Four candidates, so that it does not take long."""
     wanted = ("rtn q8_0", "rtn q4_0", "rtn i4_g64", "gptq q4_0")
-    return [one for one in candidates(layers) if one.name in wanted]
+    return (one for one in candidates(layers) if one.name in wanted)
 
 
 def armed(after: int, inside: bool) -> None:
     """From here on this process dies when so many candidates are measured: once the next has been written (`inside`),
     or at once."""
-    measure, write = search._measure, search.finish.write
+    measure, write = search._measure, finish.write
     done = 0
 
     def counted(*given: Any) -> Any:
@@ -51,8 +50,8 @@ def armed(after: int, inside: bool) -> None:
             die()
         return made
 
-    search._measure = counted
-    search.finish.write = written  # type: ignore[attr-defined]
+    search._measure = counted  # type: ignore[assignment]
+    finish.write = written  # type: ignore[assignment]
 
 
 def searched(model: str, home: Home, folder: Path, resume: bool | None = None) -> None:
@@ -64,23 +63,19 @@ def searched(model: str, home: Home, folder: Path, resume: bool | None = None) -
         measured.append(candidate.name)
         return measure(candidate, *given)
 
-    search._measure = counted
+    search._measure = counted  # type: ignore[assignment]
     base = {"calibration": {"samples": 4, "length": 16}, "budget": {"threads": 1}}
     found = search.search(model, "best", search.Limit(LIMIT), base, home=home, resume=resume)
     folder.mkdir(exist_ok=True)
     (folder / TOLD).write_text(json.dumps({"found": found.to_dict(), "measured": measured}))
 
 
-def made(model: str, resume: bool | None = None) -> Callable[[], None]:
-    """The whole command."""
-    return lambda: print(api.compress(model, "best", target_size=LIMIT, threads=1, resume=resume).fresh)
-
-
 def main() -> None:
     """See the module."""
     model, scratch = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    search.LEAST, search.SEQUENCES, search.candidates = 4, 2, few
+    search.LEAST, search.SEQUENCES = 4, 2
+    search.candidates = few  # type: ignore[attr-defined]
     found: dict[str, Any] = {}
     for point, (after, inside, resume) in {
         "none": (None, False, None), "between": (2, False, True), "inside": (3, True, None)

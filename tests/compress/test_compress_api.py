@@ -9,7 +9,7 @@ import torch
 import inhouse.api
 from inhouse.compress import search
 from inhouse.compress.candidates import candidates
-from inhouse.compress.runs import list_runs
+from inhouse.compress.runs import SEARCHES, list_runs
 from inhouse.core.errors import CapacityError, InhouseError, UsageError
 from inhouse.store.home import Home
 from tests.compress.tiny_models import make
@@ -71,4 +71,4 @@ def test_what_is_wrong_is_said_before(model: str, given: Any, error: type[Inhous
     with pytest.raises(error, match=words):
         inhouse.api.compress(model, "new", **given)
     assert not list_runs(Home.find())
-    assert not (Home.find().data / search.FOLDER / "new").exists()
+    assert not (Home.find().data / SEARCHES / "new").exists()

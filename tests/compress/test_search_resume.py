@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import inhouse.api
-from inhouse.compress import search
+from inhouse.compress import finish, search
 from inhouse.compress.candidates import Candidate
 from inhouse.compress.runs import SEARCHES, clean_run, held_folder, list_runs
 from inhouse.core.errors import CapacityError, ConflictError, NotFoundError
@@ -115,7 +115,7 @@ def test_a_full_disk_ends_the_search_and_keeps_what_was_measured(
     model: str, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is no property of the candidate on which it happens."""
-    write = search.finish.write
+    write = finish.write
 
     def full(*given: Any) -> Any:
         if len(asked) == 3:
@@ -124,7 +124,7 @@ def test_a_full_disk_ends_the_search_and_keeps_what_was_measured(
 
     base = {"calibration": {"samples": 4, "length": 16}, "budget": {"threads": 1}}
     with monkeypatch.context() as broken:
-        broken.setattr(search.finish, "write", full)
+        broken.setattr(finish, "write", full)
         with pytest.raises(CapacityError, match="disk is full"):
             search.search(model, "best", search.Limit(120_000), base)
     found = search.search(model, "best", search.Limit(120_000), base)
