@@ -63,6 +63,7 @@ FULL = (
     Entry(6, QWEN, "4.5", "http 32 clients", {"llama": 2}),
     Entry(7, QWEN, "4.5", "http trace 1", {"llama": 1, "openvino": 2}),
     Entry(8, QWEN, "4.5", "http trace 1.5", {"openvino": 2}),
+    Entry(8, QWEN, "4.5", "http trace 2", {"openvino": 2}),
     Entry(10, LLAMA, "4.5", "batch8,batch32", {"openvino": 2}),
     Entry(9, QWEN, "4.5 AVX2", "prefill512,decode32,batch8", {"llama": 2}),
     Entry(11, LLAMA, "4.5", "cold,rss", {"openvino": 1, "llama": 1, "ort": 1}),
@@ -133,7 +134,7 @@ PACES = {
 PROBE = 1.0  # seconds; ours probes before and after each cell too
 DECODE_SLOWER = {"4.5": 1.0, "4.5 AVX2": 1.1, "8.5": 1.6, "16": 2.6}
 PROMPT_SLOWER = {"4.5": 1.0, "4.5 AVX2": 2.0, "8.5": 1.1, "16": 1.3}
-TRACE_REQUESTS, TRACE_TOKENS = 20, (300, 70)  # requests of a replay; their prompts and answers, about
+TRACE_REQUESTS, TRACE_TOKENS = 40, (300, 70)  # requests of a replay; their prompts and answers, about
 
 
 def seconds(bout: Bout, engine: str) -> float:

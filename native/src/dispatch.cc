@@ -20,7 +20,8 @@ bool always() { return true; }
 // Lowest first.
 const Level kLevels[] = {
     {"scalar", kernels_scalar, always},
-#if defined(__x86_64__)
+#if defined(INHOUSE_SCALAR_ONLY)
+#elif defined(__x86_64__)
     {"avx2", kernels_avx2, cpu_has_avx2},
     {"avx512", kernels_avx512, cpu_has_avx512},
 #elif defined(__aarch64__)

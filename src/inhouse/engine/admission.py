@@ -73,3 +73,13 @@ def check_encoder(request: Request, encoders: bool, context_length: int, capacit
 def prefix_of(request: Request, token: int) -> int:
     """How many positions of the prompt see one another: those before the first of the model's prefix token."""
     return request.prompt.index(token) if token in request.prompt else 0
+
+
+def without_slot(choices: Iterable[int], free: int) -> int:
+    """Of requests that wait, each with so many `choices`, those for which none of the `free` slots is left."""
+    pending = list(choices)
+    for begun, wanted in enumerate(pending):
+        if wanted > free:
+            return len(pending) - begun
+        free -= wanted
+    return 0

@@ -314,7 +314,7 @@ class Engine:
                 remedy=f"Choose {name} of at most {most}, or start with a larger --max-sequences", param=name,
             )  # fmt: skip
         submitted = [sequence for sequence, _ in self._mail.submitted]
-        waiting = self._scheduler.waiting_before(submitted, wide)
+        waiting = self._scheduler.without_slot(submitted)
         if waiting >= self.config.max_queue:
             raise CapacityError(
                 f"{waiting} sequences wait, the queue holds {self.config.max_queue}", remedy="Try again later"

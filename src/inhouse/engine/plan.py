@@ -105,6 +105,11 @@ class Planner:
         self.tokens -= count
         self.rows -= chunk.logit_rows
 
+    def ends(self, sequence: Sequence) -> bool:
+        """Whether the step runs all that is left of the sequence."""
+        chunk = self.chunks.get(id(sequence))
+        return chunk is not None and chunk.count == sequence.remaining
+
     def withdraw(self, sequence: Sequence) -> None:
         """Takes back the chunk of a sequence that is being preempted, if it has one."""
         chunk = self.chunks.pop(id(sequence), None)

@@ -3,9 +3,9 @@
 Pure Python: ids and counts, no tensors, no thread, no clock but the one it is given. The rules:
 
 1. Sequences that decode go first, one token each, in order of (priority, arrival).
-2. The rest of the step's budget goes to prompts in the same order, in chunks; while several prompts are under way,
-   one takes at most half of what is left, so that a short one never waits for the whole of a long one.
-3. Waiting sequences are admitted in order, as long as blocks for all their known tokens are there.
+2. The rest of the step's budget goes to prompts, those with the fewest tokens left first (order.py), in chunks. Once
+   half of a step's budget is used it ends where a prompt ends, so that its first token does not wait for the others.
+3. Waiting sequences are admitted in that order, too, as long as blocks for all their known tokens are there.
 4. Encoder inputs (encoder-decoders) run whole, in steps of their own, in the order of the queue; while both wait,
    steps of inputs and steps of tokens take turns.
 5. When blocks run out, the last in order gives its blocks back and waits again; its tokens are recomputed later.
@@ -18,9 +18,11 @@ from bisect import insort
 from collections.abc import Callable, Iterable
 
 from inhouse.core.errors import InhouseError
+from inhouse.engine.admission import without_slot
 from inhouse.engine.beams import Branch
 from inhouse.engine.blocks import Blocks
 from inhouse.engine.encoders import Encoders
+from inhouse.engine.order import PromptOrder
 from inhouse.engine.plan import Chunk, ChunkResult, Counters, Draw, Encode, Plan, Planner
 from inhouse.engine.request import (
     EngineConfig,
@@ -50,6 +52,7 @@ class Scheduler:
         self.held = False  # nobody is admitted: blocks are being saved up for another
         self._config = config
         self._clock = clock
+        self._order = PromptOrder(config.step_tokens)
         self._whole = not all(pool.group.chunkable for pool in blocks.pools.values())
         self._sharing = config.prefix_cache and blocks.shareable
         self._encoded = False  # the last step was one of encoder inputs
@@ -63,17 +66,11 @@ class Scheduler:
         sequence.status = Status.WAITING
         insort(self.waiting, sequence, key=lambda s: s.rank)
 
-    def waiting_before(self, submitted: Iterable[Sequence], choices: int) -> int:
-        """How many sequences a newcomer of that many choices would wait behind: of those in the queue and those
-        submitted but not yet added, the ones for which no slot is free. 0 if a slot is left for it. A snapshot; any
+    def without_slot(self, submitted: Iterable[Sequence]) -> int:
+        """How many sequences of the queue and of those `submitted` but not yet added have no slot free. A snapshot; any
         thread may ask."""
-        pending = [*self.waiting, *submitted]
         free = self._config.max_running - sum(s.choices for s in [*self.running])
-        for begun, sequence in enumerate(pending):
-            if sequence.choices > free:
-                return len(pending) - begun
-            free -= sequence.choices
-        return 0
+        return without_slot([s.choices for s in [*self.waiting, *submitted]], free)
 
     # ---- schedule -------------------------------------------------------------------------------------------------
 
@@ -138,14 +135,26 @@ class Scheduler:
     def _tokens(self) -> Plan:
         """Tokens of the running sequences, and of those that are admitted."""
         planner = Planner(self._config.step_tokens, max(self._config.logit_rows, self._config.max_running))
-        for sequence in sorted(self.running, key=lambda s: not s.decoding):  # stable: in order among themselves
+        for sequence in [s for s in self.running if s.decoding]:
             self._plan(planner, sequence)
-        while self._admissible(planner):
-            self._admit(planner, self.waiting[0])
+        prompts = self._order.prompts(self.running, self.waiting, self._config.max_running)
+        budget = planner.tokens
+        for sequence in prompts:
+            if planner.tokens <= 0:
+                break
+            if sequence.status is Status.RUNNING:
+                self._plan(planner, sequence)
+            elif self._admissible(planner, sequence):
+                self._admit(planner, sequence)
+            else:
+                planner.admitting = False
+            if planner.ends(sequence) and budget - planner.tokens >= self._config.step_tokens // 2:
+                break
         if not planner.chunks and self.running:  # beams that wait for others of their group, for whom there is no room
             for victim in self._last():
                 self._preempt(victim)
             return self._tokens()
+        self._order.count(planner.chunks.values(), (s for s in prompts if not planner.ends(s)))
         return Plan(list(planner.chunks.values()))
 
     def _plan(self, planner: Planner, sequence: Sequence) -> None:
@@ -175,26 +184,18 @@ class Scheduler:
             return sequence.remaining if sequence.remaining <= planner.tokens or not planner.chunks else 0
         if not planner.rows:
             return 0
-        share = planner.tokens
-        if not sequence.decoding and self._others_prefill(sequence):
-            share = min(share, max(share // 2, BLOCK_SIZE))
-        count = min(sequence.remaining, share)
+        count = min(sequence.remaining, planner.tokens)
         return min(count, planner.rows) if sequence.request.wants_rows else count
 
-    def _others_prefill(self, sequence: Sequence) -> bool:
-        busy = any(s is not sequence and s.remaining and not s.decoding for s in self.running)
-        return busy or any(s is not sequence for s in self.waiting[:2]) and len(self.running) < self._config.max_running
-
-    def _admissible(self, planner: Planner) -> bool:
-        if self.held or not self.waiting or not planner.admitting or not planner.tokens or not planner.rows:
+    def _admissible(self, planner: Planner, sequence: Sequence) -> bool:
+        if self.held or not planner.admitting or not planner.tokens or not planner.rows:
             return False
-        head = self.waiting[0]
-        if head.request.encoder is not None and head.encoding is None and not self._find_encoding(head):
+        if sequence.request.encoder is not None and sequence.encoding is None and not self._find_encoding(sequence):
             return False  # its input comes first
-        return sum(s.choices for s in self.running) + self.waiting[0].choices <= self._config.max_running
+        return sum(s.choices for s in self.running) + sequence.choices <= self._config.max_running
 
     def _admit(self, planner: Planner, sequence: Sequence) -> None:
-        """Moves the head of the queue to the running, if blocks for all its tokens are there; else ends admission."""
+        """Moves a waiting sequence to the running, if blocks for all its tokens are there; else ends admission."""
         self._adopt_prefix(sequence)
         count = self._chunk(planner, sequence)
         copies = self.blocks.extend(sequence.tables, sequence.computed, sequence.computed + count) if count else None

@@ -68,6 +68,7 @@ class Sequence:
     group: "BeamGroup[Sequence] | None" = None  # of beam search
     score: float = 0.0  # of a beam: sum of its logprobs
     candidates: Candidates | None = None  # of a beam whose last token is computed, until all its group are
+    overtaken: int = 0  # prompt tokens of later comers that ran while its own waited
 
     @property
     def rank(self) -> tuple[int, int, int]:
