@@ -144,7 +144,7 @@ def alone(model: LoadedModel) -> tuple[Bits, list[dict[int, list[int]]]]:
         {"prefix_cache": False, "step_tokens": 7},
         {"prefix_cache": False, "step_tokens": 33, "max_running": 3},
         {"step_tokens": 64},
-        {"blocks": {"full": 24}, "step_tokens": 48},
+        {"blocks": {"full": 21}, "step_tokens": 48},
     ],
     ids=["batched", "chunks of 7", "chunks of 33", "prefix cache", "preempted"],
 )
