@@ -28,12 +28,13 @@ class PromptOrder:
         return sorted([*begun, *waiting] if slots > 0 else begun, key=self._key)
 
     def _key(self, sequence: Sequence) -> tuple[int, bool, int, int, int]:
-        """Priority, those overtaken enough, tokens left, arrival. What waits for its encoder input goes by arrival, as
-        the inputs do."""
-        patient = sequence.overtaken < self._patience
-        rest = sequence.remaining if patient and sequence.request.encoder is None else 0
+        """Priority, those overtaken enough, tokens left, arrival. What has an encoder input goes by arrival alone, as the
+        inputs do: one that goes first while the inputs of others have its memory would wait for ever."""
         priority, order, choice = sequence.rank
-        return priority, patient, rest, order, choice
+        if sequence.request.encoder is not None:
+            return priority, True, 0, order, choice
+        patient = sequence.overtaken < self._patience
+        return priority, patient, sequence.remaining if patient else 0, order, choice
 
     def count(self, chunks: Iterable[Chunk], prompts: Iterable[Sequence]) -> None:
         """Notes by how many tokens of a step's `chunks` the `prompts` that still have tokens left were overtaken.
