@@ -28,8 +28,8 @@ class PromptOrder:
         return sorted([*begun, *waiting] if slots > 0 else begun, key=self._key)
 
     def _key(self, sequence: Sequence) -> tuple[int, bool, int, int, int]:
-        """Priority, those overtaken enough, tokens left, arrival. What has an encoder input goes by arrival alone, as the
-        inputs do: one that goes first while the inputs of others have its memory would wait for ever."""
+        """Priority, those overtaken enough, tokens left, arrival. What has an encoder input goes by arrival alone, as
+        the inputs do: one that goes first while the inputs of others have its memory would wait for ever."""
         priority, order, choice = sequence.rank
         if sequence.request.encoder is not None:
             return priority, True, 0, order, choice
