@@ -23,8 +23,10 @@ struct Model {
   const char* name;
   int64_t layers, heads, kv_heads, dim;
 };
-constexpr Model kModels[] = {{"qwen2.5-0.5b", 24, 14, 2, 64}, {"llama-3.2-1b", 16, 32, 8, 64}};
-constexpr const char* kTypes[] = {"f32", "f16", "bf16", "int8"};
+constexpr Model kModels[] = {
+    {"qwen2.5-0.5b", 24, 14, 2, 64}, {"llama-3.2-1b", 16, 32, 8, 64}, {"four-layers", 4, 8, 4, 64}};
+constexpr const char* kTypes[] = {"f32", "f16", "bf16", "int8", "int4"};  // int4: codes, the last 128 positions f16
+constexpr int kCodes = 4, kF16 = 1;
 constexpr int64_t kVocab = 64;
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
@@ -37,17 +39,18 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 }
 
 // Embeds q, k and v by token, then the attention of every layer over them.
-std::vector<int64_t> program(const Model& m, int64_t context) {
+std::vector<int64_t> program(const Model& m, int64_t context, bool coded) {
   const int64_t widths[] = {m.heads * m.dim, m.kv_heads * m.dim, m.kv_heads * m.dim};
-  std::vector<int64_t> flat = {inhouse::kMagic, inhouse::kFlatVersion, kVocab, context, 1, 1};
-  flat.insert(flat.end(), {0, m.kv_heads, m.dim, m.dim, 0, m.layers, 0, 0});
+  std::vector<int64_t> flat = {inhouse::kMagic, inhouse::kFlatVersion, kVocab, context, coded ? 2 : 1, 1};
+  flat.insert(flat.end(), {0, m.kv_heads, m.dim, m.dim, 0, m.layers, coded ? 4 : 0, coded ? 4 : 0});
+  if (coded) flat.insert(flat.end(), {1, m.kv_heads, m.dim, m.dim, 129, m.layers, 0, 0});
   flat.insert(flat.end(), {3 + m.layers, 3 + m.layers, 1});
   for (int64_t v = 0; v < 3 + m.layers; ++v) flat.insert(flat.end(), {0, v < 3 ? widths[v] : widths[0], 0, 0});
   const int64_t one = __builtin_bit_cast(int64_t, 1.0), scale = __builtin_bit_cast(int64_t, 0.125);
   for (int64_t v = 0; v < 3; ++v) flat.insert(flat.end(), {0, 0, 1, 1, 3, v, v, 0, 0, one});
   for (int64_t l = 0; l < m.layers; ++l) {
     flat.insert(flat.end(), {static_cast<int64_t>(OpKind::kAttention), 3, 0, 1, 19, 0, 1, 2, 3 + l});
-    flat.insert(flat.end(), {0, l, m.heads, m.kv_heads, m.dim, m.dim, scale, 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
+    flat.insert(flat.end(), {0, l, m.heads, m.kv_heads, m.dim, m.dim, scale, 0, 0, 0, 0, 0, 0, 0, 0, coded ? 1 : -1, coded ? l : 0, 0, 0});
   }
   flat.push_back(2 + m.layers);
   return flat;
@@ -82,7 +85,8 @@ struct Arrays {
       for (int64_t b = 0; b < width; ++b) table.push_back(static_cast<int32_t>(n * width + b));
     }
     zeros.assign(tokens.size(), 0);
-    tables = table.data();
+    tables[0] = tables[1] = table.data();
+    widths[0] = widths[1] = width;
   }
   ih_step step() const {
     return {static_cast<int64_t>(tokens.size()),
@@ -93,24 +97,25 @@ struct Arrays {
             owners.data(),
             lengths.data(),
             nullptr,
-            &tables,
-            &width,
+            tables,
+            widths,
             zeros.data(),
             zeros.data(),
             zeros.data()};
   }
   int64_t width;
   std::vector<int32_t> tokens, positions, owners, lengths, table, zeros;
-  const int32_t* tables;
+  const int32_t* tables[2];
+  int64_t widths[2];
 };
 
 // Bytes that are small floats in every type, so that nothing is slow or infinite.
-void fill(ih_model* model, int64_t blocks) {
-  std::vector<uint8_t> bytes(static_cast<size_t>(ih_block_bytes(model, 0)));
+void fill(ih_model* model, int group, int64_t blocks) {
+  std::vector<uint8_t> bytes(static_cast<size_t>(ih_block_bytes(model, group)));
   uint32_t state = 1;
   for (uint8_t& b : bytes) b = static_cast<uint8_t>(0x30 + ((state = state * 1664525 + 1013904223) >> 28));
   for (int32_t b = 0; b < blocks; ++b) {
-    if (ih_write_blocks(model, 0, &b, 1, bytes.data()) != IH_OK) fail("write");
+    if (ih_write_blocks(model, group, &b, 1, bytes.data()) != IH_OK) fail("write");
   }
 }
 
@@ -120,16 +125,18 @@ struct Peaks {
 
 void measure(const Model& m, int type, const Load& load, int threads, const char* isa, double budget, Peaks peaks,
              const std::string& name) {
-  const std::vector<int64_t> flat = program(m, load.context);
+  const bool coded = type == kCodes;
+  const std::vector<int64_t> flat = program(m, load.context, coded);
   const Tables tables(m);
   int32_t status = 0;
   ih_model* model = ih_model_create(flat.data(), static_cast<int64_t>(flat.size()), tables.weights.data(), 3, isa,
-                                    threads, type, &status);
+                                    threads, coded ? kF16 : type, &status);
   if (model == nullptr) fail("create");
   const Arrays arrays(load);
   const int64_t blocks = static_cast<int64_t>(arrays.table.size());
-  if (ih_state_allocate(model, &blocks) != IH_OK) fail("allocate");
-  fill(model, blocks);
+  const int64_t counts[2] = {blocks, blocks};
+  if (ih_state_allocate(model, counts) != IH_OK) fail("allocate");
+  for (int group = 0; group < (coded ? 2 : 1); ++group) fill(model, group, blocks);
   const ih_step step = arrays.step();
   ih_output output;
   std::vector<double> times;
@@ -170,11 +177,11 @@ int main(int argc, char** argv) {
   std::printf("%s, %d threads: read %.1f GB/s, f32 %.0f GFLOP/s\n", ih_isa_name(isa), threads, peaks.read / 1e9,
               peaks.fma / 1e9);
   for (const Model& m : kModels) {
-    for (int type = 0; type < inhouse::kKvTypes; ++type) {
-      for (const int64_t context : {512, 2048, 8192}) {
+    for (int type = 0; type <= kCodes; ++type) {
+      for (const int64_t context : {512, 2048, 4096, 8192, 32768}) {
         for (const int64_t rows : {1, 8, 32, 512}) {
           const bool chunk = rows == 512;
-          if (!chunk && context * rows > 65536) continue;  // more cache than a small machine holds
+          if (chunk ? context > 8192 : context * rows > 65536) continue;  // more cache than a small machine holds
           const Load load = chunk ? Load{context, 1, rows} : Load{context, rows, 1};
           std::string name =
               std::string(m.name) + " " + kTypes[type] + " " + std::to_string(context) + " x" + std::to_string(rows);

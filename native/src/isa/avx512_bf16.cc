@@ -10,6 +10,7 @@
 #include "ops/attention_rows-inl.h"
 #include "ops/attention_tasks-inl.h"
 #include "ops/attention_bf16-inl.h"
+#include "ops/attention_whole-inl.h"
 #include "formats.h"
 #include "sparse.h"
 #include "ops/packed-inl.h"
@@ -22,7 +23,7 @@ namespace {
 
 void attend(const AttentionTask& task, float* memory) {
   if (task.shape->kv_type != kKvBF16) return kernels_avx512_plain()->attend(task, memory);
-  avx512::attend_with(task, memory, [&](avx512::Unit unit, const avx512::Scratch& scratch, auto take) {
+  avx512::attend_with(task, memory, [&](avx512::Unit unit, avx512::Scratch& scratch, auto take) {
     avx512::run_bf16(task, unit, scratch, take);
   });
 }
@@ -31,7 +32,7 @@ void attend_partition(const AttentionTask& task, int unit, float* memory, float*
   if (task.shape->kv_type != kKvBF16) return kernels_avx512_plain()->attend_partition(task, unit, memory, partial);
   avx512::attend_partition_with(
       task, unit, memory, partial,
-      [&](avx512::Unit at, const avx512::Scratch& scratch, auto take) { avx512::run_bf16(task, at, scratch, take); });
+      [&](avx512::Unit at, avx512::Scratch& scratch, auto take) { avx512::run_bf16(task, at, scratch, take); });
 }
 
 }  // namespace

@@ -83,15 +83,6 @@ IH_INLINE void run_floats(const AttentionTask& task, Unit unit, const Scratch& s
 }
 
 template <class Take>
-IH_INLINE void run_opened(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
-  const Tiles<float> wide = open_codes(task, unit.partition, scratch.wide);
-  const auto work = [&](int count, const Queries& rows, bool) {
-    partial_any<F32Kv, kPairRows>(*task.shape, count, rows, wide, true, scratch.scores, scratch.fresh);
-  };
-  each_pair(task, unit, kPairRows, scratch.fresh, work, take);
-}
-
-template <class Take>
 IH_INLINE void run_int8(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
   const IntTiles tiles = int_tiles(task, unit, scratch.wide);
   const auto work = [&](int count, const Queries& rows, bool near) {
@@ -101,8 +92,8 @@ IH_INLINE void run_int8(const AttentionTask& task, Unit unit, const Scratch& scr
 }
 
 template <class Take>
-IH_INLINE void run_unit(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
-  if (unit.far && task.shape->k_bits != 0) return run_opened(task, unit, scratch, take);
+IH_INLINE void run_unit(const AttentionTask& task, Unit unit, Scratch& scratch, Take take) {
+  if (unit.far && task.shape->k_bits != 0) return run_codes(task, unit, scratch, take);
   switch (task.shape->kv_type) {
     case kKvF32:
       return run_floats<F32Kv>(task, unit, scratch, take);
@@ -116,12 +107,12 @@ IH_INLINE void run_unit(const AttentionTask& task, Unit unit, const Scratch& scr
 }
 
 void attend(const AttentionTask& task, float* memory) {
-  attend_with(task, memory, [&](Unit unit, const Scratch& scratch, auto take) { run_unit(task, unit, scratch, take); });
+  attend_with(task, memory, [&](Unit unit, Scratch& scratch, auto take) { run_unit(task, unit, scratch, take); });
 }
 
 void attend_partition(const AttentionTask& task, int unit, float* memory, float* partial) {
   attend_partition_with(task, unit, memory, partial,
-                        [&](Unit at, const Scratch& scratch, auto take) { run_unit(task, at, scratch, take); });
+                        [&](Unit at, Scratch& scratch, auto take) { run_unit(task, at, scratch, take); });
 }
 
 }  // namespace

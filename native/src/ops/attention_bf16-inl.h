@@ -271,14 +271,5 @@ void pair_any(const AttentionShape& s, int count, const Queries& rows, const Pai
   pair_rows<R>(s, rows, tiles, scores, partial);
 }
 
-template <class Take>
-IH_INLINE void run_bf16(const AttentionTask& task, Unit unit, const Scratch& scratch, Take take) {
-  const PairTiles tiles = pair_tiles(task, unit, scratch.wide);
-  const auto work = [&](int count, const Queries& rows, bool) {
-    pair_any<kPairRows>(*task.shape, count, rows, tiles, scratch.scores, scratch.fresh);
-  };
-  each_pair(task, unit, kPairRows, scratch.fresh, work, take);
-}
-
 }  // namespace
 }  // namespace inhouse::IH_ISA

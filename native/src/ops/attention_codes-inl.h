@@ -1,5 +1,5 @@
-// Coded K and V (kv_codes.h): a block's codes from its f16 form, and a partition's codes back to floats. Every element
-// is rounded and widened by itself, so the bits depend on nothing but the block.
+// Coded K and V (kv_codes.h): a block's codes from its f16 form. Every element is rounded by itself, so the bits depend
+// on nothing but the block.
 namespace inhouse::IH_ISA {
 namespace {
 
@@ -58,17 +58,27 @@ void channel_params(const uint16_t* k, int64_t head_dim, float levels, float* un
   }
 }
 
+// Adds sixteen codes of `bits` to the words at `out`, as the one that is `place`-th in them.
+IH_INLINE void put_codes(const uint8_t* codes, int64_t bits, int64_t place, uint8_t* out) {
+  uint32_t words[16];
+  __builtin_memcpy(words, out, sizeof words);
+  for (int i = 0; i < 16; ++i) {
+    words[i] = (place == 0 ? 0 : words[i]) | static_cast<uint32_t>(codes[i]) << (bits * place);
+  }
+  __builtin_memcpy(out, words, sizeof words);
+}
+
 void code_keys(const KvCodes& c, const uint16_t* k, uint8_t* out) {
   const float levels = c.k_bits == 8 ? 255.0f : 15.0f;
+  const int64_t each = 32 / c.k_bits;  // channels of a word
   float* unit = reinterpret_cast<float*>(out);
   uint8_t *scales = out + c.k_params(), *minimums = scales + c.head_dim, *codes = out + c.k_codes();
   channel_params(k, c.head_dim, levels, unit, scales, minimums);
   const bool usable = unit[0] == unit[0];
-  for (int64_t d = 0; d < c.head_dim; ++d, codes += 2 * c.k_bits) {
+  for (int64_t d = 0; d < c.head_dim; ++d) {
     uint8_t wide[16] = {};
     if (usable) encode16(load_f16(k + d * kCacheBlock), channel(unit, scales[d], minimums[d]), levels, wide);
-    for (int p = 0; p < 16 && c.k_bits == 8; ++p) codes[p] = wide[p];
-    for (int p = 0; p < 8 && c.k_bits == 4; ++p) codes[p] = static_cast<uint8_t>(wide[p] | wide[p + 8] << 4);
+    put_codes(wide, c.k_bits, d % each, codes + d / each * 64);
   }
 }
 
@@ -96,9 +106,9 @@ Affine value_params(const uint16_t* v, int64_t begin, int64_t end, float levels)
 void code_values(const KvCodes& c, const uint16_t* v, uint8_t* out) {
   const float levels = c.v_bits == 8 ? 255.0f : 15.0f;
   uint16_t* params = reinterpret_cast<uint16_t*>(out + c.v_params());
-  const int64_t groups = c.groups();
+  const int64_t groups = c.groups(), each = 32 / c.v_bits;  // positions of a word
   for (int64_t p = 0; p < kCacheBlock; ++p) {
-    uint8_t* codes = out + c.v_codes() + (c.v_bits == 8 ? p : p % 8) * c.v_dim;
+    uint8_t* codes = out + c.v_codes() + p / each * 4 * c.v_row();
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t begin = g * kValueGroup, end = begin + kValueGroup < c.v_dim ? begin + kValueGroup : c.v_dim;
       const Affine wide = value_params(v + p * c.v_dim, begin, end, levels);
@@ -106,14 +116,12 @@ void code_values(const KvCodes& c, const uint16_t* v, uint8_t* out) {
       uint16_t half[16];
       store_f16(half, load(both));
       store(both, load_f16(half));
-      params[(p * groups + g) * 2] = half[0];
-      params[(p * groups + g) * 2 + 1] = half[1];
+      params[g * 32 + p] = half[0];
+      params[g * 32 + 16 + p] = half[1];
       for (int64_t at = begin; at < end; at += 16) {
         uint8_t made[16] = {};
         if (both[1] == both[1]) encode16(group_part(v + p * c.v_dim, at, end), {both[0], both[1]}, levels, made);
-        for (int64_t i = 0; i < 16 && at + i < end; ++i) {
-          codes[at + i] = c.v_bits == 8 || p < 8 ? made[i] : static_cast<uint8_t>(codes[at + i] | made[i] << 4);
-        }
+        put_codes(made, c.v_bits, p % each, codes + 4 * at);
       }
     }
   }
@@ -126,97 +134,6 @@ void code_block(const AttentionShape& s, const uint8_t* block, uint8_t* codes) {
     code_keys(c, k, codes);
     code_values(c, k + kCacheBlock * s.head_dim, codes);
   }
-}
-
-// Sixteen bytes in one register: what is put together from halves in memory cannot be read back at once.
-typedef uint64_t Bytes16 __attribute__((vector_size(16)));
-constexpr uint64_t kNibbles = 0x0f0f0f0f0f0f0f0full;
-
-IH_INLINE V decode16(Bytes16 codes, V scale, V minimum) {
-  uint8_t held[16];
-  __builtin_memcpy(held, &codes, 16);
-  return fma(scale, to_float(load_u8(held)), minimum);
-}
-
-// Sixteen bytes of which `count` are there.
-IH_INLINE Bytes16 load_part(const uint8_t* from, int64_t count) {
-  Bytes16 bytes = {0, 0};
-  if (count == 16) {
-    __builtin_memcpy(&bytes, from, 16);
-  } else {
-    __builtin_memcpy(&bytes, from, static_cast<size_t>(count));
-  }
-  return bytes;
-}
-
-// K of one block to floats [head_dim][16].
-void open_keys(const KvCodes& c, const uint8_t* in, float* out) {
-  const float* unit = reinterpret_cast<const float*>(in);
-  const uint8_t *scales = in + c.k_params(), *minimums = scales + c.head_dim, *codes = in + c.k_codes();
-  alignas(64) float scale[16], minimum[16];
-  for (int64_t d = 0; d < c.head_dim; ++d, codes += 2 * c.k_bits) {
-    if (d % 16 == 0) {
-      const int64_t count = c.head_dim - d < 16 ? c.head_dim - d : 16;
-      store(scale, decode16(load_part(scales + d, count), set1(unit[0]), zero()));
-      uint8_t held[16];
-      const Bytes16 part = load_part(minimums + d, count);
-      __builtin_memcpy(held, &part, 16);
-      store(minimum, add(set1(unit[1]), mul(set1(unit[2]), to_float(load_u8(held)))));
-    }
-    Bytes16 wide;
-    if (c.k_bits == 4) {
-      uint64_t word;
-      __builtin_memcpy(&word, codes, 8);
-      wide = Bytes16{word & kNibbles, word >> 4 & kNibbles};
-    } else {
-      __builtin_memcpy(&wide, codes, 16);
-    }
-    store(out + d * kCacheBlock, decode16(wide, set1(scale[d % 16]), set1(minimum[d % 16])));
-  }
-}
-
-// V of one block to floats [16][v_dim]. A vector holds the parameters of eight groups.
-void open_values(const KvCodes& c, const uint8_t* in, float* out) {
-  const int64_t groups = c.groups(), rows = 2 * c.v_bits;
-  const uint16_t* params = reinterpret_cast<const uint16_t*>(in + c.v_params());
-  for (int64_t p = 0; p < rows; ++p) {
-    const uint8_t* codes = in + c.v_codes() + p * c.v_dim;
-    alignas(64) float pairs[2][16];
-    for (int64_t at = 0; at < c.v_dim; at += 16) {
-      const int64_t count = c.v_dim - at < 16 ? c.v_dim - at : 16, g = at / kValueGroup;
-      if (at % (8 * kValueGroup) == 0) {  // what lies beyond a row's own parameters is the next row's, or codes
-        store(pairs[0], load_f16(params + (p * groups + g) * 2));
-        if (c.v_bits == 4) store(pairs[1], load_f16(params + ((p + 8) * groups + g) * 2));
-      }
-      const Bytes16 both = load_part(codes + at, count);
-      const float *near = pairs[0] + g % 8 * 2, *far = pairs[1] + g % 8 * 2;
-      float* row = out + p * c.v_dim + at;
-      if (c.v_bits == 8) {
-        store_n(row, count, decode16(both, set1(near[0]), set1(near[1])));
-        continue;
-      }
-      store_n(row, count, decode16(both & kNibbles, set1(near[0]), set1(near[1])));
-      store_n(row + 8 * c.v_dim, count, decode16(both >> 4 & kNibbles, set1(far[0]), set1(far[1])));
-    }
-  }
-}
-
-// The far partition's K and V as floats.
-Tiles<float> open_codes(const AttentionTask& task, int partition, float* out) {
-  const AttentionShape& s = *task.shape;
-  const KvCodes c = {s.k_bits, s.v_bits, s.head_dim, s.v_dim};
-  const int64_t end = far_end(s, task.position + task.rows - 1) / kCacheBlock;
-  Tiles<float> wide = {};
-  for (int b = 0; b < kPartitionBlocks; ++b, out += kCacheBlock * (static_cast<int64_t>(s.head_dim) + s.v_dim)) {
-    const int64_t column = static_cast<int64_t>(partition) * kPartitionBlocks + b;
-    if (column >= end) break;
-    const uint8_t* at = task.far_blocks + task.far_table[column] * task.far_stride + task.kv_head * s.far_bytes;
-    open_keys(c, at, out);
-    open_values(c, at, out + kCacheBlock * s.head_dim);
-    wide.k[b] = out;
-    wide.v[b] = out + kCacheBlock * s.head_dim;
-  }
-  return wide;
 }
 
 }  // namespace

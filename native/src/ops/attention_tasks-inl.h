@@ -102,9 +102,10 @@ IH_INLINE void each_pair(const AttentionTask& task, Unit unit, int most, const f
 // `scratch` as attention_scratch lays it out.
 struct Scratch {
   float *scores, *wide, *fresh, *merged;
+  bool packed;  // the task's queries lie in `wide` (attention_whole-inl.h)
 };
 IH_INLINE Scratch scratch_of(const AttentionShape& s, float* p) {
-  Scratch out;
+  Scratch out = {};
   out.scores = p;
   out.wide = out.scores + kAttentionRows * (kPartition + int64_t{s.head_dim});
   out.fresh = out.wide + int64_t{kPartition} * (s.head_dim + s.v_dim) + 16;
@@ -116,7 +117,7 @@ IH_INLINE Scratch scratch_of(const AttentionShape& s, float* p) {
 template <class Run>
 IH_INLINE void attend_with(const AttentionTask& task, float* memory, Run run) {
   const AttentionShape& s = *task.shape;
-  const Scratch scratch = scratch_of(s, memory);
+  Scratch scratch = scratch_of(s, memory);
   const int64_t pitch = partial_pitch(s.v_dim), end = pitch - 16;
   const int pairs = task.rows * (s.heads / s.kv_heads);
   for (int i = 0; i < pairs; ++i) scratch.merged[i * pitch + end + 1] = -1.0f;  // nothing merged yet
@@ -133,7 +134,7 @@ IH_INLINE void attend_with(const AttentionTask& task, float* memory, Run run) {
 
 template <class Run>
 IH_INLINE void attend_partition_with(const AttentionTask& task, int unit, float* memory, float* partial, Run run) {
-  const Scratch scratch = scratch_of(*task.shape, memory);
+  Scratch scratch = scratch_of(*task.shape, memory);
   const int64_t pitch = partial_pitch(task.shape->v_dim), end = pitch - 16;
   const int pairs = task.rows * (task.shape->heads / task.shape->kv_heads);
   for (int i = 0; i < pairs; ++i) partial[i * pitch + end + 1] = -1.0f;  // pairs that do not see the unit

@@ -76,6 +76,10 @@ IH_INLINE V from_bits(VI x) { return {_mm256_castsi256_ps(x.a), _mm256_castsi256
 IH_INLINE VI set1_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 IH_INLINE VI add_int(VI x, VI y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
 IH_INLINE VI sub_int(VI x, VI y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+IH_INLINE VI masked_or(VI x, VI mask, VI bits) {  // (x & mask) | bits
+  return {_mm256_or_si256(_mm256_and_si256(x.a, mask.a), bits.a),
+          _mm256_or_si256(_mm256_and_si256(x.b, mask.b), bits.b)};
+}
 template <int N>
 IH_INLINE VI shift_left(VI x) {
   return {_mm256_slli_epi32(x.a, N), _mm256_slli_epi32(x.b, N)};

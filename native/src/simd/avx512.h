@@ -54,6 +54,9 @@ IH_INLINE V from_bits(VI a) { return _mm512_castsi512_ps(a); }
 IH_INLINE VI set1_int(int32_t x) { return _mm512_set1_epi32(x); }
 IH_INLINE VI add_int(VI a, VI b) { return _mm512_add_epi32(a, b); }
 IH_INLINE VI sub_int(VI a, VI b) { return _mm512_sub_epi32(a, b); }
+IH_INLINE VI masked_or(VI a, VI mask, VI bits) {  // (a & mask) | bits
+  return _mm512_ternarylogic_epi32(a, mask, bits, 0xEA);
+}
 template <int N>
 IH_INLINE VI shift_left(VI a) {
   return _mm512_slli_epi32(a, N);

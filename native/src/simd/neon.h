@@ -128,6 +128,9 @@ IH_INLINE VI add_int(VI a, VI b) {
 IH_INLINE VI sub_int(VI a, VI b) {
   return each_int([&](int i) { return vsubq_s32(a.q[i], b.q[i]); });
 }
+IH_INLINE VI masked_or(VI a, VI mask, VI bits) {  // (a & mask) | bits
+  return each_int([&](int i) { return vorrq_s32(vandq_s32(a.q[i], mask.q[i]), bits.q[i]); });
+}
 template <int N>
 IH_INLINE VI shift_left(VI a) {
   return each_int([&](int i) { return vshlq_n_s32(a.q[i], N); });

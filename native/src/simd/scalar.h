@@ -139,6 +139,9 @@ IH_CALLED VI add_int(VI a, VI b) {
 IH_CALLED VI sub_int(VI a, VI b) {
   return each_int([&](int i) { return a.v[i] - b.v[i]; });
 }
+IH_CALLED VI masked_or(VI a, VI mask, VI bits) {  // (a & mask) | bits
+  return each_int([&](int i) { return (a.v[i] & mask.v[i]) | bits.v[i]; });
+}
 template <int N>
 IH_CALLED VI shift_left(VI a) {
   return each_int([&](int i) { return static_cast<int32_t>(static_cast<uint32_t>(a.v[i]) << N); });
