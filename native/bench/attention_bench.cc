@@ -50,7 +50,8 @@ std::vector<int64_t> program(const Model& m, int64_t context, bool coded) {
   for (int64_t v = 0; v < 3; ++v) flat.insert(flat.end(), {0, 0, 1, 1, 3, v, v, 0, 0, one});
   for (int64_t l = 0; l < m.layers; ++l) {
     flat.insert(flat.end(), {static_cast<int64_t>(OpKind::kAttention), 3, 0, 1, 19, 0, 1, 2, 3 + l});
-    flat.insert(flat.end(), {0, l, m.heads, m.kv_heads, m.dim, m.dim, scale, 0, 0, 0, 0, 0, 0, 0, 0, coded ? 1 : -1, coded ? l : 0, 0, 0});
+    flat.insert(flat.end(), {0, l, m.heads, m.kv_heads, m.dim, m.dim, scale, 0, 0, 0, 0, 0, 0, 0, 0, coded ? 1 : -1,
+                             coded ? l : 0, 0, 0});
   }
   flat.push_back(2 + m.layers);
   return flat;

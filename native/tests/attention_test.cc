@@ -337,7 +337,10 @@ void check_shape(const Kernels& k, const Shape& s, KvType type, int length) {
     if (std::fabs(exact[i] - alone[i]) <= doubt[i]) exact[i] = alone[i];
   }
   const double off = test::worst(alone, exact);
-  check(off < (type == kKvInt8 ? 4e-4 : s.k_bits > 0 ? 1e-5 : 5e-6), what + " is off by " + std::to_string(off * 1e6) + "e-6");
+  check(off < (type == kKvInt8 ? 4e-4
+               : s.k_bits > 0  ? 1e-5
+                               : 5e-6),
+        what + " is off by " + std::to_string(off * 1e6) + "e-6");
   const size_t bytes = alone.size() * sizeof(float);
   for (int step : {2, 7, 16, 64}) {
     check(std::memcmp(alone.data(), sequence.run(step).data(), bytes) == 0,

@@ -1,8 +1,8 @@
 // Attention over codes of K and V (kv_codes.h), straight from the codes: a code c of b bits stands in the upper bits of
 // a float 1 + c / 2^b, which takes a shift and one operation of bits, and scale and minimum are folded into queries and
 // weights. With s = scale 2^b: q (minimum + scale c) = (q s) (1 + c / 2^b) + q (minimum - s).
-// Scores run over channels in ascending order, weighted sums over positions; what codes are multiplied by is summed apart
-// from what they are not.
+// Scores run over channels in ascending order, weighted sums over positions; what codes are multiplied by is summed
+// apart from what they are not.
 namespace inhouse::IH_ISA {
 namespace {
 
@@ -111,11 +111,12 @@ IH_INLINE void code_scores(const CodeTiles& tiles, int first, bool near, const f
       words[b] = load_words(at[b] + 64 * w);
       for (int64_t i = 0; i < lines; ++i, next[b] += 64) __builtin_prefetch(next[b], 0, 2);
     }
-    each_code<kBits, B>(words, [&](int place, const V* codes) __attribute__((always_inline)) {
-      for (int b = 0; b < B; ++b) {
-        for (int r = 0; r < R; ++r) sums[r][b] = fma(set1(x[(b * R + r) * 16 + place]), codes[b], sums[r][b]);
-      }
-    });
+    each_code<kBits, B>(
+        words, [&](int place, const V* codes) __attribute__((always_inline)) {
+          for (int b = 0; b < B; ++b) {
+            for (int r = 0; r < R; ++r) sums[r][b] = fma(set1(x[(b * R + r) * 16 + place]), codes[b], sums[r][b]);
+          }
+        });
   }
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < B; ++b) {
@@ -133,8 +134,8 @@ void code_score(const CodeTiles& tiles, int last, bool near, const float* q, flo
   for (; b < last; ++b) code_scores<R, 1, kBits>(tiles, b, near, q, folded, scores);
 }
 
-// sums_r[16 c ... 16 (c + C)) += weight_r . codes of V over blocks [first, last), and to added_r [groups of the columns],
-// by position, what minimums add to them. The first vector begins a group.
+// sums_r[16 c ... 16 (c + C)) += weight_r . codes of V over blocks [first, last), and to added_r [groups of the
+// columns], by position, what minimums add to them. The first vector begins a group.
 template <int R, int C, int kBits>
 IH_INLINE void code_columns(const CodeTiles& tiles, int first, int last, int64_t c, const float* weights, float* sums,
                             int64_t pitch, float* added, int64_t stride) {
@@ -162,13 +163,14 @@ IH_INLINE void code_columns(const CodeTiles& tiles, int first, int last, int64_t
     for (int p = 0; p < kCacheBlock; p += 32 / kBits, at += row) {
       VI words[C];
       for (int j = 0; j < C; ++j) words[j] = load_words(at + 64 * j);
-      each_code<kBits, C>(words, [&](int place, const V* values) __attribute__((always_inline)) {
-        for (int r = 0; r < R; ++r) {
-          for (int j = 0; j < C; ++j) {
-            acc[r][j] = fma(set1(folded[r][j / kVectors][p + place]), values[j], acc[r][j]);
-          }
-        }
-      });
+      each_code<kBits, C>(
+          words, [&](int place, const V* values) __attribute__((always_inline)) {
+            for (int r = 0; r < R; ++r) {
+              for (int j = 0; j < C; ++j) {
+                acc[r][j] = fma(set1(folded[r][j / kVectors][p + place]), values[j], acc[r][j]);
+              }
+            }
+          });
     }
   }
   for (int r = 0; r < R; ++r) {
@@ -183,14 +185,16 @@ void code_weigh(const CodeTiles& tiles, int first, int last, int64_t c, const fl
                 int64_t pitch, float* added, int64_t stride) {
   const int64_t vectors = tiles.codes.v_row() / 16;
   for (; c + C <= vectors; c += C) {
-    code_columns<R, C, kBits>(tiles, first, last, c, weights, sums, pitch, added + c * 16 / kValueGroup * stride, stride);
+    code_columns<R, C, kBits>(tiles, first, last, c, weights, sums, pitch, added + c * 16 / kValueGroup * stride,
+                              stride);
   }
   if constexpr (C > 1) code_weigh<R, C / 2, kBits>(tiles, first, last, c, weights, sums, pitch, added, stride);
 }
 
 // Partial results of R rows over one partition, of which each sees whole blocks from the first on.
 template <int R, int kKeyBits, int kValueBits>
-void code_rows(const AttentionShape& s, const Queries& rows, const CodeTiles& tiles, bool near, const Scratch& scratch) {
+void code_rows(const AttentionShape& s, const Queries& rows, const CodeTiles& tiles, bool near,
+               const Scratch& scratch) {
   const int64_t pitch = partial_pitch(s.v_dim), end = pitch - 16, width = (s.head_dim + 15) / 16 * 16;
   const int64_t groups = tiles.codes.groups(), stride = R * 16;
   float *q = scratch.wide, *folded = q + R * width, *added = folded + kCodeChains * width;
@@ -210,7 +214,8 @@ void code_rows(const AttentionShape& s, const Queries& rows, const CodeTiles& ti
     float* mine = scratch.fresh + r * pitch;
     for (int64_t c = 0; c < end; c += 16) store(mine + c, zero());
     for (int64_t g = 0; g < groups; ++g) store(added + g * stride + r * 16, zero());
-    soften(s, rows, r, scratch.scores + r * kPartition, mine + end, mine + end + 1, [](int, V weight) { return weight; });
+    soften(s, rows, r, scratch.scores + r * kPartition, mine + end, mine + end + 1,
+           [](int, V weight) { return weight; });
   }
   constexpr int kColumns = R <= kAccumulators / 4 ? 4 : 2;
   if (all > 0) {

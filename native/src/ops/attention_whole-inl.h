@@ -119,8 +119,7 @@ IH_INLINE void run_bf16(const AttentionTask& task, Unit unit, Scratch& scratch, 
     return each_pair(task, unit, kPairRows, scratch.fresh, work, take);
   }
   if (!scratch.packed) {
-    each_group(task, queries,
-               [&](int first, int count, uint16_t* q) { pack_group<kPairRows>(task, first, count, q); });
+    each_group(task, queries, [&](int first, int count, uint16_t* q) { pack_group<kPairRows>(task, first, count, q); });
     scratch.packed = true;
   }
   const int64_t pitch = partial_pitch(s.v_dim);
