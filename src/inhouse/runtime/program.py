@@ -103,8 +103,9 @@ class StateGroup:
         return len(self.layers) * self.kv_heads * (self.head_dim + v_dim) * element_bytes
 
     def _coded_bytes(self) -> int:
-        """A sixteenth of a head's block of codes, as native/src/kv_codes.h lays it out: codes in whole words and vectors,
-        two bytes for each channel of K, four for each position and 32 elements of V, four floats for the head."""
+        """A sixteenth of a head's block of codes, as native/src/kv_codes.h lays it out: codes in whole words and
+        vectors, two bytes for each channel of K, four for each position and 32 elements of V, four floats for the
+        head."""
         codes = 64 * -(-self.k_bits * self.head_dim // 32) + 32 * self.v_bits * -(-self.v_dim // 16)
         block = 16 + 64 * -(-self.v_dim // 32) + codes + 2 * self.head_dim
         return -(-block // 16)
