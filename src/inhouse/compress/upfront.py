@@ -19,8 +19,8 @@ from inhouse.compress.table import METHODS
 from inhouse.compress.tasks import read_questions
 from inhouse.compress.work import Work
 from inhouse.core.errors import FormatError, UnsupportedError, UsageError
+from inhouse.load.importer import check_values
 from inhouse.model.spec import ModelSpec
-from inhouse.store.source import check_finite
 
 ANYONE = ("head.weight", "embed.weight")  # stand in recipes for models of any kind
 NAMED = 3  # weights that a sentence gives as examples
@@ -42,7 +42,7 @@ def check_weights(work: Work) -> None:
     source = work.described.source
     for name in source:
         try:
-            check_finite(source, name)
+            check_values(source, name)
         except FormatError as error:
             raise FormatError(
                 error.message, remedy="The tensor is damaged, or training overflowed: get or save the checkpoint anew; "

@@ -167,14 +167,17 @@ def _check_values(described: Described, progress: Progress) -> None:
     total = sum(source.info(name).nbytes for name in source)
     done = 0
     for name in source:
-        if isinstance(source, StoredSource):
-            source.check(name)
-        elif isinstance(source, QuantizedSource) and source.coding(name) is not None:
-            source.check(name)
-        else:
-            check_finite(source, name)
+        check_values(source, name)
         done += source.info(name).nbytes
         progress("verify weights", done, total)
+
+
+def check_values(source: TensorSource, name: str) -> None:
+    """Refuses a tensor of any source with NaN or infinity in its values, scales or codes. Raises FormatError."""
+    if isinstance(source, StoredSource) or (isinstance(source, QuantizedSource) and source.coding(name) is not None):
+        source.check(name)
+    else:
+        check_finite(source, name)
 
 
 def _check_text(described: Described, tokenizer: Tokenizer) -> list[str]:
