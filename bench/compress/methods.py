@@ -21,14 +21,12 @@ import torch
 from bench.compress.made_models import untied, upcycled
 from bench.compress.results import FILE, record
 from bench.compress.teacher_text import SCORED, model_folder, sample_stories
+from bench.compress.turns import decodes_in_turns
 
 from inhouse.compress.pipeline import compress
 from inhouse.compress.recipe import parse_recipe
 from inhouse.compress.table import METHODS
 from inhouse.core.errors import InhouseError
-from inhouse.core.settings import load_settings
-from inhouse.engine.request import SamplingParams, TokenEvent, make_request
-from inhouse.engine.session import Session
 from inhouse.load.describe import describe
 from inhouse.load.locate import locate
 from inhouse.store.home import Home
@@ -56,7 +54,7 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 AFTER = {"prune": {"quantize": {"method": "round", "format": "q8_0"}}}  # zeros are stored as such among codes
 BEFORE = {"repair": {"quantize": {"method": "rtn", "format": "u2_g32"}}}  # family -> a stage that must come first
-TOKENS, ROUNDS = 200, 5  # of a decode that is timed; decodes of each of the two, in turns
+ROUNDS = 15  # decodes of each of the two, in turns
 MADE: dict[str, Callable[[Path], Path]] = {"tensor-train": untied, "tucker": upcycled}  # what stories260K has not
 
 
@@ -84,22 +82,6 @@ def document(name: str, texts: Path, models: str) -> dict[str, Any]:
     }
 
 
-def speeds(before: str, after: str) -> tuple[float, float]:
-    """Tokens a second after the first, of one greedy sequence on one thread: medians of decodes in turns."""
-    settings = load_settings({"threads": 1, "max_sequences": 1})
-    with Session.open(before, settings) as one, Session.open(after, settings) as other:
-        rounds = [(_speed(one, i), _speed(other, i)) for i in range(ROUNDS + 1)][1:]
-    first, second = (statistics.median(side) for side in zip(*rounds, strict=True))
-    return first, second
-
-
-def _speed(session: Session, number: int) -> float:
-    params = SamplingParams(temperature=0.0, ignore_eos=True)
-    request = make_request(f"speed-{number}", session.prompt_ids("Once upon a time"), params, TOKENS)
-    times = [time.perf_counter() for event in session.engine.stream(request) if isinstance(event, TokenEvent)]
-    return (len(times) - 1) / (times[-1] - times[0])
-
-
 def measure(name: str, home: Home, texts: Path) -> dict[str, Any]:
     """Runs the method; the entry, without speeds."""
     model = _model(name, home)
@@ -123,7 +105,9 @@ def timed(name: str, home: Home) -> dict[str, Any]:
     """The entry of a method that was made, with speeds."""
     (entry,) = (one for one in json.loads(FILE.read_text()) if one["id"] == f"method/{name}")
     with Store(home) as store:
-        before, after = speeds(_model(name, home), str(store.folder(store.catalog.resolve(_new(name)))))
+        made = str(store.folder(store.catalog.resolve(_new(name))))
+        turns = decodes_in_turns(_model(name, home), made, ROUNDS)
+    before, after = (statistics.median(side) for side in zip(*turns, strict=True))
     value = {**entry["value"], "speed_before": round(before), "speed": round(after)}
     told = [part for part in entry["note"].split("; ") if not part.startswith("time")]
     return {**entry, "value": value, "note": "; ".join([*told, f"times: {ROUNDS} decodes in turns, machine quiet"])}

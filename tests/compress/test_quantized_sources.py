@@ -16,7 +16,8 @@ from inhouse.load.describe import describe
 from inhouse.runtime.packed_formats import FORMATS
 from inhouse.store.store import Store
 from inhouse.store.stored_source import StoredSource
-from tests.quantized.folders import F32, Tensors, write_folder
+from tests.quantized.folders import Tensors, write_folder
+from tests.quantized.packers import F32
 from tests.quantized.schemes import CASES
 
 pytestmark = [pytest.mark.torch, pytest.mark.native, pytest.mark.realdata]
