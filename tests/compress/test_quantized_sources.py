@@ -70,7 +70,7 @@ def test_fp8_blocks_are_read_exactly_and_compress(stories: Path, tmp_path: Path)
     source.close()
 
 
-@pytest.mark.parametrize("case", ["gptq-4bit-g32-act", "awq-gemm-g32", "bnb-nf4"])
+@pytest.mark.parametrize("case", ["gptq-4bit-g32-act", "bnb-nf4"])
 def test_codes_of_other_programs_are_decoded_first(stories: Path, tmp_path: Path, case: str) -> None:
     made = CASES[case]()
     meant = write_folder(stories, tmp_path / "m", made.config, made.writer, skip=made.skip)
