@@ -27,6 +27,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from inhouse.runtime.native_library import available_levels
+
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "bench" / "kernels.jsonl"
 MODELS = (
@@ -109,10 +111,16 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs, {platform.platform()}"
 
 
+def levels() -> list[str]:
+    """Those of this machine that are worth a table; linear_bench refuses others."""
+    here = available_levels()
+    return [name for name in ("avx512", "avx2", "neon") if name in here]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--levels", default="avx512,avx2")
+    parser.add_argument("--levels", default=",".join(levels()))
     parser.add_argument("--formats", default="q4_0,q8_0,bf16")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--limit", type=float, default=1e9, help="seconds after which nothing more is begun or kept")

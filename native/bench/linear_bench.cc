@@ -18,6 +18,7 @@
 #include "dispatch.h"
 #include "formats.h"
 #include "inhouse.h"
+#include "known.h"
 #include "linears.h"
 #include "shapes.h"
 
@@ -185,6 +186,17 @@ int number_of(const std::string& format) {
   return -1;
 }
 
+// Whether all names of the options mean something: a figure that is left out in silence would pass for measured.
+bool mean_something(const Options& o) {
+  std::vector<std::string> formats, models = {"all"};
+  for (const Format& f : kFormats) {
+    if (f.coding == kDense) formats.push_back(f.name);  // others: sparse_bench
+  }
+  for (const ModelShape& m : kModels) models.push_back(m.name);
+  const bool model = are_known("model", {o.model}, models), format = are_known("dense format", o.formats, formats);
+  return are_known_levels(o.levels) && model && format;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -193,6 +205,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "linear_bench: unknown option; bench/linear_bench.cc begins with the list\n");
     return 2;
   }
+  if (!mean_something(o)) return 2;
   int64_t widest = 0, tallest = 0, most = *std::max_element(o.rows.begin(), o.rows.end());
   for (const ModelShape& m : kModels) {
     widest = std::max(widest, m.ffn);
@@ -210,7 +223,6 @@ int main(int argc, char** argv) {
     for (const ModelShape& m : kModels) {
       if (o.model != "all" && o.model != m.name) continue;
       for (const std::string& format : o.formats) {
-        if (number_of(format) < 0 || kFormats[number_of(format)].coding != kDense) continue;  // sparse_bench
         for (const int64_t rows : o.rows) measure(o, *kernels, peaks, m, number_of(format), rows, memory);
       }
     }

@@ -15,6 +15,7 @@
 #include "dispatch.h"
 #include "formats.h"
 #include "inhouse.h"
+#include "known.h"
 #include "linears.h"
 #include "sparse.h"
 
@@ -245,6 +246,7 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "sparse_bench: unknown option; bench/sparse_bench.cc begins with the list\n");
     return 2;
   }
+  if (!are_known_levels(o.levels)) return 2;
   const int64_t capacity = (o.rows + kMaxLanes - 1) / kMaxLanes * kMaxLanes;
   Input input = {std::vector<float>(static_cast<size_t>(o.rows * o.in)),
                  std::vector<uint8_t>(static_cast<size_t>(quant_bytes(capacity, o.in))),
