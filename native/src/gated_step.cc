@@ -23,11 +23,26 @@ Weight part_of(const Weight& w, int64_t begin, int64_t end) {
   return part;
 }
 
+// Claims of groups of outputs, each of `share` groups about.
+struct Claims {
+  Claims(int64_t width, int64_t threads)
+      : groups(width / kQuantGroup),
+        share(std::max<int64_t>(1, groups / (kShare * threads))),
+        count(std::min(groups, share * threads)),
+        most((groups + count - 1) / count * kQuantGroup) {}
+  int64_t groups, share, count;
+  int64_t most;  // outputs of a claim
+};
+
 bool is_plain(const Weight* w, int64_t width) {
   return w->out == width && takes_int8(kFormats[w->format]) && kFormats[w->format].coding == kDense;
 }
 
 }  // namespace
+
+int64_t gated_floats(int64_t width, int64_t rows, int64_t threads) {
+  return rows < kLeastGatedRows ? 0 : threads * 2 * kGatedRows * Claims(width, threads).most;
+}
 
 bool Runner::runs_gated(size_t i) const {
   if (!model_.arena_->plan(index_).gated[i]) return false;
@@ -39,19 +54,17 @@ bool Runner::runs_gated(size_t i) const {
 }
 
 void Runner::gated(const Op& op, const Op& glu_op, const Op& quantize) {
-  const int64_t rows = rows_of(op.inputs[0]), width = value(op.outputs[0]).width, groups = width / kQuantGroup;
+  const int64_t rows = rows_of(op.inputs[0]), threads = pool_.threads();
   const QuantRows x = codes(op.inputs[0]), y = codes(quantize.outputs[0]);
   const bool powers = quantize.integer(1) != 0;
-  const int64_t threads = pool_.threads(), share = std::max<int64_t>(1, groups / (kShare * threads));
-  const int64_t claims = std::min(groups, share * threads), most = (groups + claims - 1) / claims * kQuantGroup;
-  std::vector<float>& scratch = model_.gated_;
-  if (scratch.size() < static_cast<size_t>(threads * 2 * kGatedRows * most)) {
-    scratch.resize(static_cast<size_t>(threads * 2 * kGatedRows * most));
-  }
-  pool_.run(claims, [&](int64_t claim, int worker) {
+  const Claims claims(value(op.outputs[0]).width, threads);
+  const int64_t most = claims.most;
+  std::vector<float>& scratch = model_.gated_;  // gated_floats of them, at least
+  pool_.run(claims.count, [&](int64_t claim, int worker) {
     // A thread reads on where it stopped, as in run_linears.
-    const int64_t chunk = claims == share * threads ? claim % threads * share + claim / threads : claim;
-    const int64_t begin = groups * chunk / claims, end = groups * (chunk + 1) / claims;
+    const int64_t share = claims.share;
+    const int64_t chunk = claims.count == share * threads ? claim % threads * share + claim / threads : claim;
+    const int64_t begin = claims.groups * chunk / claims.count, end = claims.groups * (chunk + 1) / claims.count;
     const int64_t n = (end - begin) * kQuantGroup, from = begin * kQuantGroup;
     float* halves[2] = {scratch.data() + worker * 2 * kGatedRows * most, nullptr};
     halves[1] = halves[0] + kGatedRows * most;

@@ -140,8 +140,24 @@ void Model::size_attention() {
   attention_.partials = static_cast<float*>(memory);
 }
 
+// No more than it has, as a rule; then this looks through a few hundred ops.
+void Model::reserve_gated(const Rows& rows) {
+  int64_t most = 0;
+  for (size_t p = 0; p < set_.programs.size(); ++p) {
+    const Program& program = set_.programs[p];
+    const std::vector<bool>& gated = arena_->plan(static_cast<int>(p)).gated;
+    for (size_t i = 0; i < gated.size(); ++i) {
+      if (!gated[i]) continue;
+      const Value& out = program.values[program.ops[i].outputs[0]];
+      most = std::max(most, gated_floats(out.width, rows[out.axis], threads_));
+    }
+  }
+  if (static_cast<int64_t>(gated_.size()) < most) gated_.resize(static_cast<size_t>(most));
+}
+
 void Model::reserve(const Rows& rows) {
   arena_->reserve(rows);
+  reserve_gated(rows);
   routed_.reserve(rows[Axis::kTokens], set_.routed);
   const size_t sequences = static_cast<size_t>(rows[Axis::kSequences]);
   const size_t split = static_cast<size_t>(most_split_pieces(set_.context_length, threads_));

@@ -50,6 +50,9 @@ struct ModelOptions {
   KvType kv_type;
 };
 
+// Floats that the threads of a gated feed-forward hold while it runs over that many rows (gated_step.cc).
+int64_t gated_floats(int64_t width, int64_t rows, int64_t threads);
+
 class Model {
  public:
   static Status create(const int64_t* flat, int64_t length, const ih_weight* weights, int64_t count,
@@ -76,7 +79,7 @@ class Model {
   }
 
   State& state() { return *state_; }
-  int64_t bytes() const { return arena_->bytes() + state_->bytes(); }
+  int64_t bytes() const { return arena_->bytes() + state_->bytes() + static_cast<int64_t>(gated_.size() * 4); }
 
  private:
   friend class Runner;
@@ -84,6 +87,7 @@ class Model {
   Status take_weights(const ih_weight* weights, int64_t count);
   Status guard_weights();
   void size_attention();
+  void reserve_gated(const Rows& rows);
   bool damaged();
 
   ProgramSet set_;

@@ -63,6 +63,27 @@ void check_allocations(const Decoder& decoder) {
   check(made == 0, std::to_string(made) + " allocations in warmed steps");
 }
 
+// What a wide step needs between gate, up and their codes is there once room is made, and counted.
+void check_gated_bytes(const Decoder& decoder) {
+  int64_t held[2];
+  for (int i = 0; i < 2; ++i) {
+    const Model model(decoder.flat(), decoder.weights(), i == 0 ? 1 : 4);
+    check(ih_state_allocate(model.handle, &kBlocks) == IH_OK, "state is allocated");
+    const OneSequence one(0, 1), many(1, 100);
+    const ih_step narrow = one.step(), wide = many.step();
+    ih_output out[2];
+    check(ih_run(model.handle, 0, &narrow, out) == IH_OK, "a step runs");  // starts the pool
+    check(ih_reserve(model.handle, 100, 100, 1) == IH_OK, "room is made");
+    const int64_t before = allocations;
+    held[i] = ih_model_bytes(model.handle);
+    check(ih_run(model.handle, 0, &wide, out) == IH_OK, "a wide step runs");
+    check(allocations == before, "a wide step allocates nothing once room is made");
+    check(ih_model_bytes(model.handle) == held[i], "a wide step holds no more than was counted");
+  }
+  // Gate and up of 64 rows: of all 64 outputs for one thread, of 32 for each of four.
+  check(held[1] - held[0] == (4 * 32 - 64) * 2 * 64 * 4, "floats of gated ops are counted");
+}
+
 // Numbers that break things: bounds, neighbours, floats.
 int64_t strange(std::mt19937_64& rng, int64_t number) {
   switch (rng() % 8) {
@@ -147,6 +168,7 @@ int main(int argc, char** argv) {
   const Decoder decoder;
   check_bits(decoder);
   check_allocations(decoder);
+  check_gated_bytes(decoder);
   check_refusals(decoder);
   check_mutants(decoder, argc > 1 ? std::atoi(argv[1]) : 20000);
   return test::finish();
