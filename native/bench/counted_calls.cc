@@ -1,10 +1,14 @@
-// Calls whose instructions tools/count_instructions.py counts under valgrind: each runs once inside counted(), on fixed
-// numbers and one thread. Arguments: the level, then one word a call:
+// Calls whose instructions tools/count_instructions.py counts: each runs once inside counted(), on fixed numbers and
+// one thread. With INHOUSE_STEPPED set it counts them itself, by stepped.h, and prints a count a line. Arguments: the
+// level, then one word a call:
 //   linear:FORMAT:OUT:IN:BYTES:ROWS:QUANTIZED   ih_linear, which quantises its inputs where the last is 1
 //   pairs:FORMAT:OUT:IN:BYTES:ROWS              a step's linear of inputs rounded to bf16, and the look-up of its
-//   inputs attention:KV_TYPE:CONTEXT:ROWS              a step's attention, the shape of Qwen2.5-0.5B, and the look-up
-//   of q k v rms:WIDTH:ROWS, layer:WIDTH:ROWS            a step's norm and the look-up of its input
+//   inputs coded:FORMAT:OUT:IN:BYTES:ROWS              a step's linear of codes whose scales are powers of two, and
+//   their making gated:FORMAT:OUT:IN:BYTES:ROWS              a step's gate, up, glu and codes as one, and the codes of
+//   its input attention:KV_TYPE:CONTEXT:ROWS:HEADS:KV     a step's attention over heads of 64, and the look-up of q k v
+//   rms:WIDTH:ROWS, layer:WIDTH:ROWS            a step's norm and the look-up of its input
 //   quantize:WIDTH:ROWS:POWERS                  a step's quantize_rows and the look-up of its input
+//   embed:WIDTH:ROWS                            the look-up alone
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -13,19 +17,28 @@
 
 #include "inhouse.h"
 #include "program.h"
+#include "stepped.h"
 
 using inhouse::OpKind;
 
+namespace {
+
+bool steps = false;  // counted here, one by one, and printed
+
+}  // namespace
+
 // Valgrind counts from its entry to its end.
 extern "C" __attribute__((noinline)) int counted(int (*call)(void*), void* context) {
+  if (steps) stepped::begin();
   const int result = call(context);
+  if (steps) std::printf("%lld\n", static_cast<long long>(stepped::end()));
   __asm__ volatile("");  // or the call would be the function's end
   return result;
 }
 
 namespace {
 
-constexpr int64_t kVocab = 64, kHeads = 14, kKvHeads = 2, kDim = 64, kPositions = 4096;
+constexpr int64_t kVocab = 64, kDim = 64, kPositions = 4096;
 constexpr int kF32 = 0;
 
 [[noreturn]] void fail(const char* what) {
@@ -69,15 +82,17 @@ struct Flat {
   int64_t ops_count = 0;
   std::vector<ih_weight> weights;
 
-  // Appends an op with one output of that width; gives the output's number.
-  int64_t op(OpKind kind, const std::vector<int64_t>& inputs, const std::vector<int64_t>& used, int64_t width,
-             const std::vector<int64_t>& attributes, int64_t dtype = 0, int64_t group = 0) {
+  // Appends an op with outputs of those widths; gives the first one's number.
+  int64_t op(OpKind kind, const std::vector<int64_t>& inputs, const std::vector<int64_t>& used,
+             const std::vector<int64_t>& widths, const std::vector<int64_t>& attributes, int64_t dtype = 0,
+             int64_t group = 0) {
     const int64_t output = static_cast<int64_t>(values.size() / 4);
-    values.insert(values.end(), {0, width, dtype, group});
-    ops.insert(ops.end(), {static_cast<int64_t>(kind), static_cast<int64_t>(inputs.size()),
-                           static_cast<int64_t>(used.size()), 1, static_cast<int64_t>(attributes.size())});
+    for (const int64_t width : widths) values.insert(values.end(), {0, width, dtype, group});
+    ops.insert(ops.end(),
+               {static_cast<int64_t>(kind), static_cast<int64_t>(inputs.size()), static_cast<int64_t>(used.size()),
+                static_cast<int64_t>(widths.size()), static_cast<int64_t>(attributes.size())});
     for (const auto* list : {&inputs, &used}) ops.insert(ops.end(), list->begin(), list->end());
-    ops.push_back(output);
+    for (size_t i = 0; i < widths.size(); ++i) ops.push_back(output + static_cast<int64_t>(i));
     ops.insert(ops.end(), attributes.begin(), attributes.end());
     ++ops_count;
     return output;
@@ -87,11 +102,16 @@ struct Flat {
     return static_cast<int64_t>(weights.size()) - 1;
   }
   int64_t embed(int64_t width) {
-    return op(OpKind::kEmbed, {}, {weight(floats(kVocab, width))}, width, {0, 0, bits(1.0)});
+    return op(OpKind::kEmbed, {}, {weight(floats(kVocab, width))}, {width}, {0, 0, bits(1.0)});
   }
+  int64_t codes(int64_t x, int64_t width, int64_t powers) {
+    constexpr int64_t kInt8 = 1, kGroup = 32;
+    return op(OpKind::kQuantizeRows, {x}, {}, {width}, {kGroup, powers}, kInt8, kGroup);
+  }
+  int64_t kv_heads = 1;
   std::vector<int64_t> words(int64_t output) const {
     std::vector<int64_t> all = {inhouse::kMagic, inhouse::kFlatVersion, kVocab, kPositions, 1, 1};
-    all.insert(all.end(), {0, kKvHeads, kDim, kDim, 0, 1, 0, 0});
+    all.insert(all.end(), {0, kv_heads, kDim, kDim, 0, 1, 0, 0});
     all.insert(all.end(), {static_cast<int64_t>(values.size() / 4), ops_count, 1});
     for (const auto* list : {&values, &ops}) all.insert(all.end(), list->begin(), list->end());
     all.push_back(output);
@@ -140,22 +160,40 @@ void linear(const char* isa, const std::vector<int64_t>& n) {
 void pairs(const char* isa, const std::vector<int64_t>& n) {
   Flat flat;
   const int64_t x = flat.embed(n[2]), w = flat.weight(coded(n[0], n[1], n[2], n[3]));
-  step(isa, flat, flat.op(OpKind::kLinears, {x}, {w, -1}, n[1], {1}), n[4], n[4], 1);
+  step(isa, flat, flat.op(OpKind::kLinears, {x}, {w, -1}, {n[1]}, {1}), n[4], n[4], 1);
+}
+
+void gated(const char* isa, const std::vector<int64_t>& n) {
+  Flat flat;
+  const int64_t out = n[1], x = flat.embed(n[2]), codes = flat.codes(x, n[2], 1);
+  const int64_t gate = flat.weight(coded(n[0], out, n[2], n[3])), up = flat.weight(coded(n[0], out, n[2], n[3]));
+  const int64_t both = flat.op(OpKind::kLinears, {codes}, {gate, up, -1, -1}, {out, out}, {0});
+  const int64_t y = flat.op(OpKind::kGlu, {both, both + 1}, {}, {out}, {0, bits(0.0), bits(0.0)});
+  flat.codes(y, out, 1);
+  step(isa, flat, x, n[4], n[4], 1);
+}
+
+void coded_linear(const char* isa, const std::vector<int64_t>& n) {
+  Flat flat;
+  const int64_t x = flat.embed(n[2]), codes = flat.codes(x, n[2], 1);
+  const int64_t w = flat.weight(coded(n[0], n[1], n[2], n[3]));
+  step(isa, flat, flat.op(OpKind::kLinears, {codes}, {w, -1}, {n[1]}, {0}), n[4], n[4], 1);
 }
 
 void attention(const char* isa, const std::vector<int64_t>& n) {
   Flat flat;
-  const int64_t q = flat.embed(kHeads * kDim), k = flat.embed(kKvHeads * kDim), v = flat.embed(kKvHeads * kDim);
-  const int64_t y = flat.op(OpKind::kAttention, {q, k, v}, {}, kHeads * kDim,
-                            {0, 0, kHeads, kKvHeads, kDim, kDim, bits(0.125), 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
+  const int64_t heads = n[3], kv = flat.kv_heads = n[4];
+  const int64_t q = flat.embed(heads * kDim), k = flat.embed(kv * kDim), v = flat.embed(kv * kDim);
+  const int64_t y = flat.op(OpKind::kAttention, {q, k, v}, {}, {heads * kDim},
+                            {0, 0, heads, kv, kDim, kDim, bits(0.125), 0, 0, 0, 0, 0, 0, 0, 0, -1, 0, 0, 0});
   step(isa, flat, y, n[2], n[1], static_cast<int>(n[0]));
 }
 
 void norm(const char* isa, bool rms, const std::vector<int64_t>& n) {
   Flat flat;
   const int64_t x = flat.embed(n[0]), w = flat.weight(floats(1, n[0]));
-  const int64_t y = rms ? flat.op(OpKind::kRmsNorm, {x}, {w}, n[0], {bits(1e-5), 1, bits(0.0)})
-                        : flat.op(OpKind::kLayerNorm, {x}, {w, -1}, n[0], {bits(1e-5)});
+  const int64_t y = rms ? flat.op(OpKind::kRmsNorm, {x}, {w}, {n[0]}, {bits(1e-5), 1, bits(0.0)})
+                        : flat.op(OpKind::kLayerNorm, {x}, {w, -1}, {n[0]}, {bits(1e-5)});
   step(isa, flat, y, n[1], n[1], 1);
 }
 
@@ -165,16 +203,17 @@ void embed(const char* isa, const std::vector<int64_t>& n) {
 }
 
 void quantize(const char* isa, const std::vector<int64_t>& n) {
-  constexpr int64_t kInt8 = 1, kGroup = 32;
   Flat flat;
   const int64_t x = flat.embed(n[0]);
-  flat.op(OpKind::kQuantizeRows, {x}, {}, n[0], {kGroup, n[2]}, kInt8, kGroup);
+  flat.codes(x, n[0], n[2]);
   step(isa, flat, x, n[1], n[1], 1);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
+  steps = std::getenv("INHOUSE_STEPPED") != nullptr;
+  if (steps && !stepped::prepare(argv)) std::fprintf(stderr, "addresses are shuffled: runs may differ a little\n");
   for (int i = 2; i < argc; ++i) {
     const std::string word = argv[i], what = word.substr(0, word.find(':'));
     std::vector<int64_t> n;
@@ -186,6 +225,10 @@ int main(int argc, char** argv) {
       linear(argv[1], n);
     } else if (what == "pairs") {
       pairs(argv[1], n);
+    } else if (what == "coded") {
+      coded_linear(argv[1], n);
+    } else if (what == "gated") {
+      gated(argv[1], n);
     } else if (what == "attention") {
       attention(argv[1], n);
     } else if (what == "rms" || what == "layer") {

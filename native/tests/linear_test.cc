@@ -289,6 +289,34 @@ void check_powers(const Kernels& k, int format, std::mt19937& rng) {
   }
 }
 
+// Scales that are infinite or no number: where exponents are added the bits are those of products all the same, and
+// rows beside them keep their own. A scale of activations that is no power of two makes bodies multiply; its row counts
+// for nothing here. Twice: many rows (more than a body takes at once), and one.
+void check_endless_scales(const Kernels& k, int format, std::mt19937& rng) {
+  const int64_t in = 512, out = 37;
+  Matrix m(format, out, in, rng);
+  if (!takes_int8(m.f) || !m.l.valid || m.f.scale != kF16) return;
+  const std::string name = std::string(k.isa) + " " + m.f.name + " endless scales";
+  const uint16_t faults[] = {0x7c00, 0xfc00, 0x7e00};  // of outputs 1, 18 and 35: another tile each
+  for (int64_t i = 0; i < 3; ++i) {
+    const int64_t o = 1 + 17 * i, group = m.f.two_level ? in / 256 - 1 : m.group(in / 2);
+    std::memcpy(m.bytes.data + o / 16 * m.l.tile_bytes + m.l.scale + (group * 16 + o % 16) * 2, &faults[i], 2);
+  }
+  for (const int rows : {1, 13}) {
+    Rows x(k, rows + 1, in, 32, rng, true);
+    std::vector<float> added((rows + 1) * out), multiplied((rows + 1) * out);
+    k.linear_i8(m.weight, x.q, rows, 0, 3, nullptr, added.data(), out);
+    x.x[static_cast<size_t>(rows * in)] = 0x1p100f;
+    x.remake(k, rows + 1, in, 32, true);
+    k.linear_i8(m.weight, x.q, rows + 1, 0, 3, nullptr, multiplied.data(), out);
+    check(std::memcmp(added.data(), multiplied.data(), static_cast<size_t>(rows * out) * 4) == 0, name + " bits");
+    for (int64_t i = 0; i < rows * out; ++i) {
+      const bool faulty = i % out % 17 == 1;
+      check(std::isfinite(added[i]) != faulty, name + (faulty ? " are seen" : " touch no other row"));
+    }
+  }
+}
+
 // Rows and inputs from the middle of a larger matrix of activations give the bits of a matrix of their own.
 void check_views(const Kernels& k, int format, std::mt19937& rng) {
   const int64_t in = 256, out = 20;
@@ -382,6 +410,7 @@ int main() {
       check_extremes(*k, format, rng);
       check_views(*k, format, rng);
       check_powers(*k, format, rng);
+      check_endless_scales(*k, format, rng);
     }
     for (const int64_t width : {1, 15, 16, 31, 32, 33, 172, 512}) {
       check_quantize(*k, width, 32, false, rng);
