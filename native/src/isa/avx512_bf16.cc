@@ -30,9 +30,9 @@ void attend(const AttentionTask& task, float* memory) {
 
 void attend_partition(const AttentionTask& task, int unit, float* memory, float* partial) {
   if (task.shape->kv_type != kKvBF16) return kernels_avx512_plain()->attend_partition(task, unit, memory, partial);
-  avx512::attend_partition_with(
-      task, unit, memory, partial,
-      [&](avx512::Unit at, avx512::Scratch& scratch, auto take) { avx512::run_bf16(task, at, scratch, take); });
+  avx512::attend_partition_with(task, unit, memory, partial, [&](avx512::Unit at, avx512::Scratch& scratch, auto take) {
+    avx512::run_bf16(task, at, scratch, take);
+  });
 }
 
 }  // namespace

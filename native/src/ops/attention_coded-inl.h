@@ -111,12 +111,11 @@ IH_INLINE void code_scores(const CodeTiles& tiles, int first, bool near, const f
       words[b] = load_words(at[b] + 64 * w);
       for (int64_t i = 0; i < lines; ++i, next[b] += 64) __builtin_prefetch(next[b], 0, 2);
     }
-    each_code<kBits, B>(
-        words, [&](int place, const V* codes) __attribute__((always_inline)) {
-          for (int b = 0; b < B; ++b) {
-            for (int r = 0; r < R; ++r) sums[r][b] = fma(set1(x[(b * R + r) * 16 + place]), codes[b], sums[r][b]);
-          }
-        });
+    each_code<kBits, B>(words, [&](int place, const V* codes) __attribute__((always_inline)) {
+      for (int b = 0; b < B; ++b) {
+        for (int r = 0; r < R; ++r) sums[r][b] = fma(set1(x[(b * R + r) * 16 + place]), codes[b], sums[r][b]);
+      }
+    });
   }
   for (int r = 0; r < R; ++r) {
     for (int b = 0; b < B; ++b) {
@@ -163,14 +162,13 @@ IH_INLINE void code_columns(const CodeTiles& tiles, int first, int last, int64_t
     for (int p = 0; p < kCacheBlock; p += 32 / kBits, at += row) {
       VI words[C];
       for (int j = 0; j < C; ++j) words[j] = load_words(at + 64 * j);
-      each_code<kBits, C>(
-          words, [&](int place, const V* values) __attribute__((always_inline)) {
-            for (int r = 0; r < R; ++r) {
-              for (int j = 0; j < C; ++j) {
-                acc[r][j] = fma(set1(folded[r][j / kVectors][p + place]), values[j], acc[r][j]);
-              }
-            }
-          });
+      each_code<kBits, C>(words, [&](int place, const V* values) __attribute__((always_inline)) {
+        for (int r = 0; r < R; ++r) {
+          for (int j = 0; j < C; ++j) {
+            acc[r][j] = fma(set1(folded[r][j / kVectors][p + place]), values[j], acc[r][j]);
+          }
+        }
+      });
     }
   }
   for (int r = 0; r < R; ++r) {

@@ -3,7 +3,7 @@ namespace inhouse::IH_ISA {
 namespace {
 
 constexpr int32_t kInfinityBits = 0x7f800000;  // of magnitudes: not finite from here on
-constexpr float kTiny = 1e-30f;  // a group whose largest magnitude is below this counts as all zero
+constexpr float kTiny = 1e-30f;                // a group whose largest magnitude is below this counts as all zero
 
 // Codes and sums of a block of n elements (`n` is below kQuantGroup at a row's end) into entry `at`.
 IH_INLINE void quantize_block(const float* x, int64_t n, V inverse, const QuantRows& q, int64_t at) {
@@ -108,7 +108,8 @@ void quantize_row(const float* x, int64_t width, int64_t group, bool powers, con
     for (int64_t count = 0; first + kQuantGroup <= width; first += count * kQuantGroup, at += count * q.lanes) {
       const int64_t left = (width - first) / kQuantGroup;
       count = left < kBlocksAtOnce ? left : kBlocksAtOnce;
-      if (!(powers ? quantize_blocks<true>(x + first, count, q, at) : quantize_blocks<false>(x + first, count, q, at))) {
+      if (!(powers ? quantize_blocks<true>(x + first, count, q, at)
+                   : quantize_blocks<false>(x + first, count, q, at))) {
         for (int64_t b = 0; b < count; ++b) {
           const int64_t begin = first + b * kQuantGroup;
           quantize_group(x, begin, begin + kQuantGroup, powers, q, at + b * q.lanes);
